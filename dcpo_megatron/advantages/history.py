@@ -1,0 +1,197 @@
+"""Smooth advantage standardisation (SAS): advantages from this visit's rewards and from all rewards seen so far.
+
+For the i-th visit of a prompt, with "new" = the rewards of this visit and "tot" = those of all visits, this one
+included (DCPO, arXiv 2509.02333, section "Smooth Advantage Standardization"):
+
+    A_new = (R - mu_new)/sigma_new        SA_new = ((i-1) A_new + A_tot)/i
+    A_tot = (R - mu_tot)/sigma_tot        SA_tot = (A_new + (i-1) A_tot)/i
+    A     = SA_new if |SA_new| < |SA_tot| else SA_tot
+
+A group whose rewards are all equal has A_new = 0, yet still learns from A_tot/i. Per prompt the history keeps the
+number of visits and (count, mean, M2); merging by counts is the paper's recursion where all groups have one size, and
+stays right where they differ. `i` counts the visits of THAT prompt which reached an update: show the history only what
+is trained on.
+"""
+
+import math
+import warnings
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .group import standardise
+from .statistics import Moments, exchange_moments, merge_mean_m2
+
+_VERSION = 1
+# Rewards that differ by rounding only must not become advantages of size 1.
+_CONSTANT_SIGMA = 1e-8
+
+
+class _Record(NamedTuple):
+    visits: int
+    count: int
+    mean: float
+    m2: float
+
+    @property
+    def sigma(self) -> float:
+        sigma = math.sqrt(self.m2 / self.count)
+        return sigma if sigma > _CONSTANT_SIGMA else 0.0
+
+
+class PromptStatistics(NamedTuple):
+    """What a history knows about a prompt: visits, rewards seen, their mean and standard deviation."""
+
+    visits: int
+    count: int
+    mean: float
+    std: float
+
+
+class RewardHistory:
+    """The rewards of every prompt so far, as statistics; gives SAS advantages and travels inside the checkpoint.
+
+    Args:
+        std_ddof: 0, the paper: population variance. 1, the official code: each visit contributes its sample variance
+            (count * sample variance in the place of M2), merged by the population formula.
+
+    Raises:
+        ValueError: std_ddof is neither 0 nor 1.
+    """
+
+    def __init__(self, std_ddof: Literal[0, 1] = 0) -> None:
+        if std_ddof not in (0, 1) or isinstance(std_ddof, bool):
+            raise ValueError(f"std_ddof = {std_ddof!r} is not possible; allowed: 0 (population), 1 (sample)")
+        self.std_ddof = std_ddof
+        self._records: dict[str, _Record] = {}
+        self._warned = False
+
+    def __len__(self) -> int:
+        """Number of prompts seen."""
+        return len(self._records)
+
+    def visits(self, prompt_id: str) -> int:
+        """How many visits of this prompt the history has seen; 0 for an unknown prompt."""
+        record = self._records.get(prompt_id)
+        return record.visits if record else 0
+
+    def statistics(self, prompt_id: str) -> PromptStatistics:
+        """Statistics over all visits of this prompt.
+
+        Raises:
+            KeyError: the prompt was never observed.
+        """
+        if prompt_id not in self._records:
+            raise KeyError(f"prompt {prompt_id!r} was never observed")
+        record = self._records[prompt_id]
+        return PromptStatistics(record.visits, record.count, record.mean, math.sqrt(record.m2 / record.count))
+
+    def observe(self, prompt_ids: list[str], rewards: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
+        """Take one batch into the history and return the SAS advantage of each of its responses.
+
+        All responses of a prompt in one batch, over all ranks, are one visit. If this raises, nothing has changed.
+
+        Args:
+            prompt_ids: `[n]`, a stable id of each response's prompt.
+            rewards: `[n]`, one finite reward per response, any real dtype.
+            process_group: collective over its ranks, each with its own responses, possibly none; a group may be split
+                over ranks. Afterwards all ranks hold the same history, bit for bit, if they did before. None = this
+                process only, even if torch.distributed is initialised.
+
+        Returns:
+            float64 `[n]`, on the device of `rewards`: one number for every token of the response.
+
+        Raises:
+            ValueError: a missing id (None or ""), a reward that is not finite, lengths that differ; with a process
+                group on every rank, naming the rank at fault.
+            TypeError: an id that is not a str (a ValueError with a process group).
+        """
+        visit_moments, values = exchange_moments(prompt_ids, rewards, process_group)
+        updated = {prompt_id: self._merged(prompt_id, moments) for prompt_id, moments in visit_moments.items()}
+        advantages = torch.tensor(
+            [
+                self._advantage(reward, visit_moments[prompt_id], updated[prompt_id])
+                for prompt_id, reward in zip(prompt_ids, values, strict=True)
+            ],
+            dtype=torch.float64,
+            device=rewards.device,
+        )
+        alone = any(moments.count == 1 and updated[i].visits == 1 for i, moments in visit_moments.items())
+        if alone and not self._warned:
+            warnings.warn(
+                "a prompt's first visit has a single response: nothing to compare with, its advantage is 0",
+                stacklevel=2,
+            )
+            self._warned = True
+        self._records.update(updated)  # last, so that a failure above leaves the history as it was
+        return advantages
+
+    def _merged(self, prompt_id: str, visit: Moments) -> _Record:
+        """The prompt's record with this visit added."""
+        visit_m2 = visit.count * visit.variance(self.std_ddof)
+        old = self._records.get(prompt_id)
+        if old is None:
+            return _Record(1, visit.count, visit.mean, visit_m2)
+        return _Record(old.visits + 1, *merge_mean_m2(old.count, old.mean, old.m2, visit.count, visit.mean, visit_m2))
+
+    def _advantage(self, reward: float, visit: Moments, total: _Record) -> float:
+        i = total.visits
+        new = standardise(reward, visit.mean, math.sqrt(visit.variance(self.std_ddof)))
+        tot = standardise(reward, total.mean, total.sigma)
+        smooth_new = ((i - 1) * new + tot) / i
+        smooth_tot = (new + (i - 1) * tot) / i
+        return smooth_new if abs(smooth_new) < abs(smooth_tot) else smooth_tot
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of everything, in plain types and CPU tensors: loads with `torch.load(weights_only=True)`.
+
+        Keys: version, std_ddof (int), prompt_ids (list of str); visits, counts (int64 `[n]`); means, m2 (float64 `[n]`)
+        """
+        records = list(self._records.values())
+        return {
+            "version": _VERSION,
+            "std_ddof": self.std_ddof,
+            "prompt_ids": list(self._records),
+            "visits": torch.tensor([record.visits for record in records], dtype=torch.int64),
+            "counts": torch.tensor([record.count for record in records], dtype=torch.int64),
+            "means": torch.tensor([record.mean for record in records], dtype=torch.float64),
+            "m2": torch.tensor([record.m2 for record in records], dtype=torch.float64),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace this history by a saved one, bit for bit. If this raises, nothing has changed.
+
+        Raises:
+            ValueError: another version or std_ddof, missing or unknown keys, impossible shapes, dtypes or values.
+        """
+        expected = {"version", "std_ddof", "prompt_ids", "visits", "counts", "means", "m2"}
+        if not isinstance(state, dict) or state.get("version") != _VERSION:
+            found = state.get("version") if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"reward history of version {found!r} cannot be read; this code reads version {_VERSION}")
+        if set(state) != expected:
+            raise ValueError(f"reward history has the keys {sorted(map(str, state))}, expected {sorted(expected)}")
+        if state["std_ddof"] != self.std_ddof:
+            raise ValueError(
+                f"reward history was kept with std_ddof = {state['std_ddof']!r}, this one has {self.std_ddof}; they "
+                "cannot be mixed: continue with the objective that the checkpoint was made with"
+            )
+        ids = state["prompt_ids"]
+        if not isinstance(ids, list) or not all(isinstance(i, str) and i for i in ids) or len(set(ids)) != len(ids):
+            raise ValueError("reward history: prompt_ids must be a list of distinct, non-empty str")
+        for name, dtype in (
+            ("visits", torch.int64),
+            ("counts", torch.int64),
+            ("means", torch.float64),
+            ("m2", torch.float64),
+        ):
+            tensor = state[name]
+            if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.shape != (len(ids),):
+                raise ValueError(f"reward history: {name} must be a {dtype} tensor of shape ({len(ids)},)")
+        visits, counts, means, m2 = (state[name] for name in ("visits", "counts", "means", "m2"))
+        possible = (visits >= 1) & (counts >= visits) & means.isfinite() & m2.isfinite() & (m2 >= 0)
+        if not bool(possible.all()):
+            raise ValueError(f"reward history: impossible record for prompt {ids[int((~possible).nonzero()[0])]!r}")
+        rows = zip(visits.tolist(), counts.tolist(), means.tolist(), m2.tolist(), strict=True)
+        self._records = {prompt_id: _Record(*row) for prompt_id, row in zip(ids, rows, strict=True)}

@@ -1,0 +1,109 @@
+"""`dcpo doctor`: what is installed, what fits, what will be used, and a fix for whatever does not fit.
+
+    look(timeout) -> Facts             doctor_probes: reads the machine, judges nothing
+    diagnose(Facts) -> [Finding]       doctor_checks: pure functions, one an area
+    a table, or --json                 here; exit status 1 when a finding is "fail"
+
+It runs where nothing is installed, torch and rich included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from dcpo_megatron.cli.doctor_checks import Finding, counted, diagnose
+from dcpo_megatron.cli.doctor_probes import look
+
+TIMEOUT = 8.5  # seconds; the whole command then stays below ten
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `dcpo doctor`. Returns 1 when something fails, otherwise 0."""
+    parser = argparse.ArgumentParser(prog="dcpo doctor", description="Tells what is installed, fits and will be used.")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--timeout",
+        type=_timeout,
+        default=TIMEOUT,
+        metavar="SECONDS",
+        help="limit for torch, CUDA and the driver to answer (default: %(default)s)",
+    )
+    arguments = parser.parse_args(argv)
+    findings = diagnose(look(arguments.timeout))
+    if arguments.json:
+        print(to_json(findings))
+    else:
+        print_table(findings)
+    return exit_status(findings)
+
+
+def _timeout(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds between 0 and 3600")
+    return seconds
+
+
+def exit_status(findings: Sequence[Finding]) -> int:
+    """1 when something fails, otherwise 0."""
+    return int(any(finding.status == "fail" for finding in findings))
+
+
+def summary(findings: Sequence[Finding]) -> str:
+    """The last line of the table."""
+    fails = sum(finding.status == "fail" for finding in findings)
+    warnings = sum(finding.status == "warn" for finding in findings)
+    verdict = "not ready to train" if fails else "ready to train"
+    return f"{counted(fails, 'failure')}, {counted(warnings, 'warning')}: {verdict}"
+
+
+def to_json(findings: Sequence[Finding]) -> str:
+    """``{"ready": bool, "findings": [{area, status, what, fix}]}``."""
+    rows = [dataclasses.asdict(finding) for finding in findings]
+    return json.dumps({"ready": exit_status(findings) == 0, "findings": rows}, indent=2)
+
+
+def print_table(findings: Sequence[Finding]) -> None:
+    """A table where rich is installed, otherwise plain lines."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        _print_plain(findings)
+        return
+    styles = {"ok": "green", "info": "cyan", "warn": "yellow", "fail": "bold red"}
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    area = None
+    for finding in findings:
+        if area not in (None, finding.area):
+            table.add_row()
+        # Text, not markup: a fix such as transformer-engine[pytorch] has brackets.
+        cell = Text(finding.what)
+        if finding.fix:
+            cell.append(
+                f"\nfix: {finding.fix}", style="dim" if finding.status in ("ok", "info") else styles[finding.status]
+            )
+        label = "" if finding.area == area else finding.area
+        table.add_row(Text(label, style="bold"), Text(finding.status, style=styles[finding.status]), cell)
+        area = finding.area
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(Text(f"\n{summary(findings)}", style="bold red" if exit_status(findings) else "bold green"))
+
+
+def _print_plain(findings: Sequence[Finding]) -> None:
+    for finding in findings:
+        print(f"{finding.area:13} {finding.status:5} {finding.what}")
+        if finding.fix:
+            print(f"{'':19} fix: {finding.fix}")
+    print(summary(findings))

@@ -1,0 +1,154 @@
+"""``dcpo train``: one rank of a training run. Start several with torchrun, or ``--ranks N`` for N ranks on this machine.
+
+Exit codes: 0 done; 2 the configuration, the data or the model cannot be used (one clear sentence on standard error); 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+import warnings
+
+from dcpo_megatron.training.config import Config, ConfigError, known_keys, load_config
+
+BAD_INPUT = 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of a run; also that of ``examples/pretrain_dcpo.sh``."""
+    result = argparse.ArgumentParser(
+        prog="dcpo train", description="Train with DCPO or one of its baselines.", epilog="Overrides are key.sub=value; --keys lists the keys."
+    )
+    result.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML recipe; may be given again, later files win")
+    result.add_argument("--ranks", type=int, default=None, metavar="N", help="start N ranks on this machine (without torchrun)")
+    result.add_argument("--keys", action="store_true", help="list every key with its default, and stop")
+    result.add_argument("--check", action="store_true", help="check configuration, model folder and layout, and stop")
+    result.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one rank (or ``--ranks`` of them); returns the exit code."""
+    args = parser().parse_args(argv)
+    if args.keys:
+        print_keys()
+        return 0
+    if args.ranks is not None:
+        return start_ranks(args.ranks, [a for a in _without_ranks(sys.argv[2:] if argv is None else argv)])
+    _quiet_libraries()
+    try:
+        return _train(args)
+    except Exception as error:
+        if not is_bad_input(error):
+            raise
+        return refuse(error)
+
+
+def _train(args) -> int:
+    from dcpo_megatron.training.checks import check_run
+
+    config = load_config(args.config, args.overrides)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    run = check_run(config, world)
+    if args.check:
+        if _rank() == 0:
+            print(f"the configuration fits: {world} ranks, data parallel {run.data_parallel}, {run.platform.name}")
+        return 0
+    import torch
+
+    if run.platform.is_cpu and "OMP_NUM_THREADS" not in os.environ:
+        # Ranks share the cores; more threads than cores make every operator wait.
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    from dcpo_megatron.training.loop import Trainer
+
+    trainer = Trainer.build(run)
+    trainer.run()
+    trainer.close()
+    return 0
+
+
+def is_bad_input(error: Exception) -> bool:
+    """Whether ``error`` is about what the user gave (its message is the sentence to show) and not a fault of the program."""
+    from dcpo_megatron.data import DataError
+    from dcpo_megatron.mcore.hf_config import ModelConfigError
+    from dcpo_megatron.rewards import RewardError
+    from dcpo_megatron.weights.hf_folder import CheckpointError
+
+    return isinstance(error, (ConfigError, DataError, ModelConfigError, RewardError, CheckpointError))
+
+
+def refuse(error: Exception) -> int:
+    """Says what is wrong, once a host, and gives the exit code. The other local ranks wait a moment, so that the one that speaks ends first."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        for line in str(error).splitlines():
+            print(f"dcpo: error: {line}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(1.0)
+    return BAD_INPUT
+
+
+def start_ranks(count: int, argv: list[str]) -> int:
+    """Starts ``count`` ranks of ``dcpo train argv`` on this machine and waits for them; returns the exit code of the first that failed."""
+    if count < 1:
+        print(f"dcpo: error: --ranks {count} must be at least 1", file=sys.stderr)
+        return BAD_INPUT
+    from dcpo_megatron.cli.launch import run_ranks
+
+    return run_ranks(count, ["-m", "dcpo_megatron.cli", "train", *argv])
+
+
+def print_keys() -> None:
+    """Every configuration key with its default and meaning."""
+    import dataclasses
+
+    from dcpo_megatron.objectives import Objective
+
+    fields = {}
+    for name, field in Config.model_fields.items():
+        for key, inner in getattr(field.annotation, "model_fields", {}).items():
+            fields[f"{name}.{key}"] = inner
+    defaults = {f"objective.{field.name}": field.default for field in dataclasses.fields(Objective)}
+    for key in known_keys():
+        if key in fields:
+            inner = fields[key]
+            default = "required" if inner.is_required() else repr(inner.get_default(call_default_factory=True))
+            print(f"{key} = {default}" + (f"    {inner.description}" if inner.description else ""))
+        elif key in defaults:
+            print(f"{key} = {defaults[key]!r}    (the preset's value where it has another)")
+        else:
+            print(key)
+
+
+def _without_ranks(argv: list[str]) -> list[str]:
+    rest, skip = [], False
+    for word in argv:
+        if skip:
+            skip = False
+        elif word == "--ranks":
+            skip = True
+        elif not word.startswith("--ranks="):
+            rest.append(word)
+    return rest
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _quiet_libraries() -> None:
+    """Libraries' notes that a user can do nothing about stay out of the console; DCPO_VERBOSE=1 shows them."""
+    if os.environ.get("DCPO_VERBOSE") == "1":
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\b.*")
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|is deprecated).*")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,81 @@
+"""Files to rows: parquet and JSON lines, with the place of every row, so that a complaint can name it.
+
+What is wrong with a file is said in one sentence of ours; the library's own error is chained behind it.
+"""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+
+from dcpo_megatron.data.errors import DataError
+
+
+class Table(NamedTuple):
+    """The rows of one file: each with its place, such as "row 3 of data/train.parquet", counted from 1."""
+
+    path: Path
+    columns: tuple[str, ...]
+    rows: list[tuple[str, dict]]
+
+
+def read_table(path: str | Path, wanted: Collection[str]) -> Table:
+    """Reads a ``.parquet`` or ``.jsonl`` (also ``.json``, ``.ndjson``: one object a line) file.
+
+    ``wanted``: the top-level columns of a parquet file that are needed, as far as it has them; the others are not read.
+    Raises DataError if the file is missing, a directory, of another kind, truncated or malformed.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{path} is a directory: name the files in it")
+    if not path.exists():
+        raise DataError(f"there is no file {path}: check data.files (relative paths start at {Path.cwd()})")
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".parquet":
+            return _read_parquet(path, wanted)
+        if suffix in (".jsonl", ".json", ".ndjson"):
+            return _read_json_lines(path)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror or 'input error'}): check it and its permissions"
+        ) from error
+    raise DataError(f"{path} ends in {suffix or 'nothing'!r}: only .parquet and .jsonl files are read")
+
+
+def _read_parquet(path: Path, wanted: Collection[str]) -> Table:
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        rows = file.read(columns=[name for name in names if name in wanted]).to_pylist()
+    except PermissionError:
+        raise
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path} is not a readable parquet file, it may be cut off: copy or download it again"
+        ) from error
+    return Table(path, tuple(names), [(f"row {number} of {path}", row) for number, row in enumerate(rows, 1)])
+
+
+def _read_json_lines(path: Path) -> Table:
+    rows: list[tuple[str, dict]] = []
+    columns: dict[str, None] = {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            place = f"line {number} of {path}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                raise DataError(f"{place} is not UTF-8 text: convert the file to UTF-8") from error
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise DataError(f"{place} is not JSON: every line must hold one JSON object") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{place} is a JSON {type(row).__name__}: every line must hold one JSON object")
+            columns.update(dict.fromkeys(row))
+            rows.append((place, row))
+    return Table(path, tuple(columns), rows)

@@ -1,0 +1,56 @@
+r"""Chat messages to the text that the model continues.
+
+| template | text | special tokens added by the tokenizer |
+|---|---|---|
+| chat | the tokenizer's own chat template, with the opening of the assistant's turn | no: the template writes them |
+| qwen-math | ChatML with "Please reason step by step, and put your final answer within \boxed{}." | no: ChatML's are in it |
+| plain | the contents of the messages, a blank line between two | yes: a model that begins with a BOS token gets it |
+
+A system prompt given in the options replaces that of the row. ``qwen-math`` is rendered here, so that it is the same for a
+base model whose tokenizer has another chat template or none.
+"""
+
+from dcpo_megatron.data.errors import DataError
+from dcpo_megatron.data.formats import BadRow
+
+TEMPLATES = ("auto", "chat", "qwen-math", "plain")
+QWEN_MATH_SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
+
+
+def choose_template(name: str, tokenizer) -> str:
+    """The template that is meant: "auto" is chat if the tokenizer has a chat template, else plain.
+
+    Raises DataError for "chat" with a tokenizer that has no chat template.
+    """
+    has_chat = bool(getattr(tokenizer, "chat_template", None))
+    if name == "auto":
+        return "chat" if has_chat else "plain"
+    if name == "chat" and not has_chat:
+        raise DataError("the tokenizer has no chat template: set data.template to qwen-math or plain")
+    return name
+
+
+def adds_special_tokens(template: str) -> bool:
+    """Whether the tokenizer should add its own special tokens to a text of this template."""
+    return template == "plain"
+
+
+def render(messages: list[dict[str, str]], template: str, tokenizer, system_prompt: str | None = None) -> str:
+    """The text of one prompt. ``template`` comes from ``choose_template``. Raises BadRow if the chat template refuses it."""
+    if system_prompt is None and template == "qwen-math":
+        system_prompt = QWEN_MATH_SYSTEM
+    if system_prompt is not None:
+        rest = [message for message in messages if message["role"] != "system"]
+        messages = [{"role": "system", "content": system_prompt}, *rest] if system_prompt else rest
+    if template == "plain":
+        return "\n\n".join(message["content"] for message in messages)
+    if template == "qwen-math":
+        turns = [f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages]
+        return "".join(turns) + "<|im_start|>assistant\n"
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of the model's author: it raises what it likes
+        cause = str(error).split("\n", 1)[0]
+        raise BadRow(
+            "refused by the chat template", f"is refused by the chat template ({cause}): correct its messages or roles"
+        ) from error

@@ -1,0 +1,159 @@
+"""The parallel layout of a run and its process groups.
+
+``world = tensor x pipeline x context x data``; experts take their ranks from the same world. :meth:`ParallelLayout.problems` knows everything that
+can be wrong before a process group exists; :func:`make_groups` then asks Megatron-Core for the groups.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from dcpo_megatron.mcore.hf_config import ModelShape
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """Sizes of each parallel dimension, in ranks. ``virtual_pipeline`` is the number of model chunks a pipeline rank holds (None: one)."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int | None = None
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int | None = None
+    sequence_parallel: bool = False
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model: tensor x pipeline x context."""
+        return self.tensor * self.pipeline * self.context
+
+    def data_parallel(self, world_size: int) -> int:
+        """Pure data-parallel size of ``world_size`` ranks (context-parallel ranks not counted)."""
+        return world_size // self.model_ranks
+
+    def problems(self, shape: ModelShape, world_size: int, overlap_p2p: bool = True) -> list[str]:
+        """Every reason why this layout cannot run ``shape`` on ``world_size`` ranks; an empty list when it can.
+
+        ``overlap_p2p``: whether pipeline stages talk with overlap (``overlap_p2p_comm=True, batch_p2p_comm=False``).
+        """
+        found = []
+        for name in ("tensor", "pipeline", "context", "expert", "expert_tensor", "virtual_pipeline"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                found.append(f"parallel.{name}={size} must be at least 1")
+        if found:
+            return found
+        if world_size % self.model_ranks:
+            found.append(
+                f"world size {world_size} is not a multiple of tensor x pipeline x context = "
+                f"{self.tensor} x {self.pipeline} x {self.context} = {self.model_ranks}: start a multiple of {self.model_ranks} ranks"
+            )
+        if shape.heads % self.tensor:
+            found.append(f"parallel.tensor={self.tensor} does not divide the model's {shape.heads} attention heads")
+        if shape.kv_heads % self.tensor:
+            found.append(f"parallel.tensor={self.tensor} does not divide the model's {shape.kv_heads} key-value heads")
+        if shape.ffn % self.tensor:
+            found.append(f"parallel.tensor={self.tensor} does not divide the feed-forward width {shape.ffn}")
+        if self.sequence_parallel and self.tensor == 1:
+            found.append("parallel.sequence_parallel=true needs parallel.tensor of at least 2")
+        chunks = self.pipeline * (self.virtual_pipeline or 1)
+        if self.virtual_pipeline is not None and self.pipeline == 1:
+            found.append(f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline of at least 2")
+        elif shape.layers % chunks:
+            found.append(f"parallel.pipeline x virtual_pipeline = {chunks} does not divide the model's {shape.layers} layers")
+        if self.virtual_pipeline not in (None, 1) and self.pipeline == 2 and not overlap_p2p:
+            found.append(
+                "parallel.virtual_pipeline with parallel.pipeline=2 gives silently wrong gradients in Megatron-Core without overlapped "
+                "communication: set parallel.overlap_p2p=true"
+            )
+        if self.expert > 1 and not shape.experts:
+            found.append(f"parallel.expert={self.expert}, but {shape.model_type} has no experts")
+        if shape.experts and shape.experts % self.expert:
+            found.append(f"parallel.expert={self.expert} does not divide the model's {shape.experts} experts")
+        expert_tensor = self.expert_tensor or self.tensor
+        if shape.experts and shape.expert_ffn % expert_tensor:
+            found.append(f"parallel.expert_tensor={expert_tensor} does not divide the experts' width {shape.expert_ffn}")
+        if shape.experts and world_size % (self.expert * expert_tensor * self.pipeline):
+            found.append(f"world size {world_size} is not a multiple of expert x expert_tensor x pipeline")
+        if shape.experts and self.tensor > 1 and not self.sequence_parallel:
+            found.append("a model with experts and parallel.tensor above 1 needs parallel.sequence_parallel=true (Megatron-Core's rule)")
+        return found
+
+
+def alignment(tensor_size: int, context_size: int, sequence_parallel: bool) -> int:
+    """Tokens that a sequence's length must be a multiple of: 2 x cp for the zigzag order, and tp more where the sequence is split over it."""
+    unit = 2 * context_size if context_size > 1 else 1
+    return math.lcm(unit, unit * tensor_size) if sequence_parallel else unit
+
+
+def make_groups(layout: ParallelLayout, timeout_minutes: int = 10) -> None:
+    """Creates Megatron-Core's process groups for ``layout`` on the running default group."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline != 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor or (layout.tensor if layout.expert > 1 else None),
+        distributed_timeout_minutes=timeout_minutes,
+        # The extra gloo groups serve checkpoint formats that are not used here.
+        create_gloo_process_groups=False,
+    )
+
+
+@dataclass(frozen=True)
+class RankPosition:
+    """Where this rank stands: coordinates and groups, taken once from Megatron-Core so that nothing reads globals later."""
+
+    tensor_rank: int
+    tensor_size: int
+    tensor_group: dist.ProcessGroup
+    pipeline_rank: int
+    pipeline_size: int
+    pipeline_group: dist.ProcessGroup
+    context_rank: int
+    context_size: int
+    context_group: dist.ProcessGroup
+    data_rank: int
+    data_size: int
+    data_group: dist.ProcessGroup
+    expert_rank: int
+    expert_size: int
+    expert_group: dist.ProcessGroup
+    expert_tensor_rank: int
+    expert_tensor_size: int
+    expert_tensor_group: dist.ProcessGroup
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def owns_loss(self) -> bool:
+        """True on the ranks whose loss sums must be counted once: the last pipeline stage's first tensor rank."""
+        return self.is_last_stage and self.tensor_rank == 0
+
+
+def rank_position() -> RankPosition:
+    """Reads this rank's coordinates from Megatron-Core's groups (after :func:`make_groups`)."""
+    from megatron.core import parallel_state as mpu
+
+    def of(group):
+        return dist.get_rank(group), dist.get_world_size(group), group
+
+    return RankPosition(
+        *of(mpu.get_tensor_model_parallel_group()),
+        *of(mpu.get_pipeline_model_parallel_group()),
+        *of(mpu.get_context_parallel_group()),
+        *of(mpu.get_data_parallel_group(with_context_parallel=False)),
+        *of(mpu.get_expert_model_parallel_group()),
+        *of(mpu.get_expert_tensor_parallel_group()),
+    )

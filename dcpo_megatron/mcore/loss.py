@@ -1,0 +1,158 @@
+"""The DCPO loss as Megatron-Core's schedule wants it: a function that a forward step returns.
+
+    from dcpo_megatron.mcore import make_loss, response_head
+
+    def forward_step(data_iterator, model):
+        batch = next(data_iterator)                                # a MicroBatch, see make_micro_batch
+        with response_head(unwrap(model), batch.positions, batch.targets, vocab=V) as extra:
+            output = model(batch.input_ids, batch.position_ids, None, packed_seq_params=batch.packed, **extra)
+        return output, make_loss(batch, "dcpo-paper", num_microbatches=M, data_parallel_size=DP)
+
+    get_forward_backward_func()(forward_step_func=forward_step, num_microbatches=M, ...)
+
+**One normaliser.** Every response token has a weight w_t computed on the host from the whole minibatch (``aggregation_weights``). In default mode the schedule
+multiplies by cp / num_microbatches and DistributedDataParallel averages over dp * cp, so the function returns
+
+    (sum over local tokens of w_t l_t) * num_microbatches * dp        l_t = c_t * policy_t + kl_coef * k3_t - entropy_coef * H_t
+
+and the gradient becomes the sum over all ranks of w_t dl_t. ``dp`` is the pure data-parallel size, ``num_microbatches`` the number really given to the
+schedule. The function returns a 2-tuple, so ``calculate_per_token_loss`` must stay False (with it nothing would divide the gradient).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from dcpo_megatron.mcore.batch import MicroBatch
+from dcpo_megatron.objectives import Objective, get_preset, kl_k3, policy_loss, rollout_correction, vacuous_upper_bound
+
+# Sums over response tokens, in the order of the metrics tensor; every ratio below has one of the last rows as its declared denominator.
+SUM_NAMES = (
+    "loss",  # sum of w_t l_t: the minibatch loss itself
+    "policy_loss",  # sum of w_t c_t policy_t
+    "kl_loss",  # sum of w_t kl_coef k3_t
+    "entropy_loss",  # sum of -w_t entropy_coef H_t
+    "clipped_upper",
+    "clipped_lower",
+    "clipped_cap",
+    "gradient_removed",
+    "entropy",
+    "ratio",
+    "vacuous_upper",
+    "bound_lower",
+    "bound_upper",
+    "reference_kl",
+    "mismatch_abs",
+    "mismatch_k3",
+    "mismatch_weight",
+    "mismatch_weight_squared",
+    "mismatch_tokens",
+    "tokens",
+)
+MAX_NAMES = ("mismatch_abs_max", "ratio_deviation_max")
+
+
+def make_loss(
+    batch: MicroBatch,
+    objective: Objective | str,
+    *,
+    num_microbatches: int,
+    data_parallel_size: int,
+    context_group: dist.ProcessGroup | None = None,
+) -> Callable[[torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """The loss function of one micro-batch; see the module's text for the contract.
+
+    Args:
+        batch: with ``old_logprobs`` filled in; ``reference_logprobs`` where ``kl_coef`` is not 0, ``rollout_logprobs`` where a correction is on.
+        objective: an :class:`Objective` or a preset's name.
+        context_group: the context-parallel group; only a sequence-level ratio needs it.
+
+    Returns:
+        ``f(output [n, 2]) -> (scaled loss, {"sums": [len(SUM_NAMES)] float64, "maxima": [len(MAX_NAMES)] float64})``; the metrics are local and
+        unscaled, so their sum over micro-batches, data- and context-parallel ranks is the minibatch's.
+
+    Raises:
+        ValueError: log-probs that the objective needs are missing.
+    """
+    objective = get_preset(objective) if isinstance(objective, str) else objective
+    if batch.old_logprobs is None:
+        raise ValueError("the micro-batch has no old_logprobs: compute them before the first update of the rollout batch")
+    if objective.kl_coef and batch.reference_logprobs is None:
+        raise ValueError(f"kl_coef={objective.kl_coef} needs reference_logprobs: compute them with the reference model's weights")
+
+    def reduce_context(sums: torch.Tensor) -> torch.Tensor:
+        if context_group is not None and dist.get_world_size(context_group) > 1:
+            dist.all_reduce(sums, group=context_group)
+        return sums
+
+    def loss_function(output: torch.Tensor):
+        logprobs, entropy = output[:, 0], output[:, 1]
+        sequence_level = objective.ratio_level == "sequence"
+        terms = policy_loss(
+            logprobs,
+            batch.old_logprobs,
+            batch.advantages,
+            objective,
+            response_ids=batch.response if sequence_level else None,
+            response_lengths=batch.response_lengths if sequence_level else None,
+            all_reduce=reduce_context if sequence_level else None,
+        )
+        policy = terms.loss * rollout_correction(batch.old_logprobs, batch.rollout_logprobs, objective)
+        per_token = policy
+        reference_kl = None
+        if batch.reference_logprobs is not None:
+            reference_kl = kl_k3(logprobs, batch.reference_logprobs)
+            per_token = per_token + objective.kl_coef * reference_kl
+        if objective.entropy_coef:
+            per_token = per_token - objective.entropy_coef * entropy
+        loss = (batch.weights * per_token).sum()
+        metrics = _metrics(batch, objective, terms, loss, policy, entropy, reference_kl)
+        return loss * (num_microbatches * data_parallel_size), metrics
+
+    return loss_function
+
+
+@torch.no_grad()
+def _metrics(batch, objective, terms, loss, policy, entropy, reference_kl) -> dict[str, torch.Tensor]:
+    def total(values) -> torch.Tensor:
+        return values.detach().double().sum()
+
+    zero = torch.zeros((), dtype=torch.float64, device=loss.device)
+    count = zero + batch.targets.numel()
+    sums = dict.fromkeys(SUM_NAMES, zero)
+    sums |= {
+        "loss": loss.detach().double(),
+        "policy_loss": total(batch.weights * policy),
+        "entropy_loss": -objective.entropy_coef * total(batch.weights * entropy),
+        "clipped_upper": total(terms.clipped_upper),
+        "clipped_lower": total(terms.clipped_lower),
+        "clipped_cap": total(terms.clipped_cap),
+        "gradient_removed": total(terms.gradient_removed),
+        "entropy": total(entropy),
+        "ratio": total(terms.ratio),
+        "vacuous_upper": total(vacuous_upper_bound(batch.old_logprobs, objective.eps_high)),
+        "bound_lower": total(terms.lower),
+        "bound_upper": total(terms.upper.clamp(max=1e6)),
+        "tokens": count,
+    }
+    if reference_kl is not None:
+        sums["reference_kl"] = total(reference_kl)
+        sums["kl_loss"] = objective.kl_coef * total(batch.weights * reference_kl)
+    maxima = [zero, (terms.ratio - 1).abs().double().max() if batch.targets.numel() else zero]
+    if batch.rollout_logprobs is not None:
+        # k3 with samples of the rollout engine: log w = log p_train - log p_rollout, k3 = w - 1 - log w >= 0.
+        difference = batch.old_logprobs.double() - batch.rollout_logprobs.double()
+        weight = difference.clamp(-20, 20).exp()
+        sums |= {
+            "mismatch_abs": total(difference.abs()),
+            "mismatch_k3": total(torch.expm1(difference.clamp(-20, 20)) - difference.clamp(-20, 20)),
+            "mismatch_weight": total(weight),
+            "mismatch_weight_squared": total(weight**2),
+            "mismatch_tokens": count,
+        }
+        if difference.numel():
+            maxima[0] = difference.abs().max()
+    return {"sums": torch.stack([sums[name] for name in SUM_NAMES]), "maxima": torch.stack(maxima)}

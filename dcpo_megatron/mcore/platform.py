@@ -1,0 +1,113 @@
+"""Where the training runs: ``cuda`` with nccl, or ``cpu`` with gloo. One code path serves both.
+
+:func:`select_platform` decides, :func:`start` makes the process group with a deadline, and everything else takes the device from the
+:class:`Platform` it is handed. No other module asks whether there is a GPU.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Platform:
+    """``name`` is "cuda" or "cpu"; ``backend`` is the collective library; ``device`` is this rank's device."""
+
+    name: str
+    backend: str
+    device: torch.device
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.name == "cpu"
+
+
+def select_platform(requested: str = "auto") -> Platform:
+    """Picks the platform of this rank. ``requested``: "auto" (a GPU when there is one), "cuda" or "cpu".
+
+    Raises:
+        ValueError: an unknown name, or "cuda" where torch sees no GPU.
+    """
+    if requested not in ("auto", "cuda", "cpu"):
+        raise ValueError(f"platform={requested!r} is not known: use auto, cuda or cpu")
+    has_gpu = torch.version.cuda is not None and torch.cuda.is_available()
+    if requested == "cuda" and not has_gpu:
+        raise ValueError("platform=cuda, but torch sees no CUDA device: run `dcpo doctor`, or set platform=cpu")
+    if requested == "cpu" or not has_gpu:
+        return Platform("cpu", "gloo", torch.device("cpu"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"LOCAL_RANK={local_rank}, but this host shows {torch.cuda.device_count()} GPUs: start at most one rank per GPU"
+        )
+    return Platform("cuda", "nccl", torch.device("cuda", local_rank))
+
+
+def prepare(platform: Platform) -> None:
+    """Makes Megatron-Core importable and usable on ``platform``; call it before importing ``megatron.core``."""
+    apex = find_apex()
+    if apex == "impostor":
+        raise RuntimeError(
+            "the installed package `apex` is not NVIDIA Apex (it has no amp_C) and Megatron-Core would import it: "
+            "run `pip uninstall apex`; NVIDIA Apex is optional and installs from source only"
+        )
+    warnings.filterwarnings("ignore", message=".*(Apex|apex|Transformer Engine|transformer_engine|local multi_tensor).*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|megatron)\..*")
+    warnings.filterwarnings("ignore", message=".*_(reduce_scatter|all_gather)_base.*")
+    warnings.filterwarnings("ignore", message=".*jit.script.*")
+    if platform.is_cpu:
+        from dcpo_megatron.mcore import cpu_standins
+
+        cpu_standins.install()
+    else:
+        torch.cuda.set_device(platform.device)
+
+
+def find_apex() -> str:
+    """Tells "nvidia", "none", or "impostor": PyPI's `apex` is an unrelated web toolkit that Megatron-Core would try to import."""
+    if importlib.util.find_spec("apex") is None:
+        return "none"
+    return "nvidia" if importlib.util.find_spec("amp_C") is not None else "impostor"
+
+
+def has_transformer_engine() -> bool:
+    """True where Transformer Engine imports (it needs a GPU build; absent on CPU machines)."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return True
+
+
+def start(platform: Platform, timeout_seconds: float = 600.0) -> None:
+    """Makes the default process group from torchrun's environment (or of one rank alone where there is none).
+
+    Every later collective raises after ``timeout_seconds`` instead of waiting for ever.
+    """
+    prepare(platform)
+    if dist.is_initialized():
+        return
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(platform.backend, timeout=timeout)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(platform.backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def stop() -> None:
+    """Destroys the process groups, so that a finished rank leaves no thread behind."""
+    if dist.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,198 @@
+"""Forward passes and updates through Megatron-Core's own schedule.
+
+:class:`PolicyModel` holds the chunks, the optimizer and the layout of one rank; :meth:`PolicyModel.logprobs` is the forward-only pass (old and reference
+log-probs), :meth:`PolicyModel.update` one optimizer step over a minibatch. Both take lists of lists of :class:`~dcpo_megatron.mcore.batch.Sequence`: the
+micro-batches of THIS data-parallel rank, the same number on every rank. All tensor-, pipeline- and context-parallel ranks of a data-parallel rank get the
+same lists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from dcpo_megatron.mcore.batch import MicroBatch, Sequence, make_micro_batch
+from dcpo_megatron.mcore.head import response_head
+from dcpo_megatron.mcore.hf_config import ModelShape
+from dcpo_megatron.mcore.layout import ParallelLayout, RankPosition, alignment
+from dcpo_megatron.mcore.loss import MAX_NAMES, SUM_NAMES, make_loss
+from dcpo_megatron.mcore.model import ModelOptions, OptimizerOptions, build_model, build_trainable, unwrap
+from dcpo_megatron.mcore.platform import Platform
+from dcpo_megatron.objectives import Objective
+
+
+@dataclass
+class UpdateResult:
+    """One optimizer step. ``sums`` and ``maxima`` are over ALL ranks and equal on each (see ``SUM_NAMES``, ``MAX_NAMES``)."""
+
+    sums: dict[str, float]
+    maxima: dict[str, float]
+    gradient_norm: float
+    stepped: bool
+    lr: float
+
+
+@dataclass
+class PolicyModel:
+    """The trained policy on this rank. Build with :meth:`create`, load weights into ``chunks``, then call :meth:`make_trainable`."""
+
+    shape: ModelShape
+    layout: ParallelLayout
+    options: ModelOptions
+    platform: Platform
+    position: RankPosition
+    temperature: float = 1.0
+    packed: bool = True
+    head_chunk_tokens: int = 1024
+    chunks: list = field(default_factory=list)
+    optimizer: object | None = None
+
+    @classmethod
+    def create(cls, shape, layout, options, platform, position, *, seed: int = 0, **settings) -> PolicyModel:
+        """Builds the chunks of this rank with uninitialised weights."""
+        model = cls(shape, layout, options, platform, position, **settings)
+        model.chunks = build_model(shape, layout, options, platform, position, seed)
+        return model
+
+    def make_trainable(self, options: OptimizerOptions) -> None:
+        """Adds DistributedDataParallel and the optimizer, after the weights are in place."""
+        self.chunks, self.optimizer = build_trainable(self.chunks, options)
+
+    @property
+    def modules(self) -> list:
+        """The bare GPTModel chunks."""
+        return [unwrap(chunk) for chunk in self.chunks]
+
+    # -- batches ----------------------------------------------------------------------------------------------------------------------------
+
+    def _batches(self, micro_batches: Seq[Seq[Sequence]]) -> list[MicroBatch]:
+        align = alignment(self.layout.tensor, self.layout.context, self.layout.sequence_parallel)
+        longest = max((s.length for batch in micro_batches for s in batch), default=1)
+        return [
+            make_micro_batch(
+                sequences,
+                self.platform.device,
+                packed=self.packed,
+                align=align,
+                context_size=self.position.context_size,
+                context_rank=self.position.context_rank,
+                row_length=longest,
+            )
+            for sequences in micro_batches
+        ]
+
+    def _run(self, batches: list[MicroBatch], loss_of, *, forward_only: bool):
+        """Runs the schedule; returns the list of what the loss functions gave (on the last pipeline stage; empty elsewhere)."""
+
+        def forward_step(iterator: Iterator[MicroBatch], chunk):
+            batch = next(iterator)
+            head = response_head(
+                unwrap(chunk), batch.positions, batch.targets, vocab=self.shape.vocab, temperature=self.temperature, chunk_tokens=self.head_chunk_tokens
+            )
+            with head as extra:
+                output = chunk(
+                    input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, packed_seq_params=batch.packed, **extra
+                )
+            return output, loss_of(batch)
+
+        first = batches[0].input_ids
+        iterators = [iter(batches) for _ in self.chunks]
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(batches),
+            # Read only where shapes are fixed; with pipeline stages they travel with the tensors.
+            seq_length=first.shape[1] * self.position.context_size,
+            micro_batch_size=first.shape[0],
+            forward_only=forward_only,
+        )
+
+    # -- forward only -----------------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def logprobs(self, micro_batches: Seq[Seq[Sequence]]) -> dict[int, torch.Tensor]:
+        """Log-probs of every response token under the current weights, no gradient state.
+
+        Returns:
+            on the last pipeline stage ``{sequence.number: [len(response_ids)] fp32}`` on the CPU; with context parallelism places held by other
+            ranks are NaN (each rank needs its own only). Empty on earlier stages.
+        """
+        lengths = {s.number: len(s.response_ids) for batch in micro_batches for s in batch}
+        found: dict[int, torch.Tensor] = {}
+
+        def loss_of(batch: MicroBatch):
+            def collect(output):
+                values, response, token = output[:, 0].float().cpu(), batch.response.cpu(), batch.token.cpu()
+                for place, number in enumerate(batch.numbers):
+                    mine = response == place
+                    row = found.setdefault(number, torch.full((lengths[number],), math.nan))
+                    row[token[mine]] = values[mine]
+                return output.new_zeros(()), {}
+
+            return collect
+
+        with self._evaluating():
+            self._run(self._batches(micro_batches), loss_of, forward_only=True)
+        return found
+
+    @contextmanager
+    def _evaluating(self):
+        for chunk in self.chunks:
+            chunk.eval()
+        try:
+            yield
+        finally:
+            for chunk in self.chunks:
+                chunk.train()
+
+    # -- update -----------------------------------------------------------------------------------------------------------------------------
+
+    def gradients(self, micro_batches: Seq[Seq[Sequence]], objective: Objective) -> tuple[dict[str, float], dict[str, float]]:
+        """Forward and backward over a minibatch; gradients stay in the buffers. Returns the all-reduced ``(sums, maxima)``."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        batches = self._batches(micro_batches)
+
+        def loss_of(batch: MicroBatch):
+            return make_loss(
+                batch,
+                objective,
+                num_microbatches=len(batches),
+                data_parallel_size=self.position.data_size,
+                context_group=self.position.context_group,
+            )
+
+        for chunk in self.chunks:
+            chunk.train()
+        results = self._run(batches, loss_of if self.position.is_last_stage else lambda batch: None, forward_only=False)
+        return self._reduce(results)
+
+    def update(self, micro_batches: Seq[Seq[Sequence]], objective: Objective, lr: float) -> UpdateResult:
+        """One optimizer step on one minibatch with learning rate ``lr``. A step whose gradient is not finite is left out and says so."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        sums, maxima = self.gradients(micro_batches, objective)
+        stepped, norm, _ = self.optimizer.step()
+        return UpdateResult(sums, maxima, float(norm if norm is not None else math.nan), bool(stepped), lr)
+
+    def _reduce(self, results: list[dict[str, torch.Tensor]]) -> tuple[dict[str, float], dict[str, float]]:
+        """Sums over micro-batches and every rank that owns tokens; the same numbers end up on every rank."""
+        device = self.platform.device
+        sums = torch.zeros(len(SUM_NAMES), dtype=torch.float64, device=device)
+        maxima = torch.zeros(len(MAX_NAMES), dtype=torch.float64, device=device)
+        if self.position.owns_loss:
+            for result in results:
+                sums += result["sums"]
+                maxima = torch.maximum(maxima, result["maxima"])
+        dist.all_reduce(sums)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+        return dict(zip(SUM_NAMES, sums.tolist(), strict=True)), dict(zip(MAX_NAMES, maxima.tolist(), strict=True))

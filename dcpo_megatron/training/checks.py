@@ -1,0 +1,107 @@
+"""Everything that can be known wrong before the first GPU second: the configuration against the model, the machine and the number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dcpo_megatron.mcore.hf_config import ModelShape, read_shape
+from dcpo_megatron.mcore.layout import ParallelLayout, alignment
+from dcpo_megatron.mcore.platform import Platform, find_apex, has_transformer_engine, select_platform
+from dcpo_megatron.objectives import Objective
+from dcpo_megatron.training.config import Config, ConfigError
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """What the checks have read: the run can be built from these."""
+
+    config: Config
+    objective: Objective
+    shape: ModelShape
+    layout: ParallelLayout
+    platform: Platform
+    world_size: int
+
+    @property
+    def data_parallel(self) -> int:
+        return self.layout.data_parallel(self.world_size)
+
+
+def check_run(config: Config, world_size: int) -> CheckedRun:
+    """Holds ``config`` against the model's ``config.json``, the packages and ``world_size`` ranks.
+
+    Raises:
+        ConfigError: one line a reason, all of them at once.
+        ModelConfigError: the model folder cannot be used at all.
+    """
+    objective = config.make_objective()
+    try:
+        platform = select_platform(config.training.platform)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    shape = read_shape(config.model.path)
+    layout = ParallelLayout(**config.parallel.model_dump(exclude={"overlap_p2p"}))
+    found = layout.problems(shape, world_size, config.parallel.overlap_p2p)
+    found += _package_problems(config, platform)
+    if not found:
+        found += _batch_problems(config, objective, layout, world_size)
+    found += _length_problems(config, shape, layout, objective)
+    if found:
+        raise ConfigError("\n".join(found))
+    return CheckedRun(config, objective, shape, layout, platform, world_size)
+
+
+def _package_problems(config: Config, platform: Platform) -> list[str]:
+    found = []
+    if find_apex() == "impostor":
+        found.append(
+            "the installed package `apex` is not NVIDIA Apex (it has no amp_C), and Megatron-Core would import it: run `pip uninstall apex`"
+        )
+    if config.model.transformer_engine == "on" and (platform.is_cpu or not has_transformer_engine()):
+        found.append("model.transformer_engine=on, but it does not import here on a GPU: install it, or set model.transformer_engine=auto")
+    if config.logging.wandb:
+        import importlib.util
+
+        if importlib.util.find_spec("wandb") is None:
+            found.append("logging.wandb=true, but wandb is not installed: pip install 'dcpo-megatron[wandb]'")
+    return found
+
+
+def _batch_problems(config: Config, objective: Objective, layout: ParallelLayout, world_size: int) -> list[str]:
+    rollout, training, found = config.rollout, config.training, []
+    if rollout.prompts_per_step % training.minibatch_prompts:
+        found.append(
+            f"global batch not divisible: rollout.prompts_per_step={rollout.prompts_per_step} is not a multiple of "
+            f"training.minibatch_prompts={training.minibatch_prompts}"
+        )
+    ranks = layout.data_parallel(world_size)
+    responses = training.minibatch_prompts * rollout.group_size
+    if responses % ranks:
+        found.append(
+            f"global batch not divisible: a minibatch of {training.minibatch_prompts} prompts x {rollout.group_size} responses = {responses} "
+            f"cannot be dealt evenly to {ranks} data-parallel ranks"
+        )
+    if rollout.group_size == 1 and objective.advantage != "sas":
+        found.append(f"rollout.group_size=1 gives every response the advantage 0 with objective.advantage={objective.advantage}: use at least 2")
+    return found
+
+
+def _length_problems(config: Config, shape: ModelShape, layout: ParallelLayout, objective: Objective) -> list[str]:
+    found = []
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if longest > shape.max_positions:
+        found.append(
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} is beyond the model's {shape.max_positions} positions"
+        )
+    unit = alignment(layout.tensor, layout.context, layout.sequence_parallel)
+    padded = -(-longest // unit) * unit
+    if config.training.micro_batch_tokens < padded:
+        found.append(
+            f"training.micro_batch_tokens={config.training.micro_batch_tokens} cannot hold one longest response "
+            f"(data.max_prompt_tokens + rollout.max_response_tokens = {padded} tokens): raise it to at least that"
+        )
+    if objective.overlong_buffer >= config.rollout.max_response_tokens:
+        found.append(
+            f"objective.overlong_buffer={objective.overlong_buffer} must be below rollout.max_response_tokens={config.rollout.max_response_tokens}"
+        )
+    return found

@@ -1,0 +1,266 @@
+"""The configuration of a run: typed, one YAML per recipe, ``key.sub=value`` on the command line.
+
+An unknown key is an error that names the nearest known one. :func:`load_config` merges files from left to right, then the overrides, and checks types;
+:func:`check_run` holds the result against the model, the files and the number of ranks. Both raise :class:`ConfigError` with every reason they found, before
+the first GPU second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dcpo_megatron.objectives import Objective, get_preset
+
+
+class ConfigError(ValueError):
+    """The configuration cannot run; the message has one line a reason."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class ModelSection(Section):
+    path: str = Field(description="Hugging Face folder: config.json, safetensors weights, tokenizer")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of weights and activations; gradients and optimizer state are fp32")
+    transformer_engine: Literal["auto", "on", "off"] = Field("auto", description="layers of Transformer Engine where it imports on a GPU")
+    recompute: Literal["none", "full"] = Field("none", description="recompute each layer's activations in the backward pass")
+    head_chunk_tokens: int = Field(1024, ge=1, description="tokens whose logits exist at a time")
+
+
+class ParallelSection(Section):
+    tensor: int = Field(1, ge=1, description="tensor-parallel ranks")
+    pipeline: int = Field(1, ge=1, description="pipeline-parallel ranks")
+    virtual_pipeline: int | None = Field(None, ge=1, description="model chunks a pipeline rank holds")
+    context: int = Field(1, ge=1, description="context-parallel ranks")
+    expert: int = Field(1, ge=1, description="expert-parallel ranks")
+    expert_tensor: int | None = Field(None, ge=1, description="tensor-parallel ranks of an expert (default: tensor)")
+    sequence_parallel: bool = Field(False, description="split norms and residuals over tensor ranks along the sequence")
+    overlap_p2p: bool = Field(True, description="overlapped stage-to-stage communication; needed by virtual pipelines with pipeline=2")
+
+
+class DataSection(Section):
+    files: list[str] = Field(description="verl-style parquet, jsonl or GSM8K files")
+    format: str = Field("auto", description="auto | verl-parquet | jsonl | gsm8k")
+    prompt_key: str | None = Field(None, description="dotted path of the prompt column")
+    answer_key: str | None = Field(None, description="dotted path of the ground truth")
+    id_key: str | None = Field(None, description='dotted path of the stable id; "content" derives it from the prompt\'s text')
+    template: str = Field("auto", description="auto | chat | qwen-math | plain")
+    system_prompt: str | None = Field(None, description="replaces the row's system message; empty removes it")
+    max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are bad rows")
+    on_bad_row: Literal["error", "skip"] = Field("skip", description="rows without id, answer or a prompt within the limit")
+    on_duplicate_id: Literal["error", "first"] = Field("error", description="rows with the same id, question and answer")
+    limit: int | None = Field(None, ge=1, description="stop after so many prompts")
+
+
+class RolloutSection(Section):
+    engine: Literal["embedded"] = Field("embedded", description="what samples: transformers inside the trainer")
+    prompts_per_step: int = Field(512, ge=1, description="prompts sampled a step")
+    group_size: int = Field(16, ge=1, description="responses a prompt, G")
+    max_response_tokens: int = Field(3072, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: the whole vocabulary")
+    batch_size: int = Field(256, ge=1, description="responses the embedded engine decodes together")
+    max_sampling_rounds: int = Field(10, ge=1, description="dynamic sampling: rounds of prompts_per_step before the step goes on with what it has")
+
+
+class RewardSection(Section):
+    function: str = Field("math", description="math, or a Python function by dotted path (package.module:function)")
+    timeout_seconds: float = Field(5.0, gt=0, description="limit for one response")
+    failure_reward: float = Field(0.0, description="reward of a response on which the function failed")
+    workers: int = Field(1, ge=1, description="reward processes a rank")
+    correct_at: float = Field(1.0, description="a response with at least this reward counts as correct")
+
+
+class OptimizerSection(Section):
+    name: Literal["adam", "sgd"] = Field("adam", description="AdamW with decoupled weight decay, or plain SGD")
+    lr: float = Field(1e-6, gt=0)
+    warmup_steps: int = Field(10, ge=0, description="updates over which the learning rate rises linearly; constant after")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip_grad: float = Field(1.0, ge=0, description="largest gradient norm; 0 turns clipping off")
+
+
+class TrainingSection(Section):
+    steps: int = Field(400, ge=0)
+    minibatch_prompts: int = Field(32, ge=1, description="prompts an optimizer update")
+    micro_batch_tokens: int = Field(16384, ge=1, description="token budget of a micro-batch")
+    packing: Literal["packed", "padded"] = Field("packed", description="sequences end to end in one row, or one a row")
+    seed: int = Field(0, ge=0)
+    platform: Literal["auto", "cuda", "cpu"] = "auto"
+    timeout_seconds: float = Field(1800.0, gt=0, description="deadline of every collective")
+    save_every: int = Field(0, ge=0, description="write a Hugging Face folder every N steps; 0: at the end only")
+
+
+class EvaluationSection(Section):
+    files: list[str] = Field(default_factory=list, description="held-out prompts; none: no evaluation")
+    every: int = Field(0, ge=0, description="steps between evaluations; 0: before and after training only")
+    samples: int = Field(8, ge=1, description="responses a prompt at `temperature`; one more is greedy")
+    temperature: float = Field(1.0, gt=0)
+    limit: int | None = Field(None, ge=1, description="prompts used")
+    on_duplicate_id: Literal["error", "first"] = "first"
+
+
+class LoggingSection(Section):
+    console: bool = Field(True, description="one line a step")
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "dcpo"
+    report: bool = Field(True, description="report.png at the end")
+
+
+class Config(Section):
+    """The whole run. ``objective`` holds ``preset`` and any field of :class:`Objective` that replaces the preset's."""
+
+    model: ModelSection
+    data: DataSection
+    output: str = Field("runs/dcpo", description="folder of the run: metrics, summary, report, the trained model")
+    parallel: ParallelSection = Field(default_factory=ParallelSection)
+    rollout: RolloutSection = Field(default_factory=RolloutSection)
+    reward: RewardSection = Field(default_factory=RewardSection)
+    objective: dict[str, Any] = Field(default_factory=lambda: {"preset": "dcpo-paper"})
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    training: TrainingSection = Field(default_factory=TrainingSection)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    logging: LoggingSection = Field(default_factory=LoggingSection)
+
+    def make_objective(self) -> Objective:
+        """The objective that the section asks for. Raises ConfigError."""
+        settings = dict(self.objective)
+        try:
+            preset = get_preset(settings.pop("preset", "dcpo-paper"))
+            known = {field.name for field in dataclasses.fields(Objective)}
+            for key in settings:
+                if key not in known:
+                    raise ConfigError(_unknown_key(f"objective.{key}", [f"objective.{name}" for name in ("preset", *sorted(known))]))
+            return dataclasses.replace(preset, **settings)
+        except ConfigError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"objective: {error}") from None
+
+
+def known_keys() -> list[str]:
+    """Every dotted key of the configuration."""
+    keys = ["output", "objective.preset"]
+    keys += [f"objective.{field.name}" for field in dataclasses.fields(Objective)]
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            keys += [f"{name}.{key}" for key in section.model_fields]
+    return keys
+
+
+def _unknown_key(key: str, known: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not nearest:
+        # A key given without its section, or under the wrong one.
+        nearest = [name for name in known if name.split(".")[-1] == key.split(".")[-1]][:1]
+    return f"unknown key {key!r}" + (f": did you mean {nearest[0]!r}?" if nearest else ": see `dcpo train --keys`")
+
+
+def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+    """Reads YAML files (later ones win key by key), then ``key.sub=value`` overrides (values are YAML).
+
+    Raises:
+        ConfigError: a file that is missing or not YAML, an override without ``=``, an unknown key, a value of the wrong type.
+    """
+    merged: dict[str, Any] = {}
+    for file in files:
+        merged = _merge(merged, _read_yaml(Path(file)))
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"override {override!r} is not of the form key.sub=value")
+        try:
+            value = yaml.safe_load(text) if text else None
+        except yaml.YAMLError:
+            value = text
+        merged = _merge(merged, _nest(key.split("."), _as_number(value)))
+    _refuse_unknown(merged)
+    try:
+        config = Config.model_validate(merged)
+    except ValidationError as error:
+        reasons = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"])
+            if item["type"] == "missing":
+                reasons.append(f"{key} is missing: give it in a file or as {key}=...")
+            else:
+                reasons.append(f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+        raise ConfigError("\n".join(reasons)) from None
+    config.make_objective()
+    return config
+
+
+def _read_yaml(path: Path) -> dict:
+    if not path.is_file():
+        raise ConfigError(f"configuration file {path} does not exist")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration file {path} is not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"configuration file {path} must hold sections (key: value), not a {type(content).__name__}")
+    return _as_number(content)
+
+
+def _as_number(value: Any) -> Any:
+    # YAML 1.1 reads 1e-6 as a string (it wants 1.0e-6); a person means the number.
+    if isinstance(value, dict):
+        return {key: _as_number(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_number(item) for item in value]
+    if isinstance(value, str):
+        try:
+            return float(value) if "e" in value.lower() else value
+        except ValueError:
+            return value
+    return value
+
+
+def _nest(keys: list[str], value: Any) -> dict:
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def _merge(base: dict, extra: dict) -> dict:
+    result = dict(base)
+    for key, value in extra.items():
+        if isinstance(value, dict) and isinstance(result.get(key), dict):
+            result[key] = _merge(result[key], value)
+        else:
+            result[key] = value
+    return result
+
+
+def _refuse_unknown(tree: dict) -> None:
+    known = known_keys()
+    sections = {key.split(".")[0] for key in known}
+    problems = []
+    for name, content in tree.items():
+        if name not in sections:
+            problems.append(_unknown_key(str(name), [*sorted(sections), *known]))
+        elif isinstance(content, dict):
+            problems += [_unknown_key(f"{name}.{key}", known) for key in content if f"{name}.{key}" not in known]
+        elif name != "output":
+            problems.append(f"{name} must hold keys of its own, such as {next(k for k in known if k.startswith(name + '.'))}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def to_yaml(config: Config) -> str:
+    """The complete configuration, defaults included, as YAML that :func:`load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,179 @@
+"""From prompts to responses with rewards and advantages: the first half of a step.
+
+The prompts_per_step x G samples are dealt over ALL ranks in one contiguous slice each, so a prompt's group may be split over ranks; rewards are judged where the response was
+sampled; advantages come from one all-reduce of statistics; then every rank gets every response that will be trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from dcpo_megatron.advantages import RewardHistory, group_advantages, keep_mixed_groups
+from dcpo_megatron.data import Prompt, Response, decode_responses, encode_responses
+from dcpo_megatron.mcore.collectives import all_gather_bytes
+from dcpo_megatron.objectives import Objective, soft_overlong_penalty
+from dcpo_megatron.rewards import Rewarder
+from dcpo_megatron.rollout import GenerateRequest, RolloutEngine, SamplingParams
+
+
+@dataclass
+class RolloutResult:
+    """The same on every rank. ``responses``: prompt by prompt in sampling order, advantages filled in. ``totals``: sums over all generated responses."""
+
+    responses: list[Response]
+    totals: dict[str, float]
+    rounds: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class RolloutPhase:
+    """Samples and judges. ``group`` is the group of all ranks that sample; ``device`` carries its messages."""
+
+    engine: RolloutEngine
+    tokenizer: object
+    rewarder: Rewarder
+    objective: Objective
+    history: RewardHistory | None
+    sampling: SamplingParams
+    group_size: int
+    correct_at: float
+    seed: int
+    device: torch.device
+    group: dist.ProcessGroup | None = None
+
+    def run(
+        self,
+        next_prompts: Callable[[], Sequence[Prompt]],
+        step: int,
+        *,
+        prompts_wanted: int,
+        max_rounds: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> RolloutResult:
+        """One rollout batch. Collective over ``group``; ``next_prompts`` must give the same prompts on every rank.
+
+        With dynamic sampling it goes on, up to ``max_rounds`` times, until ``prompts_wanted`` prompts are kept; the surplus of the last round is left out.
+        """
+        seconds = dict.fromkeys(("rollout", "reward", "advantage"), 0.0)
+        kept: list[Response] = []
+        order: list[str] = []
+        totals: dict[str, float] = {}
+        rounds = 0
+        while rounds < max_rounds:
+            prompts = next_prompts()
+            mine = self._sample(prompts, step, rounds, seconds, progress)
+            rounds += 1
+            started = time.perf_counter()
+            for name, value in self._totals(mine).items():
+                totals[name] = totals.get(name, 0.0) + value
+            if not self.objective.dynamic_sampling:
+                kept, order = mine, [prompt.id for prompt in prompts]
+                seconds["advantage"] += time.perf_counter() - started
+                break
+            ids = [response.prompt_id for response in mine]
+            mask = keep_mixed_groups(ids, torch.tensor([bool(r.correct) for r in mine], dtype=torch.bool), self._exchange_group())
+            kept_here = [response for response, keep in zip(mine, mask.tolist(), strict=True) if keep]
+            kept_ids = self._union(response.prompt_id for response in kept_here)
+            new = [prompt.id for prompt in prompts if prompt.id in kept_ids and prompt.id not in order]
+            order += new[: prompts_wanted - len(order)]
+            wanted = set(order)
+            kept += [response for response in kept_here if response.prompt_id in wanted]
+            seconds["advantage"] += time.perf_counter() - started
+            if len(order) >= prompts_wanted:
+                break
+
+        started = time.perf_counter()
+        self._fill_advantages(kept)
+        everyone = self._gather(kept)
+        place = {prompt_id: number for number, prompt_id in enumerate(order)}
+        everyone.sort(key=lambda response: (place[response.prompt_id], response.sample_index))
+        seconds["advantage"] += time.perf_counter() - started
+        return RolloutResult(everyone, totals, rounds, seconds)
+
+    def _world(self) -> tuple[int, int]:
+        return dist.get_rank(self.group), dist.get_world_size(self.group)
+
+    def _exchange_group(self):
+        return self.group if self.group is not None else dist.group.WORLD
+
+    def _sample(self, prompts, step, round_number, seconds, progress) -> list[Response]:
+        rank, world = self._world()
+        jobs = [(prompt, sample) for prompt in prompts for sample in range(self.group_size)]
+        jobs = jobs[len(jobs) * rank // world : len(jobs) * (rank + 1) // world]
+        requests = [GenerateRequest(prompt.token_ids, stream_seed(self.seed, step, round_number, prompt.id, sample)) for prompt, sample in jobs]
+        started = time.perf_counter()
+        generations = self.engine.generate(requests, self.sampling, progress)
+        seconds["rollout"] += time.perf_counter() - started
+        responses = [
+            Response(
+                prompt_id=prompt.id,
+                prompt_token_ids=list(prompt.token_ids),
+                ground_truth=prompt.ground_truth,
+                sample_index=sample,
+                token_ids=generation.token_ids,
+                rollout_logprobs=generation.logprobs,
+                finish_reason=generation.finish_reason,
+                weight_versions=generation.weight_versions,
+                text=self.tokenizer.decode(generation.token_ids, skip_special_tokens=True),
+                data_source=prompt.data_source,
+            )
+            for (prompt, sample), generation in zip(jobs, generations, strict=True)
+        ]
+        started = time.perf_counter()
+        rewards = self.rewarder.score([r.text for r in responses], [r.ground_truth for r in responses])
+        for response, reward in zip(responses, rewards, strict=True):
+            response.raw_reward = reward
+            response.reward = reward
+            response.correct = reward >= self.correct_at
+        if self.objective.overlong_buffer:
+            lengths = torch.tensor([len(r.token_ids) for r in responses])
+            penalties = soft_overlong_penalty(lengths, self.sampling.max_new_tokens, self.objective.overlong_buffer)
+            for response, penalty in zip(responses, penalties.tolist(), strict=True):
+                response.reward = response.raw_reward + penalty
+        seconds["reward"] += time.perf_counter() - started
+        return responses
+
+    def _totals(self, mine: list[Response]) -> dict[str, float]:
+        failures = sum(self.rewarder.failures.values())
+        self.rewarder.failures.clear()
+        names = ("reward", "correct", "tokens", "truncated", "reward_failures", "generated")
+        values = torch.zeros(len(names), dtype=torch.float64)
+        for response in mine:
+            values += torch.tensor(
+                [response.raw_reward, response.correct, len(response.token_ids), response.finish_reason == "length", 0, 1], dtype=torch.float64
+            )
+        values[4] = failures
+        values = values.to(self.device)
+        dist.all_reduce(values, group=self.group)
+        return dict(zip(names, values.tolist(), strict=True))
+
+    def _fill_advantages(self, kept: list[Response]) -> None:
+        ids = [response.prompt_id for response in kept]
+        rewards = torch.tensor([response.reward for response in kept], dtype=torch.float64)
+        if self.objective.advantage == "sas":
+            advantages = self.history.observe(ids, rewards, self._exchange_group())
+        else:
+            advantages = group_advantages(ids, rewards, self.objective.advantage, self.objective.std_ddof, self._exchange_group())
+        for response, advantage in zip(kept, advantages.tolist(), strict=True):
+            response.advantage = advantage
+
+    def _gather(self, responses: list[Response]) -> list[Response]:
+        payloads = all_gather_bytes(encode_responses(responses), self._exchange_group(), self.device)
+        return [response for payload in payloads for response in decode_responses(payload)]
+
+    def _union(self, ids) -> set[str]:
+        payloads = all_gather_bytes("\n".join(sorted({i.encode().hex() for i in ids})).encode(), self._exchange_group(), self.device)
+        return {bytes.fromhex(line).decode() for payload in payloads for line in payload.decode().split("\n") if line}
+
+
+def stream_seed(seed: int, step: int, round_number: int, prompt_id: str, sample: int) -> int:
+    """The random stream of one response: a hash, so that it depends on nothing but what it is for. 63 bits."""
+    text = f"{seed}/{step}/{round_number}/{prompt_id}/{sample}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1

@@ -1,0 +1,47 @@
+"""The tokenizer of a model folder and the tokens that end a response."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dcpo_megatron.training.config import ConfigError
+
+
+def load_tokenizer(folder: str, vocab: int):
+    """The folder's tokenizer (nothing is fetched).
+
+    Raises:
+        ConfigError: there is none, it cannot be read, or it has tokens beyond the model's ``vocab`` rows.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"model.path={folder} has no usable tokenizer (tokenizer.json, tokenizer_config.json): {reason[:300]}") from None
+    if len(tokenizer) > vocab:
+        raise ConfigError(f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model's vocabulary {vocab}: they do not belong together")
+    return tokenizer
+
+
+def stop_token_ids(folder: str, tokenizer) -> tuple[int, ...]:
+    """Tokens that end a response: those of ``generation_config.json`` and the tokenizer's end of text.
+
+    Raises:
+        ConfigError: there are none, so no response would ever end by itself.
+    """
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        file = Path(folder) / name
+        if file.is_file():
+            value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            if value is not None:
+                found.update(value if isinstance(value, list) else [value])
+                break
+    if tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    if not found:
+        raise ConfigError(f"{folder} names no end-of-text token: set eos_token_id in its generation_config.json")
+    return tuple(sorted(found))
