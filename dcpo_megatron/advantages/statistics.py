@@ -42,8 +42,8 @@ class Moments(NamedTuple):
         return self.maximum == self.minimum
 
     def variance(self, ddof: int) -> float:
-        """M2/(count - ddof), 0 for a constant group and for count <= ddof."""
-        return 0.0 if self.constant or self.count <= ddof else self.m2 / (self.count - ddof)
+        """M2/(count - ddof), 0 for count <= ddof; exactly 0 for a constant group, whose M2 is."""
+        return 0.0 if self.count <= ddof else self.m2 / (self.count - ddof)
 
 
 def moments_of(rewards: list[float]) -> Moments:

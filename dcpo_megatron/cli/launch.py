@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 
 def run_ranks(count: int, command: list[str], environment: dict[str, str] | None = None) -> int:
@@ -14,6 +15,9 @@ def run_ranks(count: int, command: list[str], environment: dict[str, str] | None
     One rank runs without a launcher. An interrupt is passed on to the ranks.
     """
     env = {**os.environ, **(environment or {})}
+    # A checkout that is not installed must be found by the ranks too.
+    root = str(Path(__file__).resolve().parents[2])
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
     if count == 1:
         return _wait(subprocess.Popen([sys.executable, *command], env=env))
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
@@ -42,7 +46,13 @@ def _launch(count: int, command: list[str]) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", run_id="dcpo", max_restarts=0
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        run_id="dcpo",
+        max_restarts=0,
     )
     try:
         elastic_launch(config, sys.executable)("-u", *command)
@@ -52,7 +62,10 @@ def _launch(count: int, command: list[str]) -> int:
             print(f"dcpo: error: rank {rank} was killed by signal {-failure.exitcode}", file=sys.stderr)
             return 128 - failure.exitcode
         if failure.exitcode != 2:
-            print(f"dcpo: error: rank {rank} ended with exit code {failure.exitcode}; its own message is above", file=sys.stderr)
+            print(
+                f"dcpo: error: rank {rank} ended with exit code {failure.exitcode}; its own message is above",
+                file=sys.stderr,
+            )
         return failure.exitcode
     return 0
 

@@ -20,10 +20,16 @@ BAD_INPUT = 2
 def parser() -> argparse.ArgumentParser:
     """The command line of a run; also that of ``examples/pretrain_dcpo.sh``."""
     result = argparse.ArgumentParser(
-        prog="dcpo train", description="Train with DCPO or one of its baselines.", epilog="Overrides are key.sub=value; --keys lists the keys."
+        prog="dcpo train",
+        description="Train with DCPO or one of its baselines.",
+        epilog="Overrides are key.sub=value; --keys lists the keys.",
     )
-    result.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML recipe; may be given again, later files win")
-    result.add_argument("--ranks", type=int, default=None, metavar="N", help="start N ranks on this machine (without torchrun)")
+    result.add_argument(
+        "--config", action="append", default=[], metavar="FILE", help="YAML recipe; may be given again, later files win"
+    )
+    result.add_argument(
+        "--ranks", type=int, default=None, metavar="N", help="start N ranks on this machine (without torchrun)"
+    )
     result.add_argument("--keys", action="store_true", help="list every key with its default, and stop")
     result.add_argument("--check", action="store_true", help="check configuration, model folder and layout, and stop")
     result.add_argument("overrides", nargs="*", metavar="key.sub=value")
@@ -37,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         print_keys()
         return 0
     if args.ranks is not None:
-        return start_ranks(args.ranks, [a for a in _without_ranks(sys.argv[2:] if argv is None else argv)])
+        return start_ranks(args.ranks, _without_ranks(sys.argv[1:] if argv is None else argv))
     _quiet_libraries()
     try:
         return _train(args)

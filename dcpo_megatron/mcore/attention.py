@@ -68,7 +68,9 @@ class AttentionPlan:
         if self.context_size > 1:
             for length in self.lengths:
                 if length % (2 * self.context_size):
-                    raise ValueError(f"sequence of {length} tokens: context parallelism of {self.context_size} needs a multiple of {2 * self.context_size}")
+                    raise ValueError(
+                        f"sequence of {length} tokens: context parallelism of {self.context_size} needs a multiple of {2 * self.context_size}"
+                    )
             self.gather_index = zigzag_inverse(self.lengths, self.context_size).to(device)
         for blocks in group_blocks(self._blocks()):
             self.groups.append(self._group(blocks, device))
@@ -118,17 +120,17 @@ class AttentionPlan:
 def group_blocks(blocks: list[Block]) -> list[list[Block]]:
     """Groups blocks so that in each group padding stays below ``MAX_PADDING`` of the padded (query x key) area. Deterministic."""
     groups: list[list[Block]] = []
-    area = 0
+    area = longest_q = longest_k = 0
     for block in sorted(blocks, key=lambda b: (-b.keys, -b.length, b.query_start)):
         if groups:
-            members = [*groups[-1], block]
-            padded = len(members) * max(b.length for b in members) * max(b.keys for b in members)
+            longest_q = max(longest_q, block.length)
+            padded = (len(groups[-1]) + 1) * longest_q * longest_k
             if 1.0 - (area + block.length * block.keys) / padded <= MAX_PADDING:
                 groups[-1].append(block)
                 area += block.length * block.keys
                 continue
         groups.append([block])
-        area = block.length * block.keys
+        area, longest_q, longest_k = block.length * block.keys, block.length, block.keys
     return groups
 
 
@@ -174,17 +176,31 @@ class CausalCoreAttention(torch.nn.Module):
     (all divided by the tensor- and context-parallel sizes as Megatron-Core does).
     """
 
-    def __init__(self, config, layer_number, attn_mask_type, attention_type, cp_comm_type=None, softmax_scale=None, pg_collection=None, **_unused):
+    def __init__(
+        self,
+        config,
+        layer_number,
+        attn_mask_type,
+        attention_type,
+        cp_comm_type=None,
+        softmax_scale=None,
+        pg_collection=None,
+        **_unused,
+    ):
         super().__init__()
         if config.attention_dropout:
-            raise ValueError(f"attention_dropout={config.attention_dropout}: policy optimisation recomputes log-probs and needs 0")
+            raise ValueError(
+                f"attention_dropout={config.attention_dropout}: policy optimisation recomputes log-probs and needs 0"
+            )
         if getattr(config, "window_size", None) is not None:
             raise ValueError(f"window_size={config.window_size}: sliding windows are not supported")
         self.context_group = pg_collection.cp
         self.softmax_scale = softmax_scale
         self._padded_plans: dict[tuple, AttentionPlan] = {}
 
-    def forward(self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
+    def forward(
+        self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None, packed_seq_params=None
+    ):
         if packed_seq_params is not None:
             return self._rows(query, key, value, packed_seq_params.plan)
         sequence, batch, heads, width = query.shape
@@ -207,9 +223,9 @@ class CausalCoreAttention(torch.nn.Module):
         tokens, heads, width = query.shape
         if plan.gather_index is not None:
             key, value = (
-                gather_from_sequence_parallel_region(t.contiguous(), tensor_parallel_output_grad=True, group=self.context_group).index_select(
-                    0, plan.gather_index
-                )
+                gather_from_sequence_parallel_region(
+                    t.contiguous(), tensor_parallel_output_grad=True, group=self.context_group
+                ).index_select(0, plan.gather_index)
                 for t in (key, value)
             )
         if len(plan.groups) == 1 and plan.groups[0].whole_row:
@@ -218,7 +234,10 @@ class CausalCoreAttention(torch.nn.Module):
         result = query.new_zeros(tokens, heads * width)
         for group in plan.groups:
             out = self._attend(
-                query[group.query_index].transpose(1, 2), key[group.key_index].transpose(1, 2), value[group.key_index].transpose(1, 2), group.mask
+                query[group.query_index].transpose(1, 2),
+                key[group.key_index].transpose(1, 2),
+                value[group.key_index].transpose(1, 2),
+                group.mask,
             )
             flat = out.transpose(1, 2).reshape(-1, heads * width)
             result = result.index_copy(0, group.output_to, flat.index_select(0, group.output_from))
@@ -227,7 +246,13 @@ class CausalCoreAttention(torch.nn.Module):
     def _attend(self, query, key, value, mask):
         """``[n, heads, Q, d]``, ``[n, groups, K, d]`` x 2 -> ``[n, heads, Q, d]``."""
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=query.shape[1] != key.shape[1]
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from dcpo_megatron.mcore.attention import AttentionPlan, PackedRow, zigzag_slices
@@ -87,45 +88,49 @@ def make_micro_batch(
     """
     for sequence in sequences:
         if not len(sequence.prompt_ids):
-            raise ValueError(f"response {sequence.number} has an empty prompt: at least one token must come before the response")
+            raise ValueError(
+                f"response {sequence.number} has an empty prompt: at least one token must come before the response"
+            )
     lengths = [max(1, math.ceil(s.length / align)) * align for s in sequences] or [align]
     if not packed:
         lengths = [max([*lengths, math.ceil((row_length or 0) / align) * align])] * len(lengths)
 
-    rows, places, pieces = [], [], []
-    for number, length in enumerate(lengths):
-        tokens = torch.full((length,), pad_id, dtype=torch.long)
-        if number < len(sequences):
-            real = torch.tensor([*sequences[number].prompt_ids, *sequences[number].response_ids], dtype=torch.long)
-            tokens[: len(real)] = real
-        held = [slice(0, length)] if context_size == 1 else list(zigzag_slices(length, context_size, context_rank))
-        rows.append(torch.cat([tokens[piece] for piece in held]))
-        places.append(torch.cat([torch.arange(piece.start, piece.stop) for piece in held]))
-        pieces.append(tokens)
-
-    positions, targets, response, token = [], [], [], []
+    # numpy: a micro-batch of hundreds of short sequences is many tiny operations.
+    rows, places, positions, targets, response, token = [], [], [], [], [], []
     start = 0
-    for number, place in enumerate(places):
+    for number, length in enumerate(lengths):
+        tokens = np.full(length, pad_id, dtype=np.int64)
         if number < len(sequences):
             prompt, total = len(sequences[number].prompt_ids), sequences[number].length
-            predicts = (place >= prompt - 1) & (place < total - 1)
-            local = predicts.nonzero(as_tuple=True)[0]
+            tokens[:prompt] = sequences[number].prompt_ids
+            tokens[prompt:total] = sequences[number].response_ids
+        if context_size == 1:
+            place = np.arange(length)
+        else:
+            place = np.concatenate(
+                [np.arange(s.start, s.stop) for s in zigzag_slices(length, context_size, context_rank)]
+            )
+        rows.append(tokens[place])
+        places.append(place)
+        if number < len(sequences):
+            local = np.flatnonzero((place >= prompt - 1) & (place < total - 1))
             positions.append(start + local)
-            targets.append(pieces[number][place[local] + 1])
-            response.append(torch.full_like(local, number))
+            targets.append(tokens[place[local] + 1])
+            response.append(np.full(len(local), number))
             token.append(place[local] + 1 - prompt)
         start += len(place)
 
     def join(parts):
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
+        return torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0, dtype=torch.long)
 
     positions, targets, response, token = join(positions), join(targets), join(response), join(token)
+    first = torch.tensor([0, *(len(s.response_ids) for s in sequences)]).cumsum(0)
 
     def per_token(name):
         values = [getattr(s, name) for s in sequences]
         if not values or any(v is None for v in values):
             return None if values else torch.zeros(0, device=device)
-        return torch.cat([v.float().cpu()[token[response == i]] for i, v in enumerate(values)]).to(device)
+        return torch.cat(values).float().cpu()[first[response] + token].to(device)
 
     def per_response(name):
         values = torch.tensor([getattr(s, name) for s in sequences], dtype=torch.float64)
@@ -133,10 +138,11 @@ def make_micro_batch(
 
     if packed:
         plan = AttentionPlan(lengths, context_size, context_rank).build(device)
-        input_ids, position_ids = torch.cat(rows)[None], torch.cat(places)[None]
+        input_ids, position_ids = join(rows)[None], join(places)[None]
         row = PackedRow(plan, device)
     else:
-        input_ids, position_ids, row = torch.stack(rows), torch.stack(places), None
+        input_ids, position_ids = (torch.from_numpy(np.stack(part)) for part in (rows, places))
+        row = None
     return MicroBatch(
         input_ids=input_ids.to(device),
         position_ids=position_ids.to(device),

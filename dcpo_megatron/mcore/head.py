@@ -18,7 +18,10 @@ import inspect
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 
 HAS_OUTPUT_PROCESSOR = "output_processor" in inspect.signature(GPTModel.forward).parameters
 
@@ -49,7 +52,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
             exp = (logits - peak[:, None]).exp()
             local = targets[part] - first_row
             mine = (local >= 0) & (local < real_rows)
-            picked = logits.gather(1, local.clamp(0, max(real_rows - 1, 0))[:, None])[:, 0].where(mine, logits.new_zeros(()))
+            picked = logits.gather(1, local.clamp(0, max(real_rows - 1, 0))[:, None])[:, 0].where(
+                mine, logits.new_zeros(())
+            )
             # An excluded row has exp = 0 and logit = -inf; its product must be 0, not NaN.
             weighted = (exp * logits.clamp_min(torch.finfo(torch.float32).min)).sum(-1)
             sums = _sum_over(torch.stack((exp.sum(-1), weighted, picked)), group)
@@ -117,7 +122,9 @@ def logprobs_from_hidden(
     rank = dist.get_rank(tensor_group) if tensor_group is not None else 0
     first_row = rank * weight.shape[0]
     real_rows = max(0, min(weight.shape[0], vocab - first_row))
-    return _ChunkedLogProbs.apply(hidden, weight, targets, temperature, first_row, real_rows, tensor_group, chunk_tokens)
+    return _ChunkedLogProbs.apply(
+        hidden, weight, targets, temperature, first_row, real_rows, tensor_group, chunk_tokens
+    )
 
 
 def _process(hidden_states, output_layer, output_weight, positions, targets, vocab, temperature, chunk_tokens):
@@ -125,7 +132,9 @@ def _process(hidden_states, output_layer, output_weight, positions, targets, voc
     weight = output_layer.weight if output_weight is None else output_weight
     group = output_layer.tp_group
     if output_layer.sequence_parallel:
-        hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=group)
+        hidden_states = gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=True, group=group
+        )
         selected = hidden_states.transpose(0, 1).reshape(-1, hidden_states.shape[-1]).index_select(0, positions)
     else:
         selected = hidden_states.transpose(0, 1).reshape(-1, hidden_states.shape[-1]).index_select(0, positions)
@@ -137,7 +146,9 @@ def _process(hidden_states, output_layer, output_weight, positions, targets, voc
 
 
 @contextlib.contextmanager
-def response_head(model: GPTModel, positions, targets, *, vocab: int, temperature: float = 1.0, chunk_tokens: int = 1024):
+def response_head(
+    model: GPTModel, positions, targets, *, vocab: int, temperature: float = 1.0, chunk_tokens: int = 1024
+):
     """Within the context, ``model(...)`` on the last pipeline stage returns ``[n, 2]`` (log-prob, entropy) instead of logits.
 
     Yields the keyword arguments to pass to the model's forward call. On other stages it changes nothing.
@@ -151,7 +162,9 @@ def response_head(model: GPTModel, positions, targets, *, vocab: int, temperatur
         return
 
     def process(hidden_states, output_layer, output_weight):
-        return _process(hidden_states, output_layer, output_weight, positions, targets, vocab, temperature, chunk_tokens)
+        return _process(
+            hidden_states, output_layer, output_weight, positions, targets, vocab, temperature, chunk_tokens
+        )
 
     if HAS_OUTPUT_PROCESSOR:
 

@@ -77,7 +77,9 @@ def read_config(folder: str | os.PathLike):
     try:
         model_type = json.loads(file.read_text()).get("model_type")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ModelConfigError(f"{file} is not a JSON object ({error}): restore it from the original checkpoint") from None
+        raise ModelConfigError(
+            f"{file} is not a JSON object ({error}): restore it from the original checkpoint"
+        ) from None
     if model_type not in FAMILIES:
         raise ModelConfigError(
             f"{file} has model_type {model_type!r}, which is not supported: the known ones are {', '.join(sorted(FAMILIES))}"
@@ -102,10 +104,14 @@ def shape_of(config) -> ModelShape:
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise ModelConfigError(f"model_type {config.model_type!r} is not supported: the known ones are {', '.join(sorted(FAMILIES))}")
+        raise ModelConfigError(
+            f"model_type {config.model_type!r} is not supported: the known ones are {', '.join(sorted(FAMILIES))}"
+        )
     if config.hidden_act != "silu":
         raise ModelConfigError(f"hidden_act={config.hidden_act!r} is not supported: these families use silu (gated)")
-    if getattr(config, "sliding_window", None) and (config.model_type == "mistral" or getattr(config, "use_sliding_window", False)):
+    if getattr(config, "sliding_window", None) and (
+        config.model_type == "mistral" or getattr(config, "use_sliding_window", False)
+    ):
         raise ModelConfigError(
             f"sliding_window={config.sliding_window} is not supported: set it to null if your sequences are no longer than that"
         )
@@ -114,11 +120,15 @@ def shape_of(config) -> ModelShape:
     if getattr(config, "mlp_bias", False):
         raise ModelConfigError("mlp_bias=true is not supported")
     if family.experts and (getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1):
-        raise ModelConfigError("mlp_only_layers and decoder_sparse_step other than 1 are not supported: every layer must have experts")
+        raise ModelConfigError(
+            "mlp_only_layers and decoder_sparse_step other than 1 are not supported: every layer must have experts"
+        )
     heads = config.num_attention_heads
     frequencies, scaling = rotary_frequencies(config)
     if scaling != 1.0:
-        raise ModelConfigError(f"rotary scheme {config.rope_parameters} also scales the attention by {scaling}, which is not supported")
+        raise ModelConfigError(
+            f"rotary scheme {config.rope_parameters} also scales the attention by {scaling}, which is not supported"
+        )
     return ModelShape(
         model_type=config.model_type,
         layers=config.num_hidden_layers,
@@ -160,7 +170,9 @@ def rotary_frequencies(config) -> tuple[tuple[float, ...], float]:
         exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).to(torch.float32) / head_dim
         return tuple((1.0 / (base**exponents)).tolist()), 1.0
     if kind not in ROPE_INIT_FUNCTIONS:
-        raise ModelConfigError(f"rope_type {kind!r} is not known: the known ones are default, {', '.join(sorted(ROPE_INIT_FUNCTIONS))}")
+        raise ModelConfigError(
+            f"rope_type {kind!r} is not known: the known ones are default, {', '.join(sorted(ROPE_INIT_FUNCTIONS))}"
+        )
     if kind in ("dynamic", "longrope"):
         raise ModelConfigError(f"rope_type {kind!r} changes with the sequence's length, which is not supported")
     frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, device="cpu")

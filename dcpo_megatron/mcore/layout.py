@@ -64,7 +64,9 @@ class ParallelLayout:
         if self.virtual_pipeline is not None and self.pipeline == 1:
             found.append(f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline of at least 2")
         elif shape.layers % chunks:
-            found.append(f"parallel.pipeline x virtual_pipeline = {chunks} does not divide the model's {shape.layers} layers")
+            found.append(
+                f"parallel.pipeline x virtual_pipeline = {chunks} does not divide the model's {shape.layers} layers"
+            )
         if self.virtual_pipeline not in (None, 1) and self.pipeline == 2 and not overlap_p2p:
             found.append(
                 "parallel.virtual_pipeline with parallel.pipeline=2 gives silently wrong gradients in Megatron-Core without overlapped "
@@ -76,11 +78,15 @@ class ParallelLayout:
             found.append(f"parallel.expert={self.expert} does not divide the model's {shape.experts} experts")
         expert_tensor = self.expert_tensor or self.tensor
         if shape.experts and shape.expert_ffn % expert_tensor:
-            found.append(f"parallel.expert_tensor={expert_tensor} does not divide the experts' width {shape.expert_ffn}")
+            found.append(
+                f"parallel.expert_tensor={expert_tensor} does not divide the experts' width {shape.expert_ffn}"
+            )
         if shape.experts and world_size % (self.expert * expert_tensor * self.pipeline):
             found.append(f"world size {world_size} is not a multiple of expert x expert_tensor x pipeline")
         if shape.experts and self.tensor > 1 and not self.sequence_parallel:
-            found.append("a model with experts and parallel.tensor above 1 needs parallel.sequence_parallel=true (Megatron-Core's rule)")
+            found.append(
+                "a model with experts and parallel.tensor above 1 needs parallel.sequence_parallel=true (Megatron-Core's rule)"
+            )
         return found
 
 

@@ -79,9 +79,13 @@ def make_loss(
     """
     objective = get_preset(objective) if isinstance(objective, str) else objective
     if batch.old_logprobs is None:
-        raise ValueError("the micro-batch has no old_logprobs: compute them before the first update of the rollout batch")
+        raise ValueError(
+            "the micro-batch has no old_logprobs: compute them before the first update of the rollout batch"
+        )
     if objective.kl_coef and batch.reference_logprobs is None:
-        raise ValueError(f"kl_coef={objective.kl_coef} needs reference_logprobs: compute them with the reference model's weights")
+        raise ValueError(
+            f"kl_coef={objective.kl_coef} needs reference_logprobs: compute them with the reference model's weights"
+        )
 
     def reduce_context(sums: torch.Tensor) -> torch.Tensor:
         if context_group is not None and dist.get_world_size(context_group) > 1:

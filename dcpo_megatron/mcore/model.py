@@ -12,12 +12,16 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -56,11 +60,15 @@ def uses_transformer_engine(options: ModelOptions, platform: Platform) -> bool:
         return False
     found = has_transformer_engine()
     if options.transformer_engine == "on" and not found:
-        raise ValueError("model.transformer_engine=on, but transformer_engine does not import: install it or set it to auto")
+        raise ValueError(
+            "model.transformer_engine=on, but transformer_engine does not import: install it or set it to auto"
+        )
     return found
 
 
-def transformer_config(shape: ModelShape, layout: ParallelLayout, options: ModelOptions, platform: Platform) -> TransformerConfig:
+def transformer_config(
+    shape: ModelShape, layout: ParallelLayout, options: ModelOptions, platform: Platform
+) -> TransformerConfig:
     """Megatron-Core's configuration of ``shape`` under ``layout``. Dropout is 0 everywhere (Megatron-Core's own default is 0.1)."""
     dtype = DTYPES[options.dtype]
     pipelined = layout.pipeline > 1
@@ -126,7 +134,8 @@ def _expert_arguments(shape: ModelShape) -> dict:
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_grouped_gemm=False,
-        moe_router_dtype="fp32",
+        # Without Transformer Engine Megatron-Core 0.16 fails on any router dtype; the router then runs in the model's own.
+        moe_router_dtype="fp32" if hasattr(moe_utils, "te_general_gemm") else None,
     )
 
 
@@ -152,7 +161,14 @@ def layer_spec(shape: ModelShape, config: TransformerConfig, transformer_engine:
     )
 
 
-def build_model(shape: ModelShape, layout: ParallelLayout, options: ModelOptions, platform: Platform, position: RankPosition, seed: int = 0):
+def build_model(
+    shape: ModelShape,
+    layout: ParallelLayout,
+    options: ModelOptions,
+    platform: Platform,
+    position: RankPosition,
+    seed: int = 0,
+):
     """GPTModel chunks of this rank (one, or ``virtual_pipeline`` of them), with uninitialised weights, on the platform's device.
 
     Load weights before use: nothing is initialised at random here.
@@ -180,7 +196,9 @@ def build_model(shape: ModelShape, layout: ParallelLayout, options: ModelOptions
             vp_stage=vp_stage,
         )
         # The checkpoint's own frequencies, whatever its rotary scheme.
-        chunk.rotary_pos_emb.inv_freq = torch.tensor(shape.inverse_frequencies, dtype=torch.float32, device=platform.device)
+        chunk.rotary_pos_emb.inv_freq = torch.tensor(
+            shape.inverse_frequencies, dtype=torch.float32, device=platform.device
+        )
         mark_tensor_parallel(chunk)
         chunk.to(platform.device)
         if config.bf16:
@@ -235,9 +253,11 @@ def build_trainable(chunks, options: OptimizerOptions, overlap_grad_reduce: bool
     Returns ``(wrapped chunks, optimizer)``. Weights must be loaded already: the optimizer copies its fp32 main weights from them.
     """
     config = unwrap(chunks[0]).config
+    # Megatron-Core shards the state of Adam only; plain SGD has none to shard.
+    distributed = options.distributed and options.name == "adam"
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=options.distributed,
+        use_distributed_optimizer=distributed,
         overlap_grad_reduce=overlap_grad_reduce,
     )
     wrapped = [
@@ -261,7 +281,7 @@ def build_trainable(chunks, options: OptimizerOptions, overlap_grad_reduce: bool
             clip_grad=options.clip_grad,
             bf16=config.bf16,
             params_dtype=config.params_dtype,
-            use_distributed_optimizer=options.distributed,
+            use_distributed_optimizer=distributed,
         ),
         wrapped,
         use_gloo_process_groups=False,

@@ -58,7 +58,9 @@ def prepare(platform: Platform) -> None:
             "the installed package `apex` is not NVIDIA Apex (it has no amp_C) and Megatron-Core would import it: "
             "run `pip uninstall apex`; NVIDIA Apex is optional and installs from source only"
         )
-    warnings.filterwarnings("ignore", message=".*(Apex|apex|Transformer Engine|transformer_engine|local multi_tensor).*")
+    warnings.filterwarnings(
+        "ignore", message=".*(Apex|apex|Transformer Engine|transformer_engine|local multi_tensor).*"
+    )
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|megatron)\..*")
     warnings.filterwarnings("ignore", message=".*_(reduce_scatter|all_gather)_base.*")
     warnings.filterwarnings("ignore", message=".*jit.script.*")

@@ -94,11 +94,20 @@ class PolicyModel:
         def forward_step(iterator: Iterator[MicroBatch], chunk):
             batch = next(iterator)
             head = response_head(
-                unwrap(chunk), batch.positions, batch.targets, vocab=self.shape.vocab, temperature=self.temperature, chunk_tokens=self.head_chunk_tokens
+                unwrap(chunk),
+                batch.positions,
+                batch.targets,
+                vocab=self.shape.vocab,
+                temperature=self.temperature,
+                chunk_tokens=self.head_chunk_tokens,
             )
             with head as extra:
                 output = chunk(
-                    input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, packed_seq_params=batch.packed, **extra
+                    input_ids=batch.input_ids,
+                    position_ids=batch.position_ids,
+                    attention_mask=None,
+                    packed_seq_params=batch.packed,
+                    **extra,
                 )
             return output, loss_of(batch)
 
@@ -118,8 +127,8 @@ class PolicyModel:
     # -- forward only -----------------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def logprobs(self, micro_batches: Seq[Seq[Sequence]]) -> dict[int, torch.Tensor]:
-        """Log-probs of every response token under the current weights, no gradient state.
+    def logprobs(self, micro_batches: Seq[Seq[Sequence]], *, entropy: bool = False) -> dict[int, torch.Tensor]:
+        """Log-probs (or, with ``entropy``, entropies) of every response token under the current weights, no gradient state.
 
         Returns:
             on the last pipeline stage ``{sequence.number: [len(response_ids)] fp32}`` on the CPU; with context parallelism places held by other
@@ -130,7 +139,7 @@ class PolicyModel:
 
         def loss_of(batch: MicroBatch):
             def collect(output):
-                values, response, token = output[:, 0].float().cpu(), batch.response.cpu(), batch.token.cpu()
+                values, response, token = output[:, int(entropy)].float().cpu(), batch.response.cpu(), batch.token.cpu()
                 for place, number in enumerate(batch.numbers):
                     mine = response == place
                     row = found.setdefault(number, torch.full((lengths[number],), math.nan))
@@ -155,7 +164,9 @@ class PolicyModel:
 
     # -- update -----------------------------------------------------------------------------------------------------------------------------
 
-    def gradients(self, micro_batches: Seq[Seq[Sequence]], objective: Objective) -> tuple[dict[str, float], dict[str, float]]:
+    def gradients(
+        self, micro_batches: Seq[Seq[Sequence]], objective: Objective
+    ) -> tuple[dict[str, float], dict[str, float]]:
         """Forward and backward over a minibatch; gradients stay in the buffers. Returns the all-reduced ``(sums, maxima)``."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()

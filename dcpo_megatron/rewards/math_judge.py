@@ -47,3 +47,6 @@ def _parse(latex: str) -> list:
         extraction_mode="first_match",
         parsing_timeout=None,
     )
+
+
+judge("1+x", "x+1")  # builds the parser's tables now: the time limit of the first answer does not have to pay for them

@@ -25,14 +25,22 @@ class EmbeddedEngine:
     """
 
     def __init__(
-        self, folder: str | os.PathLike, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, max_batch: int = 256, load: bool = True
+        self,
+        folder: str | os.PathLike,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        max_batch: int = 256,
+        load: bool = True,
     ):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         if load:
             self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
         else:
-            self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True), dtype=dtype)
+            self.model = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(folder, local_files_only=True), dtype=dtype
+            )
         self.model.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
         self.max_batch = max_batch
@@ -53,7 +61,10 @@ class EmbeddedEngine:
                 if target is None:
                     problem = problem or f"weight {name!r} has no place in the rollout model"
                 elif target.shape != tensor.shape:
-                    problem = problem or f"weight {name!r} has shape {tuple(tensor.shape)}, the rollout model has {tuple(target.shape)}"
+                    problem = (
+                        problem
+                        or f"weight {name!r} has shape {tuple(tensor.shape)}, the rollout model has {tuple(target.shape)}"
+                    )
                 else:
                     target.copy_(tensor)
                     waiting.discard(name)
@@ -62,12 +73,17 @@ class EmbeddedEngine:
         if problem is None and waiting:
             problem = f"weight {min(waiting)!r} did not come ({len(waiting)} missing)"
         if problem:
-            raise RolloutError(f"{problem}: the rollout engine keeps no half-updated weights and will not sample until a complete update")
+            raise RolloutError(
+                f"{problem}: the rollout engine keeps no half-updated weights and will not sample until a complete update"
+            )
         self.version = version
         self._usable = True
 
     def generate(
-        self, requests: Sequence[GenerateRequest], sampling: SamplingParams, progress: Callable[[int, int], None] | None = None
+        self,
+        requests: Sequence[GenerateRequest],
+        sampling: SamplingParams,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[Generation]:
         """See :class:`RolloutEngine`."""
         if not self._usable:
@@ -84,7 +100,9 @@ class EmbeddedEngine:
                 results += self._generate_batch(batch, sampling, report)
         return results
 
-    def _generate_batch(self, requests: Sequence[GenerateRequest], sampling: SamplingParams, report) -> list[Generation]:
+    def _generate_batch(
+        self, requests: Sequence[GenerateRequest], sampling: SamplingParams, report
+    ) -> list[Generation]:
         prompts = list(dict.fromkeys(request.prompt_token_ids for request in requests))
         place = {prompt: number for number, prompt in enumerate(prompts)}
         rows = torch.tensor([place[request.prompt_token_ids] for request in requests], device=self.device)
@@ -92,7 +110,9 @@ class EmbeddedEngine:
         logits, mask = logits[rows], mask[rows]
         cache.batch_select_indices(rows)
 
-        streams = torch.stack([_uniform_stream(request.seed, sampling.max_new_tokens) for request in requests]).to(self.device)
+        streams = torch.stack([_uniform_stream(request.seed, sampling.max_new_tokens) for request in requests]).to(
+            self.device
+        )
         stops = torch.tensor(sampling.stop_token_ids, dtype=torch.long, device=self.device)
         count = len(requests)
         tokens = torch.zeros(count, sampling.max_new_tokens, dtype=torch.long, device=self.device)

@@ -69,7 +69,10 @@ class RolloutEngine(Protocol):
     version: int
 
     def generate(
-        self, requests: Sequence[GenerateRequest], sampling: SamplingParams, progress: Callable[[int, int], None] | None = None
+        self,
+        requests: Sequence[GenerateRequest],
+        sampling: SamplingParams,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[Generation]:
         """Samples one response a request, in their order. ``progress(finished, total)`` is called now and then."""
 

@@ -58,7 +58,9 @@ def _package_problems(config: Config, platform: Platform) -> list[str]:
             "the installed package `apex` is not NVIDIA Apex (it has no amp_C), and Megatron-Core would import it: run `pip uninstall apex`"
         )
     if config.model.transformer_engine == "on" and (platform.is_cpu or not has_transformer_engine()):
-        found.append("model.transformer_engine=on, but it does not import here on a GPU: install it, or set model.transformer_engine=auto")
+        found.append(
+            "model.transformer_engine=on, but it does not import here on a GPU: install it, or set model.transformer_engine=auto"
+        )
     if config.logging.wandb:
         import importlib.util
 
@@ -82,7 +84,9 @@ def _batch_problems(config: Config, objective: Objective, layout: ParallelLayout
             f"cannot be dealt evenly to {ranks} data-parallel ranks"
         )
     if rollout.group_size == 1 and objective.advantage != "sas":
-        found.append(f"rollout.group_size=1 gives every response the advantage 0 with objective.advantage={objective.advantage}: use at least 2")
+        found.append(
+            f"rollout.group_size=1 gives every response the advantage 0 with objective.advantage={objective.advantage}: use at least 2"
+        )
     return found
 
 

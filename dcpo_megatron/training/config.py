@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from dcpo_megatron.objectives import Objective, get_preset
 
@@ -29,10 +29,22 @@ class Section(BaseModel):
 
 class ModelSection(Section):
     path: str = Field(description="Hugging Face folder: config.json, safetensors weights, tokenizer")
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of weights and activations; gradients and optimizer state are fp32")
-    transformer_engine: Literal["auto", "on", "off"] = Field("auto", description="layers of Transformer Engine where it imports on a GPU")
-    recompute: Literal["none", "full"] = Field("none", description="recompute each layer's activations in the backward pass")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="of weights and activations; gradients and optimizer state are fp32"
+    )
+    transformer_engine: Literal["auto", "on", "off"] = Field(
+        "auto", description="layers of Transformer Engine where it imports on a GPU"
+    )
+    recompute: Literal["none", "full"] = Field(
+        "none", description="recompute each layer's activations in the backward pass"
+    )
     head_chunk_tokens: int = Field(1024, ge=1, description="tokens whose logits exist at a time")
+
+    @field_validator("transformer_engine", mode="before")
+    @classmethod
+    def _words_of_yaml(cls, value: Any) -> Any:
+        # YAML 1.1 reads a bare on and off as booleans.
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class ParallelSection(Section):
@@ -43,7 +55,9 @@ class ParallelSection(Section):
     expert: int = Field(1, ge=1, description="expert-parallel ranks")
     expert_tensor: int | None = Field(None, ge=1, description="tensor-parallel ranks of an expert (default: tensor)")
     sequence_parallel: bool = Field(False, description="split norms and residuals over tensor ranks along the sequence")
-    overlap_p2p: bool = Field(True, description="overlapped stage-to-stage communication; needed by virtual pipelines with pipeline=2")
+    overlap_p2p: bool = Field(
+        True, description="overlapped stage-to-stage communication; needed by virtual pipelines with pipeline=2"
+    )
 
 
 class DataSection(Section):
@@ -51,12 +65,18 @@ class DataSection(Section):
     format: str = Field("auto", description="auto | verl-parquet | jsonl | gsm8k")
     prompt_key: str | None = Field(None, description="dotted path of the prompt column")
     answer_key: str | None = Field(None, description="dotted path of the ground truth")
-    id_key: str | None = Field(None, description='dotted path of the stable id; "content" derives it from the prompt\'s text')
+    id_key: str | None = Field(
+        None, description='dotted path of the stable id; "content" derives it from the prompt\'s text'
+    )
     template: str = Field("auto", description="auto | chat | qwen-math | plain")
     system_prompt: str | None = Field(None, description="replaces the row's system message; empty removes it")
     max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are bad rows")
-    on_bad_row: Literal["error", "skip"] = Field("skip", description="rows without id, answer or a prompt within the limit")
-    on_duplicate_id: Literal["error", "first"] = Field("error", description="rows with the same id, question and answer")
+    on_bad_row: Literal["error", "skip"] = Field(
+        "skip", description="rows without id, answer or a prompt within the limit"
+    )
+    on_duplicate_id: Literal["error", "first"] = Field(
+        "error", description="rows with the same id, question and answer"
+    )
     limit: int | None = Field(None, ge=1, description="stop after so many prompts")
 
 
@@ -69,7 +89,9 @@ class RolloutSection(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="0: the whole vocabulary")
     batch_size: int = Field(256, ge=1, description="responses the embedded engine decodes together")
-    max_sampling_rounds: int = Field(10, ge=1, description="dynamic sampling: rounds of prompts_per_step before the step goes on with what it has")
+    max_sampling_rounds: int = Field(
+        10, ge=1, description="dynamic sampling: rounds of prompts_per_step before the step goes on with what it has"
+    )
 
 
 class RewardSection(Section):
@@ -83,7 +105,9 @@ class RewardSection(Section):
 class OptimizerSection(Section):
     name: Literal["adam", "sgd"] = Field("adam", description="AdamW with decoupled weight decay, or plain SGD")
     lr: float = Field(1e-6, gt=0)
-    warmup_steps: int = Field(10, ge=0, description="updates over which the learning rate rises linearly; constant after")
+    warmup_steps: int = Field(
+        10, ge=0, description="updates over which the learning rate rises linearly; constant after"
+    )
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
@@ -141,7 +165,9 @@ class Config(Section):
             known = {field.name for field in dataclasses.fields(Objective)}
             for key in settings:
                 if key not in known:
-                    raise ConfigError(_unknown_key(f"objective.{key}", [f"objective.{name}" for name in ("preset", *sorted(known))]))
+                    raise ConfigError(
+                        _unknown_key(f"objective.{key}", [f"objective.{name}" for name in ("preset", *sorted(known))])
+                    )
             return dataclasses.replace(preset, **settings)
         except ConfigError:
             raise
@@ -161,10 +187,9 @@ def known_keys() -> list[str]:
 
 
 def _unknown_key(key: str, known: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if not nearest:
-        # A key given without its section, or under the wrong one.
-        nearest = [name for name in known if name.split(".")[-1] == key.split(".")[-1]][:1]
+    # A key given without its section, or under the wrong one; else a misspelt one.
+    nearest = [name for name in known if name.split(".")[-1] == key.split(".")[-1]][:1]
+    nearest = nearest or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"unknown key {key!r}" + (f": did you mean {nearest[0]!r}?" if nearest else ": see `dcpo train --keys`")
 
 
@@ -256,7 +281,9 @@ def _refuse_unknown(tree: dict) -> None:
         elif isinstance(content, dict):
             problems += [_unknown_key(f"{name}.{key}", known) for key in content if f"{name}.{key}" not in known]
         elif name != "output":
-            problems.append(f"{name} must hold keys of its own, such as {next(k for k in known if k.startswith(name + '.'))}")
+            problems.append(
+                f"{name} must hold keys of its own, such as {next(k for k in known if k.startswith(name + '.'))}"
+            )
     if problems:
         raise ConfigError("\n".join(problems))
 

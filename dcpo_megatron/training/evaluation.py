@@ -39,7 +39,9 @@ def evaluate(
         share = [(prompt, sample) for prompt, sample in jobs if (sample == samples) == greedy]
         sampling = SamplingParams(max_response_tokens, 0.0 if greedy else temperature, stop_token_ids=stop_token_ids)
         # One stream a (prompt, sample), the same at every evaluation: before and after differ by the weights only.
-        requests = [GenerateRequest(prompt.token_ids, stream_seed(seed, -1, 0, prompt.id, sample)) for prompt, sample in share]
+        requests = [
+            GenerateRequest(prompt.token_ids, stream_seed(seed, -1, 0, prompt.id, sample)) for prompt, sample in share
+        ]
         generations = engine.generate(requests, sampling)
         texts = [tokenizer.decode(generation.token_ids, skip_special_tokens=True) for generation in generations]
         rewards = rewarder.score(texts, [prompt.ground_truth for prompt, _ in share])

@@ -12,7 +12,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from dcpo_megatron.advantages import RewardHistory
@@ -72,7 +71,9 @@ class Trainer:
                 "on_duplicate_id": config.evaluation.on_duplicate_id,
             }
             held_out = load_prompts(config.evaluation.files, tokenizer, PromptOptions(**options))
-        rewarder = Rewarder(config.reward.function, config.reward.timeout_seconds, config.reward.failure_reward, config.reward.workers)
+        rewarder = Rewarder(
+            config.reward.function, config.reward.timeout_seconds, config.reward.failure_reward, config.reward.workers
+        )
         sampler = PromptSampler(len(prompts), config.training.seed)
         if config.rollout.prompts_per_step > len(prompts):
             from dcpo_megatron.training.config import ConfigError
@@ -114,7 +115,10 @@ class Trainer:
         policy.make_trainable(OptimizerOptions(**settings))
         gatherer = WeightGatherer(policy)
         engine = EmbeddedEngine(
-            config.model.path, device=run_.platform.device, dtype=DTYPES[config.model.dtype], max_batch=config.rollout.batch_size
+            config.model.path,
+            device=run_.platform.device,
+            dtype=DTYPES[config.model.dtype],
+            max_batch=config.rollout.batch_size,
         )
         sas = run_.objective.advantage == "sas"
         phase = RolloutPhase(
@@ -187,7 +191,10 @@ class Trainer:
             progress=self.sinks.progress,
         )
         responses = rollout.responses
-        minibatches = [self._plan(responses, indices) for indices in split_minibatches(responses, config.training.minibatch_prompts)]
+        minibatches = [
+            self._plan(responses, indices)
+            for indices in split_minibatches(responses, config.training.minibatch_prompts)
+        ]
 
         clock = time.perf_counter()
         self._fill_old_logprobs(minibatches)
@@ -347,7 +354,11 @@ class Trainer:
         if dist.get_rank() == 0:
             (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
             if config.logging.report and steps:
-                draw_report(self.folder / "metrics.jsonl", self.folder / "report.png", f"{summary['preset']}, seed {summary['seed']}")
+                draw_report(
+                    self.folder / "metrics.jsonl",
+                    self.folder / "report.png",
+                    f"{summary['preset']}, seed {summary['seed']}",
+                )
         self.sinks.say(f"the trained model is in {self.folder / 'model'}, metrics and summary.json beside it")
         return summary
 

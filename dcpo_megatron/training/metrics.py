@@ -34,14 +34,20 @@ METRICS: dict[str, Metric] = {
     "responses_generated": Metric("responses generated in the step"),
     "responses_trained": Metric("responses in the step's minibatches"),
     "sampling_rounds": Metric("rounds of sampling (more than 1 with dynamic sampling only)"),
-    "response_utilization_ratio": Metric("RUR: responses in the step's minibatches with an advantage other than 0", _GENERATED),
+    "response_utilization_ratio": Metric(
+        "RUR: responses in the step's minibatches with an advantage other than 0", _GENERATED
+    ),
     "advantage_abs": Metric("absolute advantage, summed over trained responses", "responses in the step's minibatches"),
-    "prompt_visits": Metric("visits so far of the step's prompts, this one included (SAS only)", "prompts in the step's minibatches"),
+    "prompt_visits": Metric(
+        "visits so far of the step's prompts, this one included (SAS only)", "prompts in the step's minibatches"
+    ),
     "token_clipping_ratio": Metric("TCR: tokens whose gradient the clip removed", _TOKENS),
     "clipped_upper": Metric("tokens beyond the upper bound with A > 0", _TOKENS),
     "clipped_lower": Metric("tokens below the lower bound with A < 0", _TOKENS),
     "clipped_cap": Metric("tokens beyond the cap with A < 0", _TOKENS),
-    "first_update_clipping_ratio": Metric("TCR of the step's first update alone (on-policy: 0)", "response tokens of that update"),
+    "first_update_clipping_ratio": Metric(
+        "TCR of the step's first update alone (on-policy: 0)", "response tokens of that update"
+    ),
     "first_update_ratio_deviation": Metric("largest |ratio - 1| in the step's first update (on-policy: float error)"),
     "entropy": Metric("exact entropy of the policy at each response token, natural units", _TOKENS),
     "ratio": Metric("ratio of current to old probability", _TOKENS),
@@ -88,7 +94,17 @@ def update_metrics(updates: Sequence[UpdateResult]) -> dict[str, float]:
     def share(value: float, denominator: float) -> float:
         return value / denominator if denominator else 0.0
 
-    for name in ("clipped_upper", "clipped_lower", "clipped_cap", "entropy", "ratio", "bound_lower", "bound_upper", "vacuous_upper", "reference_kl"):
+    for name in (
+        "clipped_upper",
+        "clipped_lower",
+        "clipped_cap",
+        "entropy",
+        "ratio",
+        "bound_lower",
+        "bound_upper",
+        "vacuous_upper",
+        "reference_kl",
+    ):
         metrics[name] = share(totals[name], tokens)
     metrics["token_clipping_ratio"] = share(totals["gradient_removed"], tokens)
     first = updates[0]

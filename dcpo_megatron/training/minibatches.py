@@ -31,7 +31,9 @@ def token_weights(responses: Seq[Response], objective: Objective, max_response_t
     order = {prompt_id: number for number, prompt_id in enumerate(dict.fromkeys(r.prompt_id for r in responses))}
     lengths = torch.tensor([len(r.token_ids) for r in responses], dtype=torch.long)
     prompt_index = torch.tensor([order[r.prompt_id] for r in responses], dtype=torch.long)
-    return aggregation_weights(objective.aggregation, lengths, prompt_index, max_response_tokens=max_response_tokens).tolist()
+    return aggregation_weights(
+        objective.aggregation, lengths, prompt_index, max_response_tokens=max_response_tokens
+    ).tolist()
 
 
 def plan_minibatch(

@@ -45,7 +45,13 @@ def draw_report(metrics_file: str | os.PathLike, picture: str | os.PathLike, tit
             more = [(row["step"], row[extra]) for row in rows if row.get(extra) is not None]
             if more:
                 mark = "o" if extra.startswith("eval_") else None
-                axis.plot(*zip(*more, strict=True), linewidth=1.0, marker=mark, linestyle="--", label=extra.replace("eval_", "held-out "))
+                axis.plot(
+                    *zip(*more, strict=True),
+                    linewidth=1.0,
+                    marker=mark,
+                    linestyle="--",
+                    label=extra.replace("eval_", "held-out "),
+                )
         if extras:
             axis.legend(fontsize=8)
         axis.set_title(label, fontsize=10)

@@ -78,7 +78,9 @@ class RolloutPhase:
                 seconds["advantage"] += time.perf_counter() - started
                 break
             ids = [response.prompt_id for response in mine]
-            mask = keep_mixed_groups(ids, torch.tensor([bool(r.correct) for r in mine], dtype=torch.bool), self._exchange_group())
+            mask = keep_mixed_groups(
+                ids, torch.tensor([bool(r.correct) for r in mine], dtype=torch.bool), self._exchange_group()
+            )
             kept_here = [response for response, keep in zip(mine, mask.tolist(), strict=True) if keep]
             kept_ids = self._union(response.prompt_id for response in kept_here)
             new = [prompt.id for prompt in prompts if prompt.id in kept_ids and prompt.id not in order]
@@ -107,7 +109,10 @@ class RolloutPhase:
         rank, world = self._world()
         jobs = [(prompt, sample) for prompt in prompts for sample in range(self.group_size)]
         jobs = jobs[len(jobs) * rank // world : len(jobs) * (rank + 1) // world]
-        requests = [GenerateRequest(prompt.token_ids, stream_seed(self.seed, step, round_number, prompt.id, sample)) for prompt, sample in jobs]
+        requests = [
+            GenerateRequest(prompt.token_ids, stream_seed(self.seed, step, round_number, prompt.id, sample))
+            for prompt, sample in jobs
+        ]
         started = time.perf_counter()
         generations = self.engine.generate(requests, self.sampling, progress)
         seconds["rollout"] += time.perf_counter() - started
@@ -147,7 +152,15 @@ class RolloutPhase:
         values = torch.zeros(len(names), dtype=torch.float64)
         for response in mine:
             values += torch.tensor(
-                [response.raw_reward, response.correct, len(response.token_ids), response.finish_reason == "length", 0, 1], dtype=torch.float64
+                [
+                    response.raw_reward,
+                    response.correct,
+                    len(response.token_ids),
+                    response.finish_reason == "length",
+                    0,
+                    1,
+                ],
+                dtype=torch.float64,
             )
         values[4] = failures
         values = values.to(self.device)
@@ -160,7 +173,9 @@ class RolloutPhase:
         if self.objective.advantage == "sas":
             advantages = self.history.observe(ids, rewards, self._exchange_group())
         else:
-            advantages = group_advantages(ids, rewards, self.objective.advantage, self.objective.std_ddof, self._exchange_group())
+            advantages = group_advantages(
+                ids, rewards, self.objective.advantage, self.objective.std_ddof, self._exchange_group()
+            )
         for response, advantage in zip(kept, advantages.tolist(), strict=True):
             response.advantage = advantage
 
@@ -169,7 +184,9 @@ class RolloutPhase:
         return [response for payload in payloads for response in decode_responses(payload)]
 
     def _union(self, ids) -> set[str]:
-        payloads = all_gather_bytes("\n".join(sorted({i.encode().hex() for i in ids})).encode(), self._exchange_group(), self.device)
+        payloads = all_gather_bytes(
+            "\n".join(sorted({i.encode().hex() for i in ids})).encode(), self._exchange_group(), self.device
+        )
         return {bytes.fromhex(line).decode() for payload in payloads for line in payload.decode().split("\n") if line}
 
 

@@ -33,8 +33,12 @@ class Sinks:
             try:
                 import wandb
             except ImportError:
-                raise ConfigError("logging.wandb=true, but wandb is not installed: pip install 'dcpo-megatron[wandb]'") from None
-            self._wandb = wandb.init(project=config.logging.wandb_project, dir=str(folder), config=config.model_dump(mode="json"))
+                raise ConfigError(
+                    "logging.wandb=true, but wandb is not installed: pip install 'dcpo-megatron[wandb]'"
+                ) from None
+            self._wandb = wandb.init(
+                project=config.logging.wandb_project, dir=str(folder), config=config.model_dump(mode="json")
+            )
         self._started = time.perf_counter()
 
     def say(self, text: str) -> None:

@@ -20,9 +20,13 @@ def load_tokenizer(folder: str, vocab: int):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"model.path={folder} has no usable tokenizer (tokenizer.json, tokenizer_config.json): {reason[:300]}") from None
+        raise ConfigError(
+            f"model.path={folder} has no usable tokenizer (tokenizer.json, tokenizer_config.json): {reason[:300]}"
+        ) from None
     if len(tokenizer) > vocab:
-        raise ConfigError(f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model's vocabulary {vocab}: they do not belong together")
+        raise ConfigError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model's vocabulary {vocab}: they do not belong together"
+        )
     return tokenizer
 
 

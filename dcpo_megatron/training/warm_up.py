@@ -30,7 +30,9 @@ def make_tokenizer():
     return tokenizer
 
 
-def make_model(vocab: int, *, seed: int, layers: int = 2, hidden: int = 128, heads: int = 4, kv_heads: int = 2, positions: int = 64):
+def make_model(
+    vocab: int, *, seed: int, layers: int = 2, hidden: int = 128, heads: int = 4, kv_heads: int = 2, positions: int = 64
+):
     """A Qwen2 model with random weights, fp32."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -61,8 +63,8 @@ def warm_up(
     batch: int = 128,
     lr: float = 2e-3,
     max_steps: int = 4000,
-    check_every: int = 20,
-    check_examples: int = 256,
+    check_every: int = 10,
+    check_examples: int = 512,
     progress: Callable[[int, float, float], None] | None = None,
 ) -> tuple[int, float]:
     """Supervised steps on ``(prompt, response)`` pairs until sampling at temperature 1 gives the very response ``target_accuracy`` of the time.
@@ -94,7 +96,9 @@ def warm_up(
             if accuracy >= target_accuracy:
                 model.eval()
                 return step, accuracy
-    raise RuntimeError(f"the warm-up reached {accuracy:.2f} of {target_accuracy:.2f} in {max_steps} steps: use a larger model or an easier task")
+    raise RuntimeError(
+        f"the warm-up reached {accuracy:.2f} of {target_accuracy:.2f} in {max_steps} steps: use a larger model or an easier task"
+    )
 
 
 def _collate(rows):

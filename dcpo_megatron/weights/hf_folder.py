@@ -35,15 +35,21 @@ class SafetensorsFolder:
             try:
                 files = json.loads(index.read_text())["weight_map"]
             except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-                raise CheckpointError(f"{index} is not a safetensors index ({error}): restore it from the original checkpoint") from None
+                raise CheckpointError(
+                    f"{index} is not a safetensors index ({error}): restore it from the original checkpoint"
+                ) from None
             missing = sorted({file for file in files.values() if not (self.folder / file).is_file()})
             if missing:
-                raise CheckpointError(f"{index} names {missing[0]}, which is not there: the checkpoint is incomplete, copy it again")
+                raise CheckpointError(
+                    f"{index} names {missing[0]}, which is not there: the checkpoint is incomplete, copy it again"
+                )
             self._file_of = {name: self.folder / file for name, file in files.items()}
         else:
             files = sorted(self.folder.glob("*.safetensors"))
             if not files:
-                raise CheckpointError(f"{self.folder} has no *.safetensors file: convert the weights to safetensors first")
+                raise CheckpointError(
+                    f"{self.folder} has no *.safetensors file: convert the weights to safetensors first"
+                )
             self._file_of = {}
             for file in files:
                 with self._open(file) as handle:
@@ -63,12 +69,16 @@ class SafetensorsFolder:
         """One tensor, on the CPU, in the checkpoint's dtype. Raises :class:`CheckpointError` where it is missing or unreadable."""
         file = self._file_of.get(name)
         if file is None:
-            raise CheckpointError(f"{self.folder} has no tensor {name!r}, which its config.json calls for: is it a checkpoint of another architecture?")
+            raise CheckpointError(
+                f"{self.folder} has no tensor {name!r}, which its config.json calls for: is it a checkpoint of another architecture?"
+            )
         with self._open(file) as handle:
             try:
                 return handle.get_tensor(name)
             except SafetensorError as error:
-                raise CheckpointError(f"tensor {name!r} in {file} cannot be read ({error}): copy the file again") from None
+                raise CheckpointError(
+                    f"tensor {name!r} in {file} cannot be read ({error}): copy the file again"
+                ) from None
 
 
 def write_hf_folder(

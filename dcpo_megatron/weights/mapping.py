@@ -36,8 +36,12 @@ class Rule:
 _LAYER_RULES: dict[str, Rule] = {
     "input_layernorm.weight": Rule("plain", ("input_layernorm.weight",)),
     "self_attention.linear_qkv.layer_norm_weight": Rule("plain", ("input_layernorm.weight",)),
-    "self_attention.linear_qkv.weight": Rule("qkv", ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")),
-    "self_attention.linear_qkv.bias": Rule("qkv", ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")),
+    "self_attention.linear_qkv.weight": Rule(
+        "qkv", ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
+    ),
+    "self_attention.linear_qkv.bias": Rule(
+        "qkv", ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")
+    ),
     "self_attention.q_layernorm.weight": Rule("plain", ("self_attn.q_norm.weight",)),
     "self_attention.k_layernorm.weight": Rule("plain", ("self_attn.k_norm.weight",)),
     "self_attention.linear_proj.weight": Rule("row", ("self_attn.o_proj.weight",)),
@@ -121,7 +125,10 @@ def split(rule: Rule, full: torch.Tensor, shape: ModelShape) -> list[tuple[str, 
         rest = full.shape[1:]
         grouped = full.reshape(shape.kv_heads, (per_group + 2) * shape.head_dim, *rest)
         sizes = [per_group * shape.head_dim, shape.head_dim, shape.head_dim]
-        return [(name, part.reshape(-1, *rest)) for name, part in zip(rule.hf_names, grouped.split(sizes, dim=1), strict=True)]
+        return [
+            (name, part.reshape(-1, *rest))
+            for name, part in zip(rule.hf_names, grouped.split(sizes, dim=1), strict=True)
+        ]
     if rule.kind == "gated":
         return list(zip(rule.hf_names, full.chunk(2, dim=0), strict=True))
     return [(rule.hf_names[0], full[: shape.vocab] if rule.vocab else full)]

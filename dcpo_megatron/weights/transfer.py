@@ -11,7 +11,7 @@ so that every rank sees every full tensor once and no more than one Megatron par
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,9 @@ def local_rules(model: PolicyModel) -> list[tuple[str, torch.nn.Parameter, Rule]
     for number, chunk in enumerate(model.modules):
         offset = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
         for name, parameter in chunk.named_parameters():
-            found.append((f"chunk{number}.{name}", parameter, rule_for(name, offset, expert_offset, model.shape.tied_embeddings)))
+            found.append(
+                (f"chunk{number}.{name}", parameter, rule_for(name, offset, expert_offset, model.shape.tied_embeddings))
+            )
     return found
 
 
@@ -57,7 +59,9 @@ def load_hf_weights(model: PolicyModel, folder) -> None:
             part = shard(rule, merge(rule, tensors, model.shape, rows), rank, size)
         except RuntimeError as error:
             shapes = ", ".join(f"{hf} {tuple(t.shape)}" for hf, t in zip(rule.hf_names, tensors, strict=True))
-            raise CheckpointError(f"{folder}: {shapes} do not fit config.json ({error}): is it a checkpoint of another size?") from None
+            raise CheckpointError(
+                f"{folder}: {shapes} do not fit config.json ({error}): is it a checkpoint of another size?"
+            ) from None
         if part.shape != parameter.shape:
             raise CheckpointError(
                 f"{folder}: {' + '.join(rule.hf_names)} gives {tuple(part.shape)} for {name}, which has {tuple(parameter.shape)}: "
@@ -66,7 +70,9 @@ def load_hf_weights(model: PolicyModel, folder) -> None:
         parameter.copy_(part)
     extra = sorted(name for name in source.names() if not _known(name, model))
     if extra:
-        raise CheckpointError(f"{folder} has tensor {extra[0]!r} ({len(extra)} such), which its config.json has no place for")
+        raise CheckpointError(
+            f"{folder} has tensor {extra[0]!r} ({len(extra)} such), which its config.json has no place for"
+        )
 
 
 def _known(name: str, model: PolicyModel) -> bool:
@@ -83,7 +89,12 @@ def expected_hf_names(shape) -> set[str]:
     names = {"model.embed_tokens.weight", "model.norm.weight"}
     if not shape.tied_embeddings:
         names.add("lm_head.weight")
-    parts = ["input_layernorm.weight", "self_attention.linear_qkv.weight", "self_attention.linear_proj.weight", "pre_mlp_layernorm.weight"]
+    parts = [
+        "input_layernorm.weight",
+        "self_attention.linear_qkv.weight",
+        "self_attention.linear_proj.weight",
+        "pre_mlp_layernorm.weight",
+    ]
     if shape.qkv_bias:
         parts.append("self_attention.linear_qkv.bias")
     if shape.qk_norm:
@@ -134,7 +145,9 @@ class WeightGatherer:
             [[n, s, d, [[r.kind, list(r.hf_names), r.expert, r.vocab] for r in rules]] for n, s, d, rules in mine]
         ).encode()
         entries, seen = [], set()
-        for stage, payload in enumerate(all_gather_bytes(encoded, self.position.pipeline_group, self.model.platform.device)):
+        for stage, payload in enumerate(
+            all_gather_bytes(encoded, self.position.pipeline_group, self.model.platform.device)
+        ):
             for name, shape, dtype, rules in json.loads(payload):
                 parsed = tuple(Rule(k, tuple(h), e, v) for k, h, e, v in rules)
                 # With tied embeddings the first and the last stage both hold the embedding: it is sent once.
@@ -145,16 +158,23 @@ class WeightGatherer:
         return entries
 
     @torch.no_grad()
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """``(Hugging Face name, full tensor)`` for every weight, in the same order on every rank. Every rank must walk to the end."""
+    def tensors(
+        self, select: Callable[[torch.nn.Parameter], torch.Tensor] = torch.Tensor.detach
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """``(Hugging Face name, full tensor)`` for every weight, in the same order on every rank. Every rank must walk to the end.
+
+        ``select`` says what to take of each parameter (its gradient, say): a tensor of the parameter's shape and dtype.
+        """
         position, device = self.position, self.model.platform.device
         for entry in self.plan:
             parts: list[torch.Tensor] | None = None
             if entry.stage == position.pipeline_rank:
-                parts = self._join_here(entry)
+                parts = self._join_here(entry, select)
             if position.pipeline_size > 1:
                 if parts is None:
-                    parts = [torch.empty(self._full_shape(entry), dtype=entry.dtype, device=device) for _ in entry.rules]
+                    parts = [
+                        torch.empty(self._full_shape(entry), dtype=entry.dtype, device=device) for _ in entry.rules
+                    ]
                 source = dist.get_global_rank(position.pipeline_group, entry.stage)
                 parts = [part.contiguous() for part in parts]
                 for part in parts:
@@ -170,9 +190,9 @@ class WeightGatherer:
         dim = 1 if rule.kind == "row" else 0
         return tuple(n * size if d == dim else n for d, n in enumerate(entry.shape))
 
-    def _join_here(self, entry: _Entry) -> list[torch.Tensor]:
+    def _join_here(self, entry: _Entry, select) -> list[torch.Tensor]:
         rule = entry.rules[0]
-        parameter = self._local[entry.name].detach()
+        parameter = select(self._local[entry.name])
         _, size, group = _tensor_rank(self.position, rule)
         if size > 1 and rule.kind != "plain":
             parts = [torch.empty_like(parameter) for _ in range(size)]

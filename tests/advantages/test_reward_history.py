@@ -196,6 +196,14 @@ def test_a_single_response_on_a_first_visit_has_advantage_zero_and_warns_once():
         assert observe(history, [0.0], "a") == pytest.approx([-0.5])
 
 
+def test_a_single_response_on_a_later_visit_does_not_warn():
+    history = RewardHistory()
+    observe(history, [1.0, 0.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        observe(history, [1.0])
+
+
 @pytest.mark.parametrize(
     ("ids", "rewards", "error", "message"),
     [

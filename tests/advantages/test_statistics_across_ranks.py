@@ -195,7 +195,8 @@ def test_without_a_process_group_nothing_is_exchanged(ranks):
 
 
 def test_local_moments_do_not_depend_on_the_order_of_the_rewards():
-    values = [random.Random(1).uniform(-1, 1) for _ in range(101)]
+    generator = random.Random(1)
+    values = [generator.uniform(-1, 1) for _ in range(101)]
     moments = statistics.moments_of(values)
     for seed in range(20):
         random.Random(seed).shuffle(values)

@@ -1,11 +1,11 @@
 """`dcpo doctor`: each fault of a machine is named with a status and a fix, and no fault of it stops the doctor."""
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
 import time
+from dataclasses import replace as but
 from pathlib import Path
 
 import pytest
@@ -13,11 +13,10 @@ import pytest
 from dcpo_megatron.cli import doctor
 from dcpo_megatron.cli.doctor_checks import GIB, Finding, diagnose, has_kernels
 from dcpo_megatron.cli.doctor_facts import Apex, CudaView, Driver, Facts, Gpu, Host, Problem, TorchBuild
-from dcpo_megatron.cli.doctor_probes import REQUIRED, find_megatron, find_packages, read_answers, run_children
+from dcpo_megatron.cli.doctor_probes import REQUIRED
 from dcpo_megatron.cli.doctor_stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 120.0  # seconds; for stages that import torch on a busy machine
 
 CPU = Facts(
     host=Host(
@@ -41,378 +40,147 @@ CPU = Facts(
     driver=Driver(absent="NVML Shared Library Not Found"),
 )
 H100 = Gpu(0, "NVIDIA H100", memory_total=80 * GIB, memory_free=79 * GIB, capability=(9, 0), ecc_errors=0)
-GPU = dataclasses.replace(
+GPU = but(
     CPU,
-    host=dataclasses.replace(CPU.host, environment={"OMP_NUM_THREADS": "4", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
+    host=but(CPU.host, environment={"OMP_NUM_THREADS": "4", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
     packages={**CPU.packages, "transformer-engine": "2.9.0", "triton": "3.5.0"},
     torch=TorchBuild("2.13.0+cu130", cuda="13.0", hip=None, backends=("gloo", "nccl")),
     cuda=CudaView(available=True, count=2, architectures=("sm_80", "sm_90", "compute_90")),
     platform=("cuda", "nccl"),
     transformer_engine=True,
-    driver=Driver("580.65", cuda=(13, 0), gpus=(H100, dataclasses.replace(H100, index=1))),
+    driver=Driver("580.65", cuda=(13, 0), gpus=(H100, but(H100, index=1))),
 )
-CPU_BUILD_ON_GPUS = dataclasses.replace(GPU, torch=CPU.torch, cuda=CPU.cuda, platform=CPU.platform)
-NOT_INSTALLED = Problem("error", "ModuleNotFoundError: No module named 'torch'", missing="torch")
+UNUSED_GPUS = but(GPU, cuda=CudaView(available=False), platform=("cpu", "gloo"), transformer_engine=None)
+CPU_BUILD = but(UNUSED_GPUS, torch=CPU.torch)
+
+# As a torchrun-less shell, an old driver, a crash and a hang tell it.
+NO_TORCH = Problem("error", "ModuleNotFoundError: No module named 'torch'", missing="torch")
+NO_PYNVML = Problem("error", "ModuleNotFoundError: No module named 'pynvml'", missing="pynvml")
+MISMATCH = Problem("error", "NVMLError_LibRmVersionMismatch: RM has detected an NVML/RM version mismatch.")
+NO_SYMBOL = Problem("error", "ImportError: undefined symbol: _ZN3c10")
+REFUSED = Problem("error", "DistNetworkError: connection refused")
+NO_NAME = Problem("error", "RuntimeError: unable to resolve hostname")
+NO_RANK = Problem("error", "ValueError: LOCAL_RANK=5, but this host shows 2 GPUs")
+DIED = Problem("died", "the process ended with SIGSEGV")
+SILENT = Problem("silent", "no answer within 8 s")
 SKIPPED = Problem("skipped", "not tried, because of torch")
 
 
-def with_host(facts: Facts, **changes) -> Facts:
-    return dataclasses.replace(facts, host=dataclasses.replace(facts.host, **changes))
+def host(facts: Facts, **changes) -> Facts:
+    return but(facts, host=but(facts.host, **changes))
 
 
-def with_variable(facts: Facts, name: str, value: str | None) -> Facts:
-    environment = {key: old for key, old in facts.host.environment.items() if key != name}
-    return with_host(facts, environment=environment if value is None else {**environment, name: value})
+def variable(facts: Facts, name: str, value: str | None) -> Facts:
+    environment = {**facts.host.environment, name: value}
+    return host(facts, environment={name: value for name, value in environment.items() if value is not None})
 
 
-def with_packages(facts: Facts, **changes: str | None) -> Facts:
-    packages = {**facts.packages, **{name.replace("_", "-"): version for name, version in changes.items()}}
-    return dataclasses.replace(facts, packages={name: old for name, old in packages.items() if old is not None})
+def package(facts: Facts, name: str, version: str | None) -> Facts:
+    packages = {**facts.packages, name: version}
+    return but(facts, packages={name: version for name, version in packages.items() if version is not None})
 
 
-def with_gpu(**changes) -> Facts:
-    bad = dataclasses.replace(H100, index=1, **changes)
-    return dataclasses.replace(GPU, driver=dataclasses.replace(GPU.driver, gpus=(H100, bad)))
+def torch(facts: Facts, **changes) -> Facts:
+    return but(facts, torch=but(facts.torch, **changes))
 
 
-def without_torch(problem: Problem) -> Facts:
-    stages = {stage: SKIPPED for stage in STAGES["torch"]}
-    return dataclasses.replace(CPU, **{**stages, "torch": problem})
+def no_torch(problem: Problem) -> Facts:
+    return but(CPU, **{**dict.fromkeys(STAGES["torch"], SKIPPED), "torch": problem})
 
 
-# (what it shows, the machine, area, status, words of the finding, words of the fix)
-FAULTS = [
-    ("old python", with_host(CPU, python=(3, 10, 14)), "python", "fail", "3.10.14", "3.11"),
-    ("no torch", without_torch(NOT_INSTALLED), "torch", "fail", "not installed", "pip install torch"),
-    (
-        "torch kills its process",
-        without_torch(Problem("died", "the process ended with SIGSEGV")),
-        "torch",
-        "fail",
-        "SIGSEGV",
-        "reinstall",
-    ),
-    ("torch hangs", without_torch(Problem("silent", "no answer within 8 s")), "torch", "fail", "8 s", "--timeout 60"),
-    (
-        "old torch",
-        dataclasses.replace(CPU, torch=dataclasses.replace(CPU.torch, version="2.5.1+cpu")),
-        "torch",
-        "fail",
-        "2.5.1",
-        "upgrade",
-    ),
-    (
-        "rocm",
-        dataclasses.replace(CPU, torch=dataclasses.replace(CPU.torch, hip="6.4")),
-        "torch",
-        "warn",
-        "ROCm",
-        "NVIDIA",
-    ),
-    (
-        "no megatron",
-        with_packages(CPU, megatron_core=None),
-        "packages",
-        "fail",
-        "megatron-core is not",
-        "megatron-core==0.16.1",
-    ),
-    (
-        "megatron of another version",
-        with_packages(CPU, megatron_core="0.15.0"),
-        "packages",
-        "warn",
-        "not tested",
-        "megatron-core==0.16.1",
-    ),
-    (
-        "megatron of the other python",
-        with_host(CPU, python=(3, 12, 1)),
-        "packages",
-        "warn",
-        "not tested on Python 3.12",
-        "megatron-core==0.19.2",
-    ),
-    (
-        "megatron that wants triton",
-        with_packages(with_host(CPU, python=(3, 12, 1)), megatron_core="0.19.2"),
-        "packages",
-        "fail",
-        "triton",
-        "pip install triton",
-    ),
-    *(
-        (f"no {name}", with_packages(CPU, **{name: None}), "packages", "fail", f"{name} is not", f"pip install {name}")
+def second_gpu(**changes) -> Facts:
+    return but(GPU, driver=but(GPU.driver, gpus=(H100, but(H100, index=1, **changes))))
+
+
+PYTHON_312 = host(CPU, python=(3, 12, 1))
+OLD_DRIVER = but(UNUSED_GPUS, driver=but(GPU.driver, cuda=(12, 4)))
+UNKNOWN_ERROR = but(UNUSED_GPUS, cuda=CudaView(available=False, complaint="CUDA unknown error"))
+ONE_SEEN = but(GPU, cuda=but(GPU.cuda, count=1))
+LOST = second_gpu(problem="GPU is lost")
+VISIBLE, CONNECTIONS, CUMEM = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_CUMEM_ENABLE"
+THREADS = "OMP_NUM_THREADS"
+
+# what it shows -> the machine, area, status, words of the finding, words of the fix
+FAULTS = {
+    "old python": (host(CPU, python=(3, 10, 14)), "python", "fail", "3.10.14 is older", "3.11"),
+    "no torch": (no_torch(NO_TORCH), "torch", "fail", "torch is not installed", "pip install torch"),
+    "torch crashes": (no_torch(DIED), "torch", "fail", "SIGSEGV", "pip install --force-reinstall torch"),
+    "torch hangs": (no_torch(SILENT), "torch", "fail", "no answer within 8 s", "--timeout 60"),
+    "old torch": (torch(CPU, version="2.5.1+cpu"), "torch", "fail", "2.5.1+cpu", "pip install --upgrade torch"),
+    "rocm": (torch(CPU, hip="6.4"), "torch", "warn", "ROCm", "NVIDIA"),
+    "no megatron": (package(CPU, "megatron-core", None), "packages", "fail", "megatron-core is not", "==0.16.1"),
+    "old megatron": (package(CPU, "megatron-core", "0.15.0"), "packages", "warn", "0.15.0 is not tested", "==0.16.1"),
+    "newer python": (PYTHON_312, "packages", "warn", "0.16.1 is not tested on Python 3.12", "==0.19.2"),
+    "no triton": (package(PYTHON_312, "megatron-core", "0.19.2"), "packages", "fail", "triton", "pip install triton"),
+    **{
+        f"no {name}": (package(CPU, name, None), "packages", "fail", f"{name} is not installed", f"pip install {name}")
         for name in REQUIRED
-    ),
-    (
-        "impostor apex",
-        dataclasses.replace(CPU, apex=Apex("impostor", "/env/apex")),
-        "optional",
-        "fail",
-        "/env/apex",
-        "pip uninstall apex",
-    ),
-    (
-        "transformer engine of another torch",
-        dataclasses.replace(GPU, transformer_engine=Problem("error", "ImportError: undefined symbol")),
+    },
+    "impostor apex": (but(CPU, apex=Apex("impostor", "/x/apex")), "optional", "fail", "/x/apex", "pip uninstall apex"),
+    "foreign te": (but(GPU, transformer_engine=NO_SYMBOL), "optional", "warn", "undefined symbol", "pip install"),
+    "te crashes": (but(GPU, transformer_engine=DIED), "optional", "fail", "2.9.0: the process ended", "pip install"),
+    "te is slow": (but(GPU, transformer_engine=SILENT), "optional", "warn", "no answer within 8 s", "--timeout 60"),
+    "no tensorboard": (
+        package(CPU, "tensorboard", None),
         "optional",
         "warn",
-        "undefined symbol",
-        "pip install",
+        "tensorboard",
+        "logging.tensorboard=false",
     ),
-    (
-        "transformer engine kills its process",
-        dataclasses.replace(GPU, transformer_engine=Problem("died", "the process ended with SIGSEGV")),
-        "optional",
-        "fail",
-        "SIGSEGV",
-        "pip install",
-    ),
-    (
-        "transformer engine is slow",
-        dataclasses.replace(GPU, transformer_engine=Problem("silent", "no answer within 8 s")),
-        "optional",
-        "warn",
-        "8 s",
-        "--timeout",
-    ),
-    ("no tensorboard", with_packages(CPU, tensorboard=None), "optional", "warn", "tensorboard", "logging.tensorboard"),
-    ("no wandb", CPU, "optional", "info", "wandb", "pip install wandb"),
-    (
-        "sglang inside",
-        with_packages(CPU, sglang="0.5.20"),
-        "optional",
-        "warn",
-        "sglang 0.5.20",
-        "environment of its own",
-    ),
-    (
-        "torchvision next to a CPU torch",
-        with_packages(CPU, torchvision="0.25"),
-        "optional",
-        "warn",
-        "torchvision 0.25",
-        "pip uninstall torchvision",
-    ),
-    ("no driver", CPU, "gpu", "info", "no NVIDIA driver", "nvidia-smi"),
-    (
-        "no nvidia-ml-py",
-        dataclasses.replace(GPU, driver=Problem("error", "No module named 'pynvml'", missing="pynvml")),
-        "gpu",
-        "warn",
-        "nvidia-ml-py",
-        "pip install nvidia-ml-py",
-    ),
-    (
-        "driver updated without a reboot",
-        dataclasses.replace(CPU, driver=Problem("error", "NVMLError_LibRmVersionMismatch: mismatch")),
-        "gpu",
-        "fail",
-        "mismatch",
-        "reboot",
-    ),
-    (
-        "driver hangs",
-        dataclasses.replace(CPU, driver=Problem("silent", "no answer within 8 s")),
-        "gpu",
-        "fail",
-        "no answer",
-        "nvidia-smi",
-    ),
-    ("cpu torch on a gpu machine", CPU_BUILD_ON_GPUS, "gpu", "fail", "2 GPUs", "install the CUDA build of torch"),
-    (
-        "cpu torch on a gpu machine, on purpose",
-        with_variable(CPU_BUILD_ON_GPUS, "CUDA_VISIBLE_DEVICES", ""),
-        "gpu",
-        "info",
-        "2 GPUs",
-        "install the CUDA build of torch",
-    ),
-    (
-        "driver too old for torch",
-        dataclasses.replace(
-            GPU,
-            cuda=CudaView(available=False),
-            driver=dataclasses.replace(GPU.driver, cuda=(12, 4)),
-            platform=CPU.platform,
-        ),
-        "gpu",
-        "fail",
-        "CUDA up to 12.4",
-        "torch built for CUDA 12",
-    ),
-    (
-        "torch sees no gpu",
-        dataclasses.replace(GPU, cuda=CudaView(available=False, complaint="CUDA unknown error")),
-        "gpu",
-        "fail",
-        "CUDA unknown error",
-        "--gpus all",
-    ),
-    (
-        "cuda hangs",
-        dataclasses.replace(GPU, cuda=Problem("silent", "no answer within 8 s"), platform=SKIPPED),
-        "gpu",
-        "fail",
-        "CUDA: no answer",
-        "nvidia-smi",
-    ),
-    (
-        "variable names a gpu that is not there",
-        with_variable(
-            dataclasses.replace(GPU, cuda=dataclasses.replace(GPU.cuda, count=1)), "CUDA_VISIBLE_DEVICES", "0,7"
-        ),
-        "gpu",
-        "warn",
-        "names 2 GPUs, torch sees 1",
-        "from 0 to 1",
-    ),
-    (
-        "torch sees fewer",
-        dataclasses.replace(GPU, cuda=dataclasses.replace(GPU.cuda, count=1)),
-        "gpu",
-        "warn",
-        "the driver sees 2 GPUs, torch sees 1",
-        "CUDA_VISIBLE_DEVICES",
-    ),
-    ("no kernels for the gpu", with_gpu(capability=(12, 0), name="new"), "gpu", "ok", "capability 12.0", ""),
-    ("no kernels for an old gpu", with_gpu(capability=(7, 0)), "gpu", "fail", "no kernels for GPU 1", "built for it"),
-    ("no bfloat16", with_gpu(capability=(7, 5)), "gpu", "warn", "GPU 1 has no bfloat16", "model.dtype=float32"),
-    ("lost gpu", with_gpu(problem="GPU is lost"), "gpu", "fail", "GPU is lost", "reboot"),
-    (
-        "lost gpu left out",
-        with_variable(with_gpu(problem="GPU is lost"), "CUDA_VISIBLE_DEVICES", "0"),
-        "gpu",
-        "warn",
-        "GPU is lost",
-        "reboot",
-    ),
-    ("ecc errors", with_gpu(ecc_errors=3), "gpu", "warn", "3 uncorrected ECC errors", "reboot"),
-    ("occupied gpu", with_gpu(memory_free=8 * GIB), "gpu", "warn", "8.0 GiB of 80.0 GiB", "CUDA_VISIBLE_DEVICES"),
-    (
-        "no gloo",
-        dataclasses.replace(CPU, torch=dataclasses.replace(CPU.torch, backends=("mpi",))),
-        "distributed",
-        "fail",
-        "without gloo (it has mpi)",
-        "pip install",
-    ),
-    (
-        "no nccl",
-        dataclasses.replace(GPU, torch=dataclasses.replace(GPU.torch, backends=("gloo",))),
-        "distributed",
-        "fail",
-        "without nccl (it has gloo)",
-        "pip install",
-    ),
-    (
-        "closed loopback",
-        dataclasses.replace(CPU, store=Problem("error", "DistNetworkError: refused")),
-        "distributed",
-        "fail",
-        "refused",
-        "firewall",
-    ),
-    (
-        "unknown host name on cpu",
-        dataclasses.replace(CPU, gloo=Problem("error", "RuntimeError: unable to resolve")),
-        "distributed",
-        "fail",
-        "unable to resolve",
-        "/etc/hosts",
-    ),
-    (
-        "unknown host name on gpus",
-        dataclasses.replace(GPU, gloo=Problem("error", "RuntimeError: unable to resolve")),
-        "distributed",
-        "warn",
-        "unable to resolve",
-        "/etc/hosts",
-    ),
-    (
-        "small shared memory",
-        with_host(CPU, shm_total=GIB // 16, shm_free=GIB // 16),
-        "host",
-        "warn",
-        "0.1 GiB",
-        "--shm-size",
-    ),
-    ("full shared memory", with_host(CPU, shm_free=0), "host", "warn", "0.0 GiB of 16.0 GiB", "dead processes"),
-    ("few open files", with_host(CPU, open_files=1024), "host", "warn", "1024 files", "ulimit -n"),
-    ("full disk", with_host(CPU, disk_free=GIB), "host", "warn", "1.0 GiB free in /data", "larger disk"),
-    ("removed folder", with_host(CPU, folder="", disk_free=None), "host", "warn", "current folder", "exists"),
-    (
-        "hidden gpus",
-        with_variable(
-            dataclasses.replace(GPU, cuda=CudaView(available=False), platform=CPU.platform), "CUDA_VISIBLE_DEVICES", ""
-        ),
-        "environment",
-        "warn",
-        "hides 2 GPUs",
-        "unset CUDA_VISIBLE_DEVICES",
-    ),
-    (
-        "connections not set",
-        with_variable(GPU, "CUDA_DEVICE_MAX_CONNECTIONS", None),
-        "environment",
-        "warn",
-        "not set",
-        "CUDA_DEVICE_MAX_CONNECTIONS=1",
-    ),
-    (
-        "connections set otherwise",
-        with_variable(GPU, "CUDA_DEVICE_MAX_CONNECTIONS", "8"),
-        "environment",
-        "warn",
-        "CUDA_DEVICE_MAX_CONNECTIONS=8",
-        "CUDA_DEVICE_MAX_CONNECTIONS=1",
-    ),
-    (
-        "cumem on one side",
-        with_variable(GPU, "NCCL_CUMEM_ENABLE", "1"),
-        "environment",
-        "info",
-        "NCCL_CUMEM_ENABLE=1",
-        "the server",
-    ),
-    (
-        "threads not set",
-        with_variable(GPU, "OMP_NUM_THREADS", None),
-        "environment",
-        "info",
-        "not set",
-        "OMP_NUM_THREADS=4 ",
-    ),
-    ("threads not a number", with_variable(CPU, "OMP_NUM_THREADS", "all"), "environment", "warn", "all", "export"),
-    ("too many threads", with_variable(CPU, "OMP_NUM_THREADS", "64"), "environment", "warn", "8 cores", "export"),
-    (
-        "rank without a gpu",
-        dataclasses.replace(GPU, platform=Problem("error", "ValueError: LOCAL_RANK=5, but this host shows 2 GPUs")),
-        "will be used",
-        "fail",
-        "LOCAL_RANK=5",
-        "unset LOCAL_RANK",
-    ),
-]
+    "no wandb": (CPU, "optional", "info", "wandb is not installed", "pip install wandb"),
+    "sglang inside": (package(CPU, "sglang", "0.5.20"), "optional", "warn", "sglang 0.5.20", "environment of its own"),
+    "torchvision": (package(CPU, "torchvision", "0.25"), "optional", "warn", "torchvision", "uninstall torchvision"),
+    "torchaudio": (package(CPU, "torchaudio", "2.9"), "optional", "warn", "torchaudio", "uninstall torchaudio"),
+    "no driver": (CPU, "gpu", "info", "no NVIDIA driver (NVML Shared Library Not Found)", "nvidia-smi"),
+    "no nvidia-ml-py": (but(GPU, driver=NO_PYNVML), "gpu", "warn", "nvidia-ml-py", "pip install nvidia-ml-py"),
+    "updated driver": (but(CPU, driver=MISMATCH), "gpu", "fail", "mismatch", "reboot"),
+    "driver hangs": (but(CPU, driver=SILENT), "gpu", "fail", "driver does not answer: no answer", "nvidia-smi"),
+    "cpu torch": (CPU_BUILD, "gpu", "fail", "sees 2 GPUs, but torch 2.13.0+cpu", "install the CUDA build of torch"),
+    "meant cpu torch": (variable(CPU_BUILD, VISIBLE, "-1"), "gpu", "info", "but torch", "the CUDA build"),
+    "old driver": (OLD_DRIVER, "gpu", "fail", "but torch is built for CUDA 13.0", "torch built for CUDA 12"),
+    "torch sees none": (UNKNOWN_ERROR, "gpu", "fail", "sees none: CUDA unknown error", "--gpus all"),
+    "cuda hangs": (but(GPU, cuda=SILENT, platform=SKIPPED), "gpu", "fail", "CUDA: no answer", "nvidia-smi"),
+    "no such gpu": (variable(ONE_SEEN, VISIBLE, "0,7"), "gpu", "warn", "names 2 GPUs, torch sees 1", "from 0 to 1"),
+    "torch sees fewer": (ONE_SEEN, "gpu", "warn", "the driver sees 2 GPUs, torch sees 1", VISIBLE),
+    "no kernels": (second_gpu(capability=(7, 0)), "gpu", "fail", "no kernels for GPU 1", "a torch built for it"),
+    "no bfloat16": (second_gpu(capability=(7, 5)), "gpu", "warn", "GPU 1 has no bfloat16", "model.dtype=float32"),
+    "lost gpu": (LOST, "gpu", "fail", "GPU 1 does not answer: GPU is lost", "reboot"),
+    "lost gpu left out": (variable(LOST, VISIBLE, "0"), "gpu", "warn", "GPU is lost", "reboot"),
+    "ecc errors": (second_gpu(ecc_errors=3), "gpu", "warn", "GPU 1 had 3 uncorrected ECC errors", "reboot"),
+    "occupied gpu": (second_gpu(memory_free=8 * GIB), "gpu", "warn", "GPU 1 has only 8.0 GiB of 80.0 GiB", VISIBLE),
+    "no gloo": (torch(CPU, backends=("mpi",)), "distributed", "fail", "without gloo (it has mpi)", "pip install"),
+    "no nccl": (torch(GPU, backends=("gloo",)), "distributed", "fail", "without nccl (it has gloo)", "pip install"),
+    "closed loopback": (but(CPU, store=REFUSED), "distributed", "fail", "connection refused", "firewall"),
+    "unknown name": (but(CPU, gloo=NO_NAME), "distributed", "fail", "unable to resolve", "/etc/hosts"),
+    "unknown name, nccl": (but(GPU, gloo=NO_NAME), "distributed", "warn", "unable to resolve", "/etc/hosts"),
+    "small /dev/shm": (host(CPU, shm_total=GIB // 2, shm_free=GIB // 2), "host", "warn", "0.5 GiB", "--shm-size"),
+    "full /dev/shm": (host(CPU, shm_free=0), "host", "warn", "0.0 GiB of 16.0 GiB free", "dead processes"),
+    "few open files": (host(CPU, open_files=1024), "host", "warn", "1024 files", "ulimit -n"),
+    "full disk": (host(CPU, disk_free=GIB), "host", "warn", "1.0 GiB free in /data", "larger disk"),
+    "removed folder": (host(CPU, folder="", disk_free=None), "host", "warn", "current folder", "exists"),
+    "hidden gpus": (variable(UNUSED_GPUS, VISIBLE, ""), "environment", "warn", "hides 2 GPUs", f"unset {VISIBLE}"),
+    "no connections": (variable(GPU, CONNECTIONS, None), "environment", "warn", "is not set", f"{CONNECTIONS}=1"),
+    "8 connections": (variable(GPU, CONNECTIONS, "8"), "environment", "warn", f"{CONNECTIONS}=8", f"{CONNECTIONS}=1"),
+    "cumem": (variable(GPU, CUMEM, "1"), "environment", "info", f"{CUMEM}=1", f"server with {CUMEM}=1"),
+    "threads not set": (variable(GPU, THREADS, None), "environment", "info", "is not set", f"{THREADS}=4 "),
+    "threads wrong": (variable(CPU, THREADS, "all"), "environment", "warn", f"{THREADS}=all", f"{THREADS}=8 "),
+    "threads too many": (variable(CPU, THREADS, "64"), "environment", "warn", "there are 8 cores", f"{THREADS}=8 "),
+    "rank without gpu": (but(GPU, platform=NO_RANK), "will be used", "fail", "LOCAL_RANK=5", "unset LOCAL_RANK"),
+}
 
 
-@pytest.mark.parametrize(
-    ("facts", "area", "status", "what", "fix"), [fault[1:] for fault in FAULTS], ids=[f[0] for f in FAULTS]
-)
+@pytest.mark.parametrize(("facts", "area", "status", "what", "fix"), FAULTS.values(), ids=FAULTS.keys())
 def test_a_fault_is_named_with_its_status_and_its_fix(facts, area, status, what, fix):
     found = [finding for finding in diagnose(facts) if finding.area == area and what in finding.what]
     assert [finding.status for finding in found] == [status], found
     assert fix in found[0].fix
-    if status in ("warn", "fail"):
-        assert not [finding for finding in diagnose(CPU) + diagnose(GPU) if finding.what == found[0].what]
 
 
-def test_every_warning_and_every_failure_has_a_fix():
-    for name, facts, *_ in FAULTS:
-        for finding in diagnose(facts):
-            assert finding.status in ("ok", "info", "warn", "fail"), (name, finding)
-            assert finding.fix or finding.status in ("ok", "info"), (name, finding)
+@pytest.mark.parametrize("facts", [fault[0] for fault in FAULTS.values()], ids=FAULTS.keys())
+def test_every_warning_and_every_failure_has_a_fix(facts):
+    for finding in diagnose(facts):
+        assert finding.status in ("ok", "info", "warn", "fail")
+        assert finding.fix or finding.status in ("ok", "info"), finding
 
 
 @pytest.mark.parametrize("facts", [CPU, GPU], ids=["cpu", "gpu"])
@@ -421,26 +189,37 @@ def test_a_sound_machine_has_neither_warnings_nor_failures(facts):
 
 
 def test_what_was_not_tried_is_no_failure_of_its_own():
-    fails = [finding for finding in diagnose(without_torch(NOT_INSTALLED)) if finding.status == "fail"]
+    fails = [finding for finding in diagnose(no_torch(NO_TORCH)) if finding.status == "fail"]
     assert [finding.area for finding in fails] == ["torch"]
 
 
+def test_hidden_gpus_are_told_once_and_are_no_failure():
+    found = [finding for finding in diagnose(variable(UNUSED_GPUS, VISIBLE, "")) if finding.status in ("warn", "fail")]
+    assert [finding.area for finding in found] == ["environment"]
+
+
 def test_blackwell_does_not_ask_for_one_connection():
-    blackwell = dataclasses.replace(H100, capability=(10, 0))
-    facts = dataclasses.replace(GPU, driver=dataclasses.replace(GPU.driver, gpus=(blackwell, blackwell)))
-    facts = with_variable(facts, "CUDA_DEVICE_MAX_CONNECTIONS", None)
-    assert not [finding for finding in diagnose(facts) if "CUDA_DEVICE_MAX_CONNECTIONS" in finding.what]
+    blackwell = but(H100, capability=(10, 0))
+    facts = but(variable(GPU, CONNECTIONS, None), driver=but(GPU.driver, gpus=(blackwell, blackwell)))
+    assert not [finding for finding in diagnose(facts) if CONNECTIONS in finding.what]
 
 
-def test_mig_slices_are_not_held_against_the_driver_count():
-    gpus = tuple(dataclasses.replace(gpu, mig=True) for gpu in GPU.driver.gpus)
-    facts = dataclasses.replace(GPU, driver=dataclasses.replace(GPU.driver, gpus=gpus), cuda=CudaView(True, count=1))
+def test_a_chosen_gpu_is_not_held_against_the_number_of_gpus():
+    assert not [finding for finding in diagnose(variable(ONE_SEEN, VISIBLE, "1")) if finding.status in ("warn", "fail")]
+
+
+def test_mig_slices_are_not_held_against_the_number_of_gpus():
+    facts = but(second_gpu(mig=True), cuda=but(GPU.cuda, count=3))
     assert not [finding for finding in diagnose(facts) if finding.status in ("warn", "fail")]
 
 
 def test_a_gpu_that_tells_nothing_about_itself_is_listed_all_the_same():
-    facts = dataclasses.replace(GPU, driver=Driver("580", gpus=(Gpu(0, "NVIDIA GB10"), Gpu(1, "NVIDIA GB10"))))
+    facts = but(GPU, driver=Driver("580", gpus=(Gpu(0, "NVIDIA GB10"), Gpu(1, "NVIDIA GB10"))))
     assert "GPU 0: NVIDIA GB10" in [finding.what for finding in diagnose(facts)]
+
+
+def test_torchvision_next_to_a_cuda_torch_is_left_alone():
+    assert not [finding for finding in diagnose(package(GPU, "torchvision", "0.25")) if "torchvision" in finding.what]
 
 
 @pytest.mark.parametrize(
@@ -454,7 +233,7 @@ def test_a_gpu_that_tells_nothing_about_itself_is_listed_all_the_same():
         ((7, 0), ("sm_75", "compute_90"), False),
         ((9, 0), ("sm_90a",), True),
         ((10, 3), ("sm_100a",), False),  # for exactly 10.0
-        ((10, 0), ("sm_100a", "sm_120"), True),
+        ((10, 0), ("sm_80", "sm_100a", "sm_120"), True),
     ],
 )
 def test_kernels_run_where_cuda_says_they_run(capability, architectures, runs):
@@ -465,12 +244,12 @@ def used(facts: Facts) -> dict[str, str]:
     return dict(finding.what.split(": ", 1) for finding in diagnose(facts) if finding.area == "will be used")
 
 
-def test_what_will_be_used_follows_from_the_gpu_and_transformer_engine():
+def test_what_will_be_used_follows_from_the_gpu_transformer_engine_and_apex():
     assert used(GPU)["platform"] == "cuda with nccl"
     assert "Transformer Engine" in used(GPU)["layers"] and "Transformer Engine" in used(GPU)["optimizer"]
-    without = dataclasses.replace(GPU, transformer_engine=None)
-    assert "local" in used(without)["layers"] and "PyTorch" in used(without)["optimizer"]
-    apex = dataclasses.replace(without, apex=Apex("nvidia", "/env/apex"))
+    plain = but(GPU, transformer_engine=None)
+    assert "local" in used(plain)["layers"] and "PyTorch" in used(plain)["optimizer"]
+    apex = but(plain, apex=Apex("nvidia", "/env/apex"))
     assert "local" in used(apex)["layers"] and "Apex" in used(apex)["optimizer"]
     assert used(CPU)["platform"] == "cpu with gloo" and "local" in used(CPU)["layers"]
 
@@ -481,163 +260,23 @@ def test_the_rollout_engine_is_the_default_of_the_configuration():
     assert used(CPU)["rollout engine"].split()[0] == RolloutSection().engine
 
 
-# ---- the child processes, with real packages in a real folder
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Writes modules into a folder that stands first on the path: ``folder(apex="text", **{"a/b": "text"})``."""
-
-    def write(**modules: str) -> list[str]:
-        for name, text in modules.items():
-            place = tmp_path / name / "__init__.py"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text(text, encoding="utf-8")
-        return [str(tmp_path), *sys.path]
-
-    return write
-
-
-# Enough of torch for every stage but those of sockets, in no time.
-TORCH = """
-import types, sys
-__version__ = "2.13.0+fake"
-version = types.SimpleNamespace(cuda=None, hip=None)
-cuda = types.SimpleNamespace(is_available=lambda: False, get_arch_list=lambda: [])
-device = str
-sys.modules["torch.distributed"] = distributed = types.ModuleType("torch.distributed")
-distributed.is_available = lambda: False
-"""
-NVML = """
-class NVMLError(Exception): pass
-class NVMLError_LibraryNotFound(NVMLError): pass
-class NVMLError_DriverNotLoaded(NVMLError): pass
-class NVMLError_GpuIsLost(NVMLError): pass
-class NVMLError_NotSupported(NVMLError): pass
-NVML_MEMORY_ERROR_TYPE_UNCORRECTED, NVML_VOLATILE_ECC = 1, 0
-class Memory: total, free = 85899345920, 42949672960
-def not_supported(*arguments): raise NVMLError_NotSupported("Not Supported")
-def nvmlInit(): pass
-def nvmlSystemGetDriverVersion(): return b"580.65"
-def nvmlSystemGetCudaDriverVersion_v2(): return 12080
-def nvmlDeviceGetCount(): return 2
-def nvmlDeviceGetHandleByIndex(index):
-    if index == 1: raise NVMLError_GpuIsLost("GPU is lost")
-    return index
-def nvmlDeviceGetName(handle): return "NVIDIA H100"
-def nvmlDeviceGetMemoryInfo(handle): return Memory
-def nvmlDeviceGetCudaComputeCapability(handle): return (9, 0)
-nvmlDeviceGetTotalEccErrors = nvmlDeviceGetMigMode = not_supported
-"""
-
-
-def test_an_impostor_apex_is_told_from_nvidia_apex(folder, tmp_path):
-    path = folder(torch=TORCH, apex="")
-    assert run_children(["torch"], PATIENCE, path)["apex"] == Apex("impostor", str(tmp_path / "apex"))
-    path = folder(amp_C="")
-    assert run_children(["torch"], PATIENCE, path)["apex"] == Apex("nvidia", str(tmp_path / "apex"))
-
-
-def test_a_stage_that_raises_does_not_keep_the_later_ones_from_answering(folder):
-    answers = run_children(["torch"], PATIENCE, folder(torch=TORCH))
-    assert answers["store"].kind == "error" and "TCPStore" in answers["store"].text
-    assert answers["platform"] == ("cpu", "gloo")
-
-
-def test_an_import_that_kills_its_process_is_told_with_its_signal(folder):
-    answers = run_children(["torch"], PATIENCE, folder(torch="import os; os.abort()"))
-    assert answers["torch"].kind == "died" and "SIGABRT" in answers["torch"].text
-    assert {answers[stage].kind for stage in STAGES["torch"] if stage != "torch"} == {"skipped"}
-
-
-def test_an_import_that_hangs_costs_the_limit_and_no_more(folder):
-    start = time.monotonic()
-    answers = run_children(["torch", "nvml"], 3.0, folder(torch="import time; time.sleep(600)", pynvml=NVML))
-    assert time.monotonic() - start < 8
-    assert answers["torch"] == Problem("silent", "no answer within 3 s")
-    assert isinstance(answers["driver"], Driver)
-
-
-def test_a_broken_transformer_engine_is_told_and_leaves_the_other_answers(folder):
-    torch = TORCH.replace("cuda=None", "cuda='13.0'").replace(
-        "is_available=lambda: False, get", "is_available=lambda: True, device_count=lambda: 1, get"
-    )
-    answers = run_children(["torch"], PATIENCE, folder(torch=torch, transformer_engine="import os; os._exit(3)"))
-    assert answers["transformer_engine"] == Problem("died", "the process ended with exit status 3")
-    assert answers["cuda"] == CudaView(available=True, count=1)
-
-
-def test_what_a_library_prints_does_not_mix_with_the_answers(folder):
-    noise = 'import os\nprint("{}")\nos.system("echo noise")\n'
-    assert run_children(["torch"], PATIENCE, folder(torch=noise + TORCH))["torch"].version == "2.13.0+fake"
-
-
-def test_a_missing_module_is_told_by_name(folder):
-    text = "raise ModuleNotFoundError(\"No module named 'pynvml'\", name='pynvml')"
-    answer = run_children(["nvml"], PATIENCE, folder(pynvml=text))["driver"]
-    assert (answer.kind, answer.missing) == ("error", "pynvml")
-
-
-def test_no_driver_is_an_answer_and_not_an_error(folder):
-    text = NVML + "def nvmlInit(): raise NVMLError_LibraryNotFound('NVML Shared Library Not Found')\n"
-    answer = run_children(["nvml"], PATIENCE, folder(pynvml=text))["driver"]
-    assert answer == Driver(absent="NVML Shared Library Not Found")
-
-
-def test_a_lost_gpu_does_not_hide_the_others_and_unsupported_questions_stay_open(folder):
-    answer = run_children(["nvml"], PATIENCE, folder(pynvml=NVML))["driver"]
-    first = Gpu(0, "NVIDIA H100", memory_total=80 * GIB, memory_free=40 * GIB, capability=(9, 0), ecc_errors=None)
-    assert answer == Driver("580.65", cuda=(12, 8), gpus=(first, Gpu(1, problem="GPU is lost")))
-
-
-def test_a_process_that_cannot_be_started_is_a_problem_of_its_stages(monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/no/such/python")
-    answer = run_children(["nvml"], PATIENCE)["driver"]
-    assert answer.kind == "error" and "could be started" in answer.text
-
-
-def test_an_answer_cut_off_in_the_middle_counts_as_none():
-    output = (
-        b'{"stage": "torch", "value": {"version": "2.13.0", "cuda": null, "hip": null, "backends": []}}\n{"stage": "st'
-    )
-    answers = read_answers("torch", output, Problem("died", "the process ended with SIGKILL"))
-    assert answers["torch"].version == "2.13.0"
-    assert answers["store"].kind == "died" and answers["gloo"].kind == "skipped"
-
-
-# ---- packages, without importing them
-
-
-def test_a_checkout_of_megatron_on_the_path_hides_the_installed_wheel(tmp_path):
-    core = tmp_path / "megatron" / "core"
-    core.mkdir(parents=True)
-    (core / "__init__.py").write_text("raise SystemExit('imported')")
-    (core / "package_info.py").write_text("MAJOR = 0\nMINOR = 20\nPATCH = 0\nPRE_RELEASE = 'rc1'\n")
-    assert find_megatron([str(tmp_path), *sys.path]) == "0.20.0rc1"
-    assert find_packages([str(tmp_path), *sys.path])["megatron-core"] == "0.20.0rc1"
-
-
-def test_packages_are_found_by_metadata_or_by_module_and_never_by_a_bare_folder(tmp_path):
-    (tmp_path / "Math_Verify-0.9.0.dist-info").mkdir()
-    (tmp_path / "Math_Verify-0.9.0.dist-info" / "METADATA").write_text("Name: math-verify\nVersion: 0.9.0\n")
-    (tmp_path / "sglang").mkdir()
-    (tmp_path / "sglang" / "__init__.py").touch()
-    (tmp_path / "wandb").mkdir()  # as its runs leave it behind
-    assert find_packages([str(tmp_path)]) == {"math-verify": "0.9.0", "sglang": ""}
-
-
 # ---- the command
 
 
-def run_doctor(*arguments: str, path: str = "", folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (path, str(ROOT)))), **environment}
-    command = [sys.executable, "-c", "import sys; from dcpo_megatron.cli.main import main; sys.exit(main())", "doctor"]
-    return subprocess.run(
-        [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
-    )
+def run_doctor(*arguments: str, path: Path = ROOT, folder: Path = ROOT, first: str = "") -> subprocess.CompletedProcess:
+    """Runs the code ``first``, then `dcpo doctor`, in ``folder``; what lies in ``path`` is imported before all else."""
+    start = f"{first}\nimport sys\nfrom dcpo_megatron.cli.doctor import main\nsys.exit(main())"
+    environment = {**os.environ, "PYTHONPATH": f"{path}{os.pathsep}{ROOT}", "COLUMNS": "200"}
+    command = [sys.executable, "-c", start, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_json_on_this_machine_agrees_with_the_trainer_and_with_the_exit_status():
+def write_module(folder: Path, name: str, text: str) -> None:
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(text, encoding="utf-8")
+
+
+def test_the_report_on_this_machine_agrees_with_the_trainer_and_with_the_exit_status():
     from dcpo_megatron.mcore.platform import find_apex, select_platform
 
     done = run_doctor("--json", "--timeout", "60")
@@ -648,53 +287,43 @@ def test_json_on_this_machine_agrees_with_the_trainer_and_with_the_exit_status()
     platform = select_platform()
     whats = [finding["what"] for finding in report["findings"]]
     assert f"platform: {platform.name} with {platform.backend}" in whats
-    assert (find_apex() == "impostor") == any("not NVIDIA Apex" in what for what in whats)
+    assert any("not NVIDIA Apex" in what for what in whats) is (find_apex() == "impostor")
 
 
-def test_an_impostor_apex_fails_the_command_with_the_way_out(folder, tmp_path):
-    folder(apex="")
-    done = run_doctor("--json", "--timeout", "60", path=str(tmp_path))
+def test_an_impostor_apex_fails_the_command_with_the_way_out(tmp_path):
+    write_module(tmp_path, "apex", "")
+    done = run_doctor("--json", "--timeout", "60", path=tmp_path)
     [finding] = [one for one in json.loads(done.stdout)["findings"] if "not NVIDIA Apex" in one["what"]]
     assert done.returncode == 1
     assert finding["status"] == "fail" and str(tmp_path) in finding["what"] and "pip uninstall apex" in finding["fix"]
 
 
-def test_a_hanging_torch_does_not_make_the_command_run_longer_than_ten_seconds(folder, tmp_path):
-    folder(torch="import time; time.sleep(600)", pynvml="import time; time.sleep(600)")
+def test_hanging_libraries_do_not_make_the_command_run_longer_than_ten_seconds(tmp_path):
+    for name in ("torch", "pynvml"):
+        write_module(tmp_path, name, "import time; time.sleep(600)")
     start = time.monotonic()
-    done = run_doctor(path=str(tmp_path))
+    done = run_doctor(path=tmp_path)
     assert time.monotonic() - start < 10
-    assert done.returncode == 1 and "no answer within 8.5 s" in done.stdout
+    assert done.returncode == 1 and done.stdout.count("no answer within 8 s") == 2
 
 
-def test_the_command_runs_without_torch_and_rich_in_a_folder_that_is_gone(folder, tmp_path):
-    missing = "raise ModuleNotFoundError('No module named ' + repr(__name__), name=__name__)"
-    folder(torch=missing, rich=missing)
+def test_the_command_runs_without_torch_and_rich_in_a_folder_that_is_gone(tmp_path):
+    for name in ("torch", "rich"):
+        write_module(tmp_path, name, "raise ModuleNotFoundError(f'No module named {__name__!r}', name=__name__)")
     gone = tmp_path / "gone"
-    script = "import os, sys; os.rmdir(os.getcwd()); from dcpo_megatron.cli.doctor import main; sys.exit(main(['--timeout', '60']))"
     gone.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=gone,
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_doctor("--timeout", "60", path=tmp_path, folder=gone, first="import os; os.rmdir(os.getcwd())")
     assert done.returncode == 1 and done.stderr == ""
-    assert "torch is not installed" in done.stdout and "not ready to train" in done.stdout
-    assert "current folder cannot be read" in done.stdout
+    assert "torch is not installed" in done.stdout and "the current folder cannot be read" in done.stdout
+    assert done.stdout.rstrip().endswith("not ready to train")
 
 
 def test_the_table_shows_every_finding_with_its_fix_and_its_brackets(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    findings = [
-        Finding("optional", "warn", "no engine", "pip install 'transformer-engine[pytorch]'"),
-        Finding("gpu", "ok", "GPU 0"),
-    ]
-    doctor.print_table(findings)
+    fix = "pip install 'transformer-engine[pytorch]'"
+    doctor.print_table([Finding("optional", "warn", "no engine", fix), Finding("gpu", "ok", "GPU 0")])
     shown = capsys.readouterr().out
-    for words in ("optional", "warn", "no engine", "fix: pip install 'transformer-engine[pytorch]'", "gpu", "GPU 0"):
+    for words in ("optional", "warn", "no engine", f"fix: {fix}", "gpu", "GPU 0"):
         assert words in shown
     assert shown.rstrip().endswith("0 failures, 1 warning: ready to train")
 

@@ -1,0 +1,244 @@
+"""What the certificate runs: layouts, small models, data that hurts, objectives.
+
+Everything is made from a seed; nothing here needs Megatron-Core.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+
+from dcpo_megatron.objectives import Objective, get_preset
+
+TEMPERATURE = 0.8
+
+
+@dataclass
+class Item:
+    """One response of the minibatch: token ids, the numbers its loss needs, and the prompt it belongs to."""
+
+    prompt_id: int
+    prompt: list[int]
+    response: list[int]
+    advantage: float
+    old_logprobs: torch.Tensor
+    rollout_logprobs: torch.Tensor
+    reference_logprobs: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A parallel layout by name, on ``world`` ranks: the fields of ParallelLayout, packed or padded rows, and the model it runs."""
+
+    name: str
+    world: int
+    parallel: dict = field(default_factory=dict)
+    packed: bool = True
+    model: str = "dense"
+    micro_batches: int = 2
+
+    @property
+    def data_parallel(self) -> int:
+        p = self.parallel
+        return self.world // (p.get("tensor", 1) * p.get("pipeline", 1) * p.get("context", 1))
+
+
+def _layout(name: str, packed: bool = True, model: str = "dense", micro_batches: int = 2) -> Layout:
+    """Reads names such as ``tp2-sp-pp2-vpp2-cp2-dp2-ep2-etp1``."""
+    sizes = {"tp": 1, "pp": 1, "cp": 1, "dp": 1}
+    parallel: dict = {}
+    for word in name.split("-"):
+        if word == "sp":
+            parallel["sequence_parallel"] = True
+            continue
+        key, size = word.rstrip("0123456789"), int(word.lstrip("abcdefghijklmnopqrstuvwxyz"))
+        if key in sizes:
+            sizes[key] = size
+        full = {
+            "tp": "tensor",
+            "pp": "pipeline",
+            "cp": "context",
+            "vpp": "virtual_pipeline",
+            "ep": "expert",
+            "etp": "expert_tensor",
+        }
+        if (key in full and size > 1) or key == "etp":
+            parallel[full[key]] = size
+    world = sizes["tp"] * sizes["pp"] * sizes["cp"] * sizes["dp"]
+    label = (
+        name
+        + ("" if packed else "/padded")
+        + (f"/{model}" if model != "dense" else "")
+        + (f"/m{micro_batches}" if micro_batches != 2 else "")
+    )
+    return Layout(label, world, parallel, packed, model, micro_batches)
+
+
+LAYOUTS: list[Layout] = [
+    _layout("dp1"),
+    _layout("dp1", packed=False),
+    _layout("dp1", micro_batches=1),
+    _layout("dp1", packed=False, micro_batches=16),
+    _layout("dp2"),
+    _layout("dp2", packed=False),
+    _layout("dp2", micro_batches=5),
+    _layout("tp2"),
+    _layout("tp2", packed=False),
+    _layout("tp2-sp"),
+    _layout("pp2"),
+    _layout("pp2", packed=False, micro_batches=4),
+    _layout("pp2-vpp2"),
+    _layout("pp2-vpp2", packed=False, micro_batches=4),
+    _layout("cp2"),
+    _layout("cp2", packed=False),
+    _layout("tp2-dp2"),
+    _layout("pp2-dp2"),
+    _layout("cp2-dp2"),
+    _layout("cp2-dp2", packed=False),
+    _layout("tp2-pp2"),
+    _layout("tp2-sp-pp2"),
+    _layout("tp2-cp2"),
+    _layout("tp2-sp-cp2"),
+    _layout("pp2-cp2"),
+    _layout("pp2-vpp2-cp2"),
+    _layout("pp2-vpp2-dp2"),
+    _layout("tp2-sp-pp2-vpp2"),
+    _layout("tp2-pp2-dp2"),
+    _layout("tp2-sp-cp2-dp2"),
+    _layout("pp2-cp2-dp2"),
+    _layout("tp2-sp-pp2-cp2"),
+    _layout("tp2-sp-pp2-vpp2-dp2"),
+    _layout("dp1", model="tied"),
+    _layout("tp2", model="tied"),
+    _layout("pp2", model="tied"),
+    _layout("tp2-sp-pp2-vpp2-dp2", model="tied"),
+    _layout("tp2-sp-pp2-cp2", model="tied"),
+    _layout("dp1", model="moe"),
+    _layout("dp2-ep2", model="moe"),
+    _layout("dp2-ep2-etp1", model="moe", packed=False),
+    _layout("tp2-sp-dp2-ep2-etp1", model="moe"),
+    _layout("tp2-sp-dp2-ep2-etp2", model="moe"),
+    _layout("pp2-dp2-ep2", model="moe"),
+    _layout("cp2-dp2-ep2", model="moe"),
+    _layout("tp2-sp-pp2-dp2-ep2-etp1", model="moe"),
+]
+
+FAST = ("dp2", "dp1/padded", "tp2-sp", "pp2-vpp2", "cp2", "cp2/padded", "tp2-sp-cp2", "dp2-ep2/moe", "pp2/tied")
+
+
+def find_layouts(names: str) -> list[Layout]:
+    """``all``, ``fast``, or names separated by commas. Raises ValueError for an unknown one, listing the known."""
+    known = {layout.name: layout for layout in LAYOUTS}
+    if names == "all":
+        return LAYOUTS
+    if names == "fast":
+        return [known[name] for name in FAST]
+    found = []
+    for name in names.split(","):
+        if name not in known:
+            raise ValueError(f"unknown layout {name!r}; the known ones are: fast, all, {', '.join(known)}")
+        found.append(known[name])
+    return found
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "dcpo-paper": get_preset("dcpo-paper"),
+    "dcpo-official-code": get_preset("dcpo-official-code"),
+    "grpo+kl": dataclasses.replace(get_preset("grpo"), kl_coef=0.1),
+    "dapo": get_preset("dapo"),
+    "gspo": dataclasses.replace(get_preset("gspo"), eps_low=0.1, eps_high=0.2),
+    "dcpo+entropy": dataclasses.replace(get_preset("dcpo-paper"), entropy_coef=0.05),
+    "dcpo+tis": dataclasses.replace(get_preset("dcpo-paper"), correction="tis", correction_cap=1.2),
+    "grpo+icepop": dataclasses.replace(
+        get_preset("grpo"), correction="icepop", correction_low=0.8, correction_high=1.3
+    ),
+}
+
+# Response lengths of 4 prompts x 4 responses: 1 to 40 tokens, and one prompt whose advantages are all 0.
+LENGTHS = ((1, 40, 2, 7), (3, 3, 21, 5), (13, 2, 6, 30), (4, 9, 2, 17))
+PROMPT_LENGTHS = (3, 11, 6, 1)
+ZERO_PROMPT = 2
+VOCAB = 101  # odd: needs padding for any tensor size
+
+
+def make_items(seed: int = 0) -> list[Item]:
+    """The minibatch. Old log-probs are filled in by :func:`attach_old_logprobs`, near the model's own, so that every clip branch is met."""
+    generator = torch.Generator().manual_seed(seed)
+    items = []
+    for prompt_id, (lengths, prompt_length) in enumerate(zip(LENGTHS, PROMPT_LENGTHS)):
+        prompt = torch.randint(0, VOCAB, (prompt_length,), generator=generator).tolist()
+        for length in lengths:
+            response = torch.randint(0, VOCAB, (length,), generator=generator).tolist()
+            advantage = (
+                0.0 if prompt_id == ZERO_PROMPT else float(torch.randn((), generator=generator, dtype=torch.float64))
+            )
+            blank = torch.zeros(length)
+            items.append(Item(prompt_id, prompt, response, advantage, blank, blank.clone(), blank.clone()))
+    return items
+
+
+def attach_old_logprobs(items: list[Item], logprobs: list[torch.Tensor], seed: int = 1) -> None:
+    """Old, rollout and reference log-probs: the current ones plus noise wide enough to cross bounds and caps, kept off the very edges."""
+    generator = torch.Generator().manual_seed(seed)
+    for item, current in zip(items, logprobs):
+        noise = torch.randn(len(item.response), generator=generator) * 0.5
+        # A fifth of the tokens jump far, so that the cap is met too.
+        far = torch.rand(len(item.response), generator=generator) < 0.2
+        item.old_logprobs = (current - torch.where(far, noise * 6, noise)).clamp(max=-1e-3)
+        item.rollout_logprobs = (item.old_logprobs + 0.2 * torch.randn(len(item.response), generator=generator)).clamp(
+            max=-1e-3
+        )
+        item.reference_logprobs = (current + 0.3 * torch.randn(len(item.response), generator=generator)).clamp(
+            max=-1e-3
+        )
+
+
+def make_model(kind: str, folder: str, seed: int = 0) -> None:
+    """Writes a small Hugging Face model: "dense" (Qwen2, untied), "tied" (Qwen2, tied), "qwen3", "llama", "moe" (Qwen3-MoE), weights large enough
+    that attention and router are far from uniform."""
+    import transformers
+
+    torch.manual_seed(seed)
+    common = dict(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=kind == "tied",
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+    if kind in ("dense", "tied"):
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**common))
+    elif kind == "qwen3":
+        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**common, head_dim=16))
+    elif kind == "llama":
+        rope = {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**common, rope_parameters=rope))
+    elif kind == "moe":
+        config = transformers.Qwen3MoeConfig(
+            **common, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True
+        )
+        model = transformers.Qwen3MoeForCausalLM(config)
+    else:
+        raise ValueError(f"unknown model {kind!r}: use dense, tied, qwen3, llama or moe")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(4.0)
+    model.float().save_pretrained(folder)

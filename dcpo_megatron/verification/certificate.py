@@ -1,0 +1,245 @@
+"""Runs layouts against the dense reference and says where they differ.
+
+Relative error = norm of the difference over norm of the reference, per parameter; the worst of all parameters counts. Where a reference gradient is all but
+zero (below 1e-6 of the whole gradient's norm), the difference is held against that floor instead.
+
+Parameters after a step: SGD's are held against the reference's. Adam's first step is p - lr g / (|g| + eps): where |g| is near eps = 1e-8, a gradient that
+differs in its last bits moves the parameter by as much as lr, so Adam's parameters are held against Adam's formula on the layout's own gradient, which the
+column before has compared with the reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dcpo_megatron.objectives import Objective
+from dcpo_megatron.verification import cases
+from dcpo_megatron.verification.measure import objective_settings
+from dcpo_megatron.verification.ranks import RankFailure, RankPool
+
+GRADIENT_TOLERANCE = 2e-5
+PARAMETER_TOLERANCE = 2e-5
+DISTRIBUTION_TOLERANCE = 1e-5
+RATES = {"adam": 1e-3, "sgd": 0.1}
+ADAM_EPS = 1e-8
+
+
+@dataclass
+class Verdict:
+    """One layout under one objective. Errors are relative for loss, gradients and parameters, absolute (nats) for log-probs and entropies."""
+
+    layout: str
+    objective: str
+    world: int
+    loss_error: float = float("nan")
+    gradient_error: float = float("nan")
+    worst_parameter: str = ""
+    sgd_error: float = float("nan")
+    adam_error: float = float("nan")
+    norm_error: float = float("nan")
+    distribution_error: float = float("nan")
+    seconds: float = 0.0
+    failure: str = ""
+
+    @property
+    def passed(self) -> bool:
+        if self.failure:
+            return False
+        checks = [
+            self.loss_error <= GRADIENT_TOLERANCE,
+            self.gradient_error <= GRADIENT_TOLERANCE,
+            self.distribution_error <= DISTRIBUTION_TOLERANCE,
+        ]
+        # NaN: this objective was not the one that stepped.
+        checks += [e <= PARAMETER_TOLERANCE for e in (self.sgd_error, self.adam_error, self.norm_error) if e == e]
+        return all(checks)
+
+
+def certify(
+    layouts: Sequence[cases.Layout],
+    objectives: dict[str, Objective],
+    *,
+    device: str = "cpu",
+    megatron_path: str | None = None,
+    report: Callable[[Verdict], None] | None = None,
+    sabotage: str | None = None,
+    pool: RankPool | None = None,
+    timeout: float = 300.0,
+    seed: int = 0,
+) -> list[Verdict]:
+    """Measures every layout and compares it; ``report`` is called as verdicts come. A layout whose ranks fail gets a verdict that says so.
+
+    Args:
+        megatron_path: a folder with another ``megatron`` package, put first on the ranks' import path.
+        sabotage: see :func:`~dcpo_megatron.verification.measure.measure`.
+        pool: ranks to use instead of starting some.
+    """
+    verdicts: list[Verdict] = []
+    size = max(layout.world for layout in layouts)
+    own_pool = pool is None
+    with tempfile.TemporaryDirectory(prefix="dcpo-verify-") as folder:
+        prepared = {kind: _prepare(kind, folder, objectives, seed) for kind in {layout.model for layout in layouts}}
+        try:
+            for layout in layouts:
+                if pool is None or pool.size == 0:
+                    pool = RankPool(size, device=device, python_path=[megatron_path] if megatron_path else [])
+                started = time.perf_counter()
+                bundle = prepared[layout.model]
+                try:
+                    measured = pool.run(
+                        "dcpo_megatron.verification.measure:measure",
+                        layout.world,
+                        layout,
+                        bundle.folder,
+                        bundle.items,
+                        objectives,
+                        rates=RATES,
+                        device=device,
+                        sabotage=sabotage,
+                        timeout=timeout,
+                    )[0]
+                except RankFailure as error:
+                    new = [Verdict(layout.name, name, layout.world, failure=str(error).strip()) for name in objectives]
+                else:
+                    new = _compare(layout, bundle, measured, objectives)
+                for verdict in new:
+                    verdict.seconds = (time.perf_counter() - started) / len(new)
+                    verdicts.append(verdict)
+                    if report is not None:
+                        report(verdict)
+        finally:
+            if own_pool and pool is not None:
+                pool.close()
+    return verdicts
+
+
+@dataclass
+class _Bundle:
+    folder: str
+    items: list[cases.Item]
+    references: dict
+    start: dict[str, torch.Tensor]
+
+
+def _prepare(kind: str, folder: str, objectives: dict[str, Objective], seed: int) -> _Bundle:
+    from dcpo_megatron.verification import reference as dense
+
+    path = os.path.join(folder, kind)
+    cases.make_model(kind, path, seed)
+    model = dense.load_model(path)
+    items = cases.make_items(seed)
+    with torch.no_grad():
+        current = [dense.token_distribution(model, item, cases.TEMPERATURE)[0] for item in items]
+    cases.attach_old_logprobs(items, current)
+    references = {
+        name: dense.dense_reference(model, items, objective_settings(objective), cases.TEMPERATURE)
+        for name, objective in objectives.items()
+    }
+    for result in references.values():
+        result.gradients = dict(checkpoint_form(result.gradients))
+    start = dict(checkpoint_form({name: parameter.detach().clone() for name, parameter in model.named_parameters()}))
+    return _Bundle(path, items, references, start)
+
+
+def checkpoint_form(tensors: dict[str, torch.Tensor]):
+    """transformers holds the experts of a layer in one tensor; checkpoints (and we) name each expert: yields the checkpoint's names."""
+    for name, tensor in tensors.items():
+        if name.endswith("mlp.experts.gate_up_proj"):
+            base = name.removesuffix("gate_up_proj")
+            for expert, matrix in enumerate(tensor):
+                gate, up = matrix.chunk(2, dim=0)
+                yield f"{base}{expert}.gate_proj.weight", gate
+                yield f"{base}{expert}.up_proj.weight", up
+        elif name.endswith("mlp.experts.down_proj"):
+            base = name.removesuffix("down_proj")
+            for expert, matrix in enumerate(tensor):
+                yield f"{base}{expert}.down_proj.weight", matrix
+        else:
+            yield name, tensor
+
+
+def _relative(measured: torch.Tensor, wanted: torch.Tensor, floor: float) -> float:
+    difference = (measured.double() - wanted.double()).norm()
+    return float(difference / max(float(wanted.double().norm()), floor))
+
+
+def _worst(measured: dict, wanted: dict) -> tuple[float, str]:
+    whole = sum(float(t.double().pow(2).sum()) for t in wanted.values()) ** 0.5
+    floor = max(1e-6 * whole, 1e-30)
+    errors = {
+        name: _relative(measured[name], tensor, floor) if name in measured else float("inf")
+        for name, tensor in wanted.items()
+    }
+    name = max(errors, key=lambda n: errors[n] if errors[n] == errors[n] else float("inf"))
+    return errors[name], name
+
+
+def _compare(layout: cases.Layout, bundle: _Bundle, measured: dict, objectives: dict) -> list[Verdict]:
+    found = []
+    for name in objectives:
+        reference = bundle.references[name]
+        gradient_error, worst = _worst(measured["gradients"][name], reference.gradients)
+        distribution_error = max(
+            float((a - b).abs().max())
+            for kind, wanted in (("logprobs", reference.logprobs), ("entropies", reference.entropies))
+            for a, b in zip(measured[kind], wanted)
+        )
+        verdict = Verdict(
+            layout.name,
+            name,
+            layout.world,
+            loss_error=abs(measured["loss"][name] - reference.loss) / max(abs(reference.loss), 1e-6),
+            gradient_error=gradient_error,
+            worst_parameter=worst,
+            distribution_error=distribution_error,
+        )
+        if name == list(objectives)[-1]:
+            _compare_steps(verdict, bundle, measured, reference.gradients, measured["gradients"][name])
+        found.append(verdict)
+    return found
+
+
+def _compare_steps(verdict: Verdict, bundle: _Bundle, measured: dict, wanted: dict, own: dict) -> None:
+    from dcpo_megatron.verification import reference as dense
+
+    sgd = dense.sgd_step(bundle.start, wanted, RATES["sgd"])
+    verdict.sgd_error, _ = _worst(measured["parameters"]["sgd"], sgd)
+    adam = dense.adam_step(bundle.start, own, RATES["adam"], ADAM_EPS)
+    verdict.adam_error, _ = _worst(measured["parameters"]["adam"], adam)
+    norm = dense.gradient_norm(wanted)
+    verdict.norm_error = max(abs(value - norm) / norm for value in measured["norm"].values())
+
+
+def write_json(verdicts: Sequence[Verdict], path: str | os.PathLike, facts: dict) -> None:
+    """All verdicts with the versions they were measured with."""
+    rows = [dataclasses.asdict(verdict) | {"passed": verdict.passed} for verdict in verdicts]
+    # JSON has no NaN.
+    rows = [{key: None if value != value else value for key, value in row.items()} for row in rows]
+    Path(path).write_text(json.dumps({**facts, "verdicts": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def markdown_table(verdicts: Sequence[Verdict]) -> str:
+    """One row a layout: the worst of its objectives."""
+    lines = [
+        "| layout | ranks | objectives | worst gradient error | where (objective, parameter) | loss | gradient norm | SGD step | Adam step | log-probs, entropy (nats) | verdict |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(verdict.layout for verdict in verdicts):
+        rows = [verdict for verdict in verdicts if verdict.layout == name]
+        worst = max(rows, key=lambda v: v.gradient_error if v.gradient_error == v.gradient_error else float("inf"))
+        verdict = "pass" if all(v.passed for v in rows) else "**FAIL**"
+        lines.append(
+            f"| {name} | {worst.world} | {len(rows)} | {worst.gradient_error:.1e} | {worst.objective}, {worst.worst_parameter} | "
+            f"{max(v.loss_error for v in rows):.1e} | {rows[-1].norm_error:.1e} | {rows[-1].sgd_error:.1e} | {rows[-1].adam_error:.1e} | "
+            f"{max(v.distribution_error for v in rows):.1e} | {verdict} |"
+        )
+    return "\n".join(lines)

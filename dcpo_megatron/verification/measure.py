@@ -1,0 +1,176 @@
+"""The rank side of the certificate: real GPTModel, DistributedDataParallel, DistributedOptimizer, schedule and DCPO loss, in one layout.
+
+:func:`measure` runs inside a :class:`~dcpo_megatron.verification.ranks.RankPool` on every rank of the layout; rank 0 gives back everything under Hugging Face names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+
+import torch
+import torch.distributed as dist
+
+from dcpo_megatron.objectives import Objective, aggregation_weights
+from dcpo_megatron.verification.cases import TEMPERATURE, ZERO_PROMPT, Item, Layout
+
+
+def measure(
+    layout: Layout,
+    folder: str,
+    items: list[Item],
+    objectives: dict[str, Objective],
+    *,
+    rates: dict[str, float],
+    device: str = "cpu",
+    sabotage: str | None = None,
+) -> dict | None:
+    """Loss and gradients under each objective, log-probs and entropies, parameters after one step of each optimizer under the last objective.
+
+    Args:
+        rates: learning rate by optimizer. "adam" runs Megatron-Core's DistributedOptimizer, "sgd" its plain optimizer (the distributed one knows Adam only).
+        sabotage: ``package.module:function`` called before the model is built, to break one thing on purpose; it returns what undoes it.
+
+    Returns:
+        on rank 0 ``{"loss": {objective: float}, "gradients": {objective: {name: tensor}}, "logprobs": [...], "entropies": [...],
+        "norm": {optimizer: float}, "parameters": {optimizer: {name: tensor}}}``; None elsewhere.
+    """
+    from dcpo_megatron.mcore.hf_config import read_shape
+    from dcpo_megatron.mcore.layout import ParallelLayout, make_groups, rank_position
+    from dcpo_megatron.mcore.platform import select_platform
+
+    parallel = ParallelLayout(**layout.parallel)
+    shape = read_shape(folder)
+    problems = parallel.problems(shape, layout.world)
+    if problems:
+        raise ValueError("; ".join(problems))
+    make_groups(parallel)
+    undo = None
+    if sabotage:
+        module, _, name = sabotage.partition(":")
+        undo = getattr(importlib.import_module(module), name)()
+    try:
+        from dcpo_megatron.mcore.model import ModelOptions, OptimizerOptions
+        from dcpo_megatron.mcore.step import PolicyModel
+        from dcpo_megatron.weights.transfer import WeightGatherer, load_hf_weights
+
+        result: dict = {"loss": {}, "gradients": {}, "norm": {}, "parameters": {}}
+        for optimizer, lr in rates.items():
+            model = PolicyModel.create(
+                shape,
+                parallel,
+                ModelOptions(dtype="float32", transformer_engine="off"),
+                select_platform(device),
+                rank_position(),
+                temperature=TEMPERATURE,
+                packed=layout.packed,
+                head_chunk_tokens=16,  # several chunks, the last one short
+            )
+            load_hf_weights(model, folder)
+            model.make_trainable(OptimizerOptions(name=optimizer, lr=lr, weight_decay=0.0, clip_grad=0.0))
+            gatherer = WeightGatherer(model)
+            plan = split_items(items, layout, model.position)
+            if not result["loss"]:
+                result["logprobs"], result["entropies"] = _distributions(model, plan, items)
+                for name, objective in objectives.items():
+                    sums, _ = model.gradients(_micro_batches(plan, items, objective), objective)
+                    _gather_gradient_shards(model)
+                    result["loss"][name] = sums["loss"]
+                    result["gradients"][name] = _collect(gatherer.tensors(lambda parameter: parameter.main_grad))
+            update = model.update(_micro_batches(plan, items, objective), objective, lr)
+            result["norm"][optimizer] = update.gradient_norm
+            result["parameters"][optimizer] = _collect(gatherer.tensors())
+    finally:
+        if undo:
+            undo()
+    return result if dist.get_rank() == 0 else None
+
+
+def _collect(tensors) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().float().cpu().clone() for name, tensor in tensors}
+
+
+def _micro_batches(plan: list[list[int]], items: list[Item], objective: Objective):
+    return [[_sequence(number, items, objective) for number in batch] for batch in plan]
+
+
+def split_items(items: list[Item], layout: Layout, position) -> list[list[int]]:
+    """Micro-batches of this data-parallel rank, by item number: groups split over ranks, very different lengths together, a micro-batch of zero
+    advantages alone, and (where there are enough) one without any response."""
+    zero = [number for number, item in enumerate(items) if item.prompt_id == ZERO_PROMPT]
+    rest = [number for number, item in enumerate(items) if item.prompt_id != ZERO_PROMPT]
+    mine_zero = zero[position.data_rank :: position.data_size]
+    mine = rest[position.data_rank :: position.data_size]
+    if layout.micro_batches == 1:
+        return [mine + mine_zero]
+    batches = [mine_zero]
+    others = layout.micro_batches - 1
+    if others >= 3:
+        # Uneven on purpose: the last rank has one micro-batch with nothing in it.
+        empty = 1 if position.data_rank == position.data_size - 1 else 0
+        batches += [mine[i :: others - empty] for i in range(others - empty)] + [[] for _ in range(empty)]
+    else:
+        batches += [mine[i::others] for i in range(others)]
+    return batches
+
+
+def _sequence(number: int, items: list[Item], objective: Objective):
+    from dcpo_megatron.mcore.batch import Sequence
+
+    item = items[number]
+    weights = aggregation_weights(
+        objective.aggregation,
+        torch.tensor([len(i.response) for i in items]),
+        torch.tensor([i.prompt_id for i in items]),
+        max_response_tokens=64,
+    )
+    return Sequence(
+        number=number,
+        prompt_ids=item.prompt,
+        response_ids=item.response,
+        advantage=item.advantage,
+        weight=float(weights[number]),
+        old_logprobs=item.old_logprobs,
+        rollout_logprobs=item.rollout_logprobs,
+        reference_logprobs=item.reference_logprobs if objective.kl_coef else None,
+    )
+
+
+def _distributions(model, plan, items) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Log-probs and entropies of every item on every rank, joined over data- and context-parallel ranks."""
+    objective = Objective()
+    micro_batches = _micro_batches(plan, items, objective)
+    found = []
+    for entropy in (False, True):
+        local = model.logprobs(micro_batches, entropy=entropy)
+        rows = []
+        for number, item in enumerate(items):
+            row = torch.full((len(item.response),), float("-inf"))
+            if number in local:
+                row = torch.where(local[number].isnan(), row, local[number])
+            rows.append(row)
+        flat = torch.cat(rows).to(model.platform.device)
+        dist.all_reduce(flat, op=dist.ReduceOp.MAX)
+        found.append([part.cpu() for part in flat.split([len(item.response) for item in items])])
+    return found[0], found[1]
+
+
+def _gather_gradient_shards(model) -> None:
+    """After the reduce-scatter each data-parallel rank holds its shard of every gradient bucket: joins them in place, for reading only."""
+    for chunk in model.chunks:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            for bucket in buffer.buckets:
+                group = (
+                    bucket.data_parallel_group if hasattr(bucket, "data_parallel_group") else buffer.data_parallel_group
+                )
+                size = dist.get_world_size(group)
+                if size == 1:
+                    continue
+                data = bucket.grad_data
+                shard = data.chunk(size)[dist.get_rank(group)].clone()
+                dist.all_gather_into_tensor(data, shard, group=group)
+
+
+def objective_settings(objective: Objective, max_response_tokens: int = 64) -> dict:
+    """The fields of an objective for the dense reference."""
+    return dataclasses.asdict(objective) | {"max_response_tokens": max_response_tokens}

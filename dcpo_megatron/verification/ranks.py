@@ -1,0 +1,149 @@
+"""A pool of processes that take part in one distributed job after another.
+
+Starting a process costs seconds of imports, a new process group a fraction of one: the pool starts its processes once and makes a fresh default group for each
+:meth:`RankPool.run`. Every run has a deadline; a rank that raises, dies or hangs ends the pool, with the rank's name and its traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import socket
+import time
+import traceback
+from collections.abc import Sequence
+
+# Under "spawn" a child imports this module first: nothing heavy at its top.
+
+
+class RankFailure(RuntimeError):
+    """A rank raised, died or did not answer; the message names it and says where it stood."""
+
+
+class RankPool:
+    """``size`` processes on this machine; use as a context manager.
+
+    Args:
+        device: "cpu" (gloo) or "cuda" (nccl, one GPU a rank).
+        python_path: folders put before the children's import path (another Megatron-Core, say).
+    """
+
+    def __init__(self, size: int, *, device: str = "cpu", python_path: Sequence[str] = (), threads: int = 1):
+        self.size = size
+        context = multiprocessing.get_context("spawn")
+        saved = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
+        os.environ["PYTHONPATH"] = os.pathsep.join([*python_path, *filter(None, [saved["PYTHONPATH"]])])
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        self._pipes, self._processes = [], []
+        try:
+            for rank in range(size):
+                mine, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(rank, device, list(python_path), theirs), daemon=True)
+                process.start()
+                theirs.close()
+                self._pipes.append(mine)
+                self._processes.append(process)
+        finally:
+            for name, value in saved.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+    def run(self, function: str, world: int, *args, timeout: float = 120.0, **kwargs) -> list:
+        """Calls ``package.module:function(*args, **kwargs)`` on ranks 0..world-1 of a fresh process group; returns what each gave.
+
+        Raises:
+            RankFailure: a rank raised, died, or gave nothing within ``timeout`` seconds. The pool is closed then.
+            ValueError: ``world`` is more than the pool has.
+        """
+        if not 1 <= world <= self.size:
+            raise ValueError(f"{world} ranks were asked for, the pool has {self.size}")
+        port = _free_port()
+        for rank in range(world):
+            self._pipes[rank].send((function, rank, world, port, timeout, args, kwargs))
+        results: list = [None] * world
+        waiting = set(range(world))
+        deadline = time.monotonic() + timeout
+        while waiting:
+            ready = multiprocessing.connection.wait(
+                [self._pipes[rank] for rank in waiting], max(0.0, deadline - time.monotonic())
+            )
+            if not ready:
+                ranks = ", ".join(map(str, sorted(waiting)))
+                self.close()
+                raise RankFailure(f"{function}: rank {ranks} of {world} gave no answer within {timeout:.0f} s")
+            for pipe in ready:
+                rank = self._pipes.index(pipe)
+                try:
+                    kind, value = pipe.recv()
+                except EOFError:
+                    self._processes[rank].join(5)
+                    code = self._processes[rank].exitcode
+                    self.close()
+                    raise RankFailure(f"{function}: rank {rank} of {world} died (exit code {code})") from None
+                if kind == "error":
+                    self.close()
+                    raise RankFailure(f"{function}: rank {rank} of {world} raised\n{value}")
+                results[rank] = value
+                waiting.discard(rank)
+        return results
+
+    def close(self) -> None:
+        """Ends the processes; safe to call twice."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(0.2)
+            if process.is_alive():
+                process.kill()
+                process.join(5)
+        self._pipes, self._processes, self.size = [], [], 0
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(number: int, device: str, python_path: list[str], pipe) -> None:
+    import sys
+    import warnings
+
+    for folder in reversed(python_path):
+        if folder not in sys.path[:1]:
+            sys.path.insert(0, folder)
+    warnings.simplefilter("ignore")
+    os.environ["LOCAL_RANK"] = str(number)
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    while True:
+        try:
+            function, rank, world, port, timeout, args, kwargs = pipe.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            from dcpo_megatron.mcore import platform
+
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            platform.start(platform.select_platform(device), timeout)
+            module, _, name = function.partition(":")
+            value = getattr(importlib.import_module(module), name)(*args, **kwargs)
+            platform.stop()
+            pipe.send(("ok", value))
+        except BaseException:
+            try:
+                pipe.send(("error", traceback.format_exc()))
+            except OSError:  # another rank failed first and the pool is gone
+                traceback.print_exc()
+            return

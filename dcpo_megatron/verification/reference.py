@@ -1,0 +1,124 @@
+"""What one process computes, from nothing but the Hugging Face model, plain autograd and the formulas written out.
+
+No Megatron-Core, no ``dcpo_megatron.objectives``, no weights computed ahead: each response goes through the model alone, each token's loss is the maximum or
+minimum that its paper states, and the minibatch loss is the mean that the aggregation's name says. Slow on purpose; it shares no line with what it checks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from dcpo_megatron.verification.cases import Item
+
+
+@dataclass
+class Reference:
+    """Dense results: ``gradients`` and ``parameters`` by Hugging Face name, log-probs and entropies by item."""
+
+    loss: float
+    gradients: dict[str, torch.Tensor]
+    logprobs: list[torch.Tensor]
+    entropies: list[torch.Tensor]
+
+
+def load_model(folder: str):
+    """The Hugging Face model, fp32, in training mode without dropout (these families have none)."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+
+
+def token_distribution(model, item: Item, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob and entropy of each response token, ``[len(response)]`` each, with gradient."""
+    ids = torch.tensor([[*item.prompt, *item.response]])
+    logits = model(input_ids=ids).logits[0, len(item.prompt) - 1 : -1].float() / temperature
+    logp = torch.log_softmax(logits, dim=-1)
+    chosen = logp.gather(1, torch.tensor(item.response)[:, None])[:, 0]
+    return chosen, -(logp.exp() * logp).sum(-1)
+
+
+def token_losses(logp, entropy, item: Item, settings: dict) -> torch.Tensor:
+    """The loss of each token of one response, by the formulas (DCPO, GRPO, DAPO, GSPO papers)."""
+    old = item.old_logprobs
+    advantage = item.advantage
+    ratio = torch.exp(logp - old)
+    if settings["ratio_level"] == "sequence":
+        # s = exp(mean_t log r), one number a response.
+        ratio = torch.exp((logp - old).mean()).expand_as(logp)
+    if settings["bounds"] == "dac":
+        q = old.double().exp()
+        lower = 0.5 + 0.5 * torch.sqrt(torch.clamp(1 - 4 * settings["eps_low"] / q, min=0))
+        upper = torch.clamp(0.5 + 0.5 * torch.sqrt(1 + 4 * settings["eps_high"] / q), max=settings["ratio_max"])
+        lower, upper = lower.float(), upper.float()
+    else:
+        lower = torch.full_like(old, 1 - settings["eps_low"])
+        upper = torch.full_like(old, 1 + settings["eps_high"])
+    if advantage > 0:
+        loss = -advantage * torch.minimum(ratio, upper)
+    elif advantage < 0:
+        loss = -advantage * torch.maximum(ratio, lower)
+        if settings["cap_negative"] is not None:
+            loss = torch.minimum(loss, torch.full_like(loss, -advantage * settings["cap_negative"]))
+    else:
+        loss = 0.0 * ratio
+    if settings["correction"] == "tis":
+        loss = loss * torch.clamp(torch.exp(old - item.rollout_logprobs), max=settings["correction_cap"])
+    elif settings["correction"] == "mis":
+        weight = torch.exp(old - item.rollout_logprobs)
+        loss = loss * torch.where(weight <= settings["correction_cap"], weight, torch.zeros_like(weight))
+    elif settings["correction"] == "icepop":
+        weight = torch.exp(old - item.rollout_logprobs)
+        inside = (weight >= settings["correction_low"]) & (weight <= settings["correction_high"])
+        loss = loss * torch.where(inside, weight, torch.zeros_like(weight))
+    if settings["kl_coef"]:
+        gap = item.reference_logprobs - logp
+        loss = loss + settings["kl_coef"] * (torch.exp(gap) - gap - 1)
+    return loss - settings["entropy_coef"] * entropy
+
+
+def aggregate(losses: list[torch.Tensor], items: list[Item], settings: dict) -> torch.Tensor:
+    """One number from the token losses of a whole minibatch, as the aggregation's name says (spec of OTM, GRPO, DAPO, Dr.GRPO)."""
+    prompts = sorted({item.prompt_id for item in items})
+    if settings["aggregation"] == "otm":
+        per_prompt = [sum(loss.mean() for loss, item in zip(losses, items) if item.prompt_id == p) for p in prompts]
+        return sum(per_prompt) / len(prompts)
+    if settings["aggregation"] == "slm":
+        groups = [[loss.mean() for loss, item in zip(losses, items) if item.prompt_id == p] for p in prompts]
+        return sum(sum(group) / len(group) for group in groups) / len(prompts)
+    if settings["aggregation"] == "tlm":
+        return torch.cat(losses).mean()
+    return torch.cat(losses).sum() / (len(items) * settings["max_response_tokens"])
+
+
+def dense_reference(model, items: list[Item], settings: dict, temperature: float) -> Reference:
+    """Loss and gradients of the minibatch ``items`` under ``settings`` (the fields of an objective, as a dict)."""
+    model.zero_grad(set_to_none=True)
+    tokens = [token_distribution(model, item, temperature) for item in items]
+    losses = [token_losses(logp, entropy, item, settings) for (logp, entropy), item in zip(tokens, items)]
+    loss = aggregate(losses, items, settings)
+    loss.backward()
+    gradients = {name: parameter.grad.detach().clone() for name, parameter in model.named_parameters()}
+    return Reference(
+        loss=float(loss.detach()),
+        gradients=gradients,
+        logprobs=[logp.detach() for logp, _ in tokens],
+        entropies=[entropy.detach() for _, entropy in tokens],
+    )
+
+
+def sgd_step(start: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor], lr: float) -> dict[str, torch.Tensor]:
+    """Parameters after ``p - lr g``."""
+    return {name: parameter - lr * gradients[name] for name, parameter in start.items()}
+
+
+def adam_step(start: dict, gradients: dict, lr: float, eps: float) -> dict[str, torch.Tensor]:
+    """Parameters after the first AdamW step without weight decay: both moments' bias corrections cancel, p - lr g / (|g| + eps)."""
+    return {name: parameter - lr * gradients[name] / (gradients[name].abs() + eps) for name, parameter in start.items()}
+
+
+def gradient_norm(gradients: dict[str, torch.Tensor]) -> float:
+    """Euclidean norm over all parameters."""
+    return math.sqrt(sum(float(g.double().pow(2).sum()) for g in gradients.values()))

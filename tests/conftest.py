@@ -1,0 +1,33 @@
+"""Shared by all tests: one thread a process (ranks share the cores), small models, the folder with real data."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def demo_start(tmp_path_factory) -> Path:
+    """A folder with a small model (random weights) and its tokenizer, as the demo makes them before the warm-up."""
+    from dcpo_megatron.training.warm_up import make_model, make_tokenizer, save
+
+    folder = tmp_path_factory.mktemp("start")
+    tokenizer = make_tokenizer()
+    model = make_model(len(tokenizer), seed=0, layers=2, hidden=32)
+    save(model, tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with real data sets (they are not part of the project): DCPO_TEST_DATA, else shared/data beside the checkout."""
+    folder = Path(os.environ.get("DCPO_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data sets in {folder}: set DCPO_TEST_DATA to a folder that holds them")
+    return folder

@@ -1,0 +1,138 @@
+"""Minibatches keep prompts whole, and the weights of a minibatch do not depend on how it is laid out."""
+
+import math
+from itertools import chain
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dcpo_megatron.data import Response
+from dcpo_megatron.data.packing import PackingOptions
+from dcpo_megatron.objectives import get_preset
+from dcpo_megatron.training.minibatches import plan_minibatch, split_minibatches, token_weights
+
+OTM, SLM, TLM, DR = (get_preset(name) for name in ("dcpo-paper", "grpo", "dapo", "dr-grpo"))
+
+
+def response(prompt, sample, tokens, prompt_tokens=2):
+    return Response(
+        prompt_id=prompt,
+        prompt_token_ids=[1] * prompt_tokens,
+        ground_truth="",
+        sample_index=sample,
+        token_ids=list(range(10, 10 + tokens)),
+        rollout_logprobs=[-0.5 - 0.25 * t for t in range(tokens)],
+        finish_reason="stop" if tokens else "abort",
+        weight_versions=[0] * tokens,
+        advantage=float(sample) - 1.0,
+    )
+
+
+def batch_of(*lengths_per_prompt):
+    return [
+        response(f"prompt-{number}", sample, tokens)
+        for number, lengths in enumerate(lengths_per_prompt)
+        for sample, tokens in enumerate(lengths)
+    ]
+
+
+groups = st.lists(st.lists(st.integers(0, 20), min_size=1, max_size=5), min_size=1, max_size=6)
+
+
+def plan_of(responses, indices, rank, size, objective=OTM, packing=None, **settings):
+    return plan_minibatch(
+        responses,
+        indices,
+        objective,
+        packing or PackingOptions(24),
+        max_response_tokens=20,
+        data_rank=rank,
+        data_size=size,
+        **settings,
+    )
+
+
+@settings(deadline=None, database=None)
+@given(groups, st.integers(1, 4))
+def test_minibatches_keep_prompts_whole_and_in_order(lengths, prompts):
+    responses = batch_of(*lengths)
+    minibatches = split_minibatches(responses, prompts)
+    assert list(chain.from_iterable(minibatches)) == list(range(len(responses)))
+    ids = [{responses[i].prompt_id for i in indices} for indices in minibatches]
+    assert all(not first & second for n, first in enumerate(ids) for second in ids[n + 1 :])
+    assert [len(found) for found in ids[:-1]] == [prompts] * (len(ids) - 1)
+    assert 1 <= len(ids[-1]) <= prompts
+
+
+def test_no_responses_give_no_minibatch():
+    assert split_minibatches([], 4) == []
+
+
+def test_weights_are_those_of_each_aggregation_over_the_whole_minibatch():
+    responses = batch_of([4, 0], [2, 8])
+    assert token_weights(responses, OTM, 20) == pytest.approx([1 / 8, 0.0, 1 / 4, 1 / 16])
+    assert token_weights(responses, SLM, 20) == pytest.approx([1 / 16, 0.0, 1 / 8, 1 / 32])
+    assert token_weights(responses, TLM, 20) == pytest.approx([1 / 14, 0.0, 1 / 14, 1 / 14])
+    assert token_weights(responses, DR, 20) == pytest.approx([1 / 80, 0.0, 1 / 80, 1 / 80])
+
+
+def test_a_prompt_with_empty_responses_alone_still_counts_in_the_weights():
+    assert token_weights(batch_of([5], [0, 0]), OTM, 20) == pytest.approx([1 / 10, 0.0, 0.0])
+
+
+@settings(deadline=None, database=None)
+@given(groups, st.sampled_from([OTM, SLM, TLM, DR]))
+def test_the_weights_of_all_tokens_sum_to_what_the_aggregation_says(lengths, objective):
+    responses = batch_of(*lengths)
+    weights = token_weights(responses, objective, 20)
+    total = math.fsum(w * len(r.token_ids) for w, r in zip(weights, responses, strict=True))
+    trained = [sum(n > 0 for n in group) for group in lengths]
+    expected = {
+        "otm": sum(trained) / len(lengths),  # G where every response has tokens
+        "slm": sum(count / len(group) for count, group in zip(trained, lengths, strict=True)) / len(lengths),
+        "tlm": float(any(trained)),
+        "dr": sum(map(sum, lengths)) / (len(responses) * 20),
+    }
+    assert total == pytest.approx(expected[objective.aggregation], rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@settings(deadline=None, database=None, max_examples=40)
+@given(groups, st.booleans(), st.sampled_from([1, 2]), st.integers(0, 2))
+def test_all_ranks_together_train_on_every_response_with_tokens_exactly_once(size, lengths, packed, multiple_of, skip):
+    responses = batch_of([3], *lengths)
+    indices = list(range(len(responses)))[skip:]
+    plans = [
+        plan_of(
+            responses, indices, rank, size, packing=PackingOptions(24, packed=packed, align=4), multiple_of=multiple_of
+        )
+        for rank in range(size)
+    ]
+    assert len({len(plan) for plan in plans}) == 1 and len(plans[0]) % multiple_of == 0
+    sequences = [sequence for plan in plans for micro_batch in plan for sequence in micro_batch]
+    assert sorted(s.number for s in sequences) == [i for i in indices if responses[i].token_ids]
+    members = [responses[i] for i in indices]
+    weight_of = dict(zip(indices, token_weights(members, OTM, 20), strict=True))
+    assert all(s.weight == weight_of[s.number] for s in sequences)
+    prompts = len({r.prompt_id for r in members})
+    total = math.fsum(s.weight * len(s.response_ids) for s in sequences)
+    assert total == pytest.approx(len(sequences) / max(prompts, 1), rel=1e-12)
+
+
+def test_a_sequence_carries_its_responses_tokens_advantage_and_rollout_logprobs():
+    responses = batch_of([3, 0, 2])
+    ((micro_batch,),) = [plan_of(responses, [0, 1, 2], 0, 1, SLM)]
+    found = {s.number: s for s in micro_batch}
+    assert set(found) == {0, 2}
+    assert found[2].response_ids == [10, 11] and found[2].prompt_ids == [1, 1]
+    assert found[2].advantage == 1.0
+    assert found[2].weight == pytest.approx(1 / 6)
+    assert torch.equal(found[2].rollout_logprobs, torch.tensor([-0.5, -0.75]))
+    assert found[2].old_logprobs is None
+
+
+def test_a_minibatch_without_any_token_gives_every_rank_one_empty_micro_batch():
+    responses = batch_of([0, 0], [0])
+    assert [plan_of(responses, [0, 1, 2], rank, 2) for rank in (0, 1)] == [[[]], [[]]]
