@@ -14,9 +14,10 @@ def all_gather_bytes(payload: bytes, group: dist.ProcessGroup, device: torch.dev
     size = torch.tensor([len(payload)], device=device)
     sizes = [torch.zeros_like(size) for _ in range(world)]
     dist.all_gather(sizes, size, group=group)
-    longest = max(int(s) for s in sizes)
+    longest = max(1, *(int(s) for s in sizes))
     mine = torch.zeros(longest, dtype=torch.uint8, device=device)
-    mine[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device)
+    if payload:
+        mine[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device)
     everyone = [torch.zeros_like(mine) for _ in range(world)]
     dist.all_gather(everyone, mine, group=group)
     return [bytes(row[: int(s)].cpu().numpy().tobytes()) for row, s in zip(everyone, sizes, strict=True)]

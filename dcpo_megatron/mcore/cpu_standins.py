@@ -47,7 +47,7 @@ class InertStream:
     wait_event = wait_stream
 
     def record(self, stream=None):
-        pass
+        return self
 
     record_event = record
 

@@ -13,7 +13,6 @@ below that the output layer's ``forward`` is shadowed for the duration of the ca
 from __future__ import annotations
 
 import contextlib
-import inspect
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 
-HAS_OUTPUT_PROCESSOR = "output_processor" in inspect.signature(GPTModel.forward).parameters
+from dcpo_megatron.mcore.compat import HAS_OUTPUT_PROCESSOR
 
 
 def _sum_over(tensor: torch.Tensor, group) -> torch.Tensor:

@@ -21,10 +21,10 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from dcpo_megatron.mcore import compat  # noqa: F401 - settles what differs between versions
 from dcpo_megatron.mcore.attention import CausalCoreAttention
 from dcpo_megatron.mcore.hf_config import ModelShape
 from dcpo_megatron.mcore.layout import ParallelLayout, RankPosition
@@ -134,8 +134,7 @@ def _expert_arguments(shape: ModelShape) -> dict:
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_grouped_gemm=False,
-        # Without Transformer Engine Megatron-Core 0.16 fails on any router dtype; the router then runs in the model's own.
-        moe_router_dtype="fp32" if hasattr(moe_utils, "te_general_gemm") else None,
+        moe_router_dtype="fp32",
     )
 
 

@@ -167,10 +167,11 @@ class Worker:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 if _ended_by_itself(process):
                     process.wait(0.5)
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
+            if process.poll() is None:  # once it is waited for, its number may belong to another process
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(10)
         self._close_pipes(process)
         return None if process is None else process.returncode
 

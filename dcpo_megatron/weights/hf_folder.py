@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 INDEX = "model.safetensors.index.json"
-# Everything of a folder that is not weights is carried over untouched.
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", INDEX)
+# Everything of a folder that is not weights, or an index of them, is carried over untouched.
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".index.json")
 
 
 class CheckpointError(ValueError):
@@ -33,17 +33,17 @@ class SafetensorsFolder:
         index = self.folder / INDEX
         if index.is_file():
             try:
-                files = json.loads(index.read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+                weight_map = json.loads(index.read_text())["weight_map"]
+                self._file_of = {name: self.folder / file for name, file in weight_map.items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(
                     f"{index} is not a safetensors index ({error}): restore it from the original checkpoint"
                 ) from None
-            missing = sorted({file for file in files.values() if not (self.folder / file).is_file()})
+            missing = sorted(file.name for file in set(self._file_of.values()) if not file.is_file())
             if missing:
                 raise CheckpointError(
                     f"{index} names {missing[0]}, which is not there: the checkpoint is incomplete, copy it again"
                 )
-            self._file_of = {name: self.folder / file for name, file in files.items()}
         else:
             files = sorted(self.folder.glob("*.safetensors"))
             if not files:

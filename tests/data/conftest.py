@@ -1,7 +1,4 @@
-"""A small byte-level tokenizer made on the spot, and the folder of real files (DCPO_TEST_DATA, else beside the repository)."""
-
-import os
-from pathlib import Path
+"""A small byte-level tokenizer made on the spot, with and without a chat template."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -36,12 +33,3 @@ def plain_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def chat_tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer(CHAT_TEMPLATE)
-
-
-@pytest.fixture(scope="session")
-def real_data() -> Path:
-    default = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-    folder = Path(os.environ.get("DCPO_TEST_DATA", default))
-    if not folder.is_dir():
-        pytest.skip(f"no real data in {folder}: set DCPO_TEST_DATA to the folder with math500.parquet and the others")
-    return folder

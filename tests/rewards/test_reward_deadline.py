@@ -1,5 +1,6 @@
 """The time limit holds wherever the reward is called, and no worker process outlives the one that started it."""
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -17,15 +19,17 @@ from dcpo_megatron.rewards.worker_client import Worker
 HANGS = r"\boxed{9^{9^{9^9}}}"
 LIMIT = 1.0  # seconds
 MATH = "dcpo_megatron.rewards.math_judge:judge"
+_numbers = itertools.count(10)
 
 
 def _judge_a_hang_and_a_right_answer() -> list[float]:
+    number = next(_numbers)  # verdicts are kept: ask something new
     start = time.monotonic()
     rewards = [
-        math_reward(HANGS, "5", timeout_seconds=LIMIT),
-        math_reward(r"\boxed{1+x}", "x+1", timeout_seconds=20.0),
+        math_reward(f"\\boxed{{9^{{9^{{9^{number}}}}}}}", "5", timeout_seconds=LIMIT),
+        math_reward(f"\\boxed{{{number}+x}}", f"x+{number}", timeout_seconds=20.0),
     ]
-    assert time.monotonic() - start < 40
+    assert LIMIT <= time.monotonic() - start < 40
     return rewards
 
 
@@ -72,20 +76,30 @@ def test_a_hang_costs_its_own_answer_in_a_daemonic_process(method):
     assert process.exitcode == 0
 
 
+def _succeeds_in_a_forked_child(check: Callable[[], bool]) -> bool:
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(60)  # a child that is locked for ever shall not stay
+        succeeded = False
+        try:
+            succeeded = check()
+        finally:
+            os._exit(0 if succeeded else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_a_hang_costs_its_own_answer_after_a_fork_and_the_parent_keeps_its_worker():
     worker = Worker(MATH)
     assert worker.call("x+1", "1+x", 20.0).value == 1.0
     parents_worker = worker._process.pid
-    assert math_reward(r"\boxed{1+y}", "y+1", timeout_seconds=20.0) == 1.0
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            right = _judge_a_hang_and_a_right_answer() == [0.0, 1.0] and worker.call("x+1", "1+x", 20.0).value == 1.0
-            status = 0 if right and worker._process.pid != parents_worker else 1
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert math_reward(r"\boxed{1+y}", "y+1", timeout_seconds=20.0) == 1.0  # the shared worker runs, too
+
+    def child() -> bool:
+        right = _judge_a_hang_and_a_right_answer() == [0.0, 1.0] and worker.call("x+1", "1+x", 20.0).value == 1.0
+        return right and worker._process.pid != parents_worker
+
+    assert _succeeds_in_a_forked_child(child)
     assert worker.call("x+2", "2+x", 20.0).value == 1.0
     assert worker._process.pid == parents_worker
     worker.close()
@@ -97,14 +111,7 @@ def test_a_fork_while_another_thread_waits_for_an_answer_does_not_lock_the_child
     thread = threading.Thread(target=worker.call, args=("9^{9^{9^9}}", "5", 3.0))
     thread.start()
     time.sleep(0.5)
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            status = 0 if worker.call("x+1", "1+x", 20.0).value == 1.0 else 1
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert _succeeds_in_a_forked_child(lambda: worker.call("x+1", "1+x", 20.0).value == 1.0)
     thread.join(20)
     worker.close()
 

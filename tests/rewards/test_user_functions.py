@@ -2,13 +2,14 @@
 
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
 from dcpo_megatron.rewards import Rewarder, RewardError, load_reward_function, score
 
 MODULE = """
-    import os, sys, time
+    import os, subprocess, sys, time
 
     CONSTANT = 3
 
@@ -37,6 +38,12 @@ MODULE = """
 
     def hungry(response, ground_truth):
         return float(len(bytearray(int(response))) > 0)
+
+    def starts_a_program(response, ground_truth):
+        program = subprocess.Popen(["sleep", "600"])
+        with open(ground_truth, "w") as file:
+            file.write(str(program.pid))
+        program.wait()
 
     class Scorer:
         @staticmethod
@@ -97,6 +104,18 @@ def test_memory_is_bounded_and_costs_only_that_response():
     with Rewarder("my_rewards:hungry", memory_bytes=1 << 30) as rewarder:
         assert rewarder.score(["1", str(2 << 30), "1"], [""] * 3) == [1.0, 0.0, 1.0]
         assert rewarder.failures == {"memory": 1}
+
+
+def test_a_program_that_the_function_started_is_killed_with_it(tmp_path):
+    with Rewarder("my_rewards:starts_a_program", timeout_seconds=2.0) as rewarder:
+        rewarder.score([""], [str(tmp_path / "pid")])
+        assert rewarder.failures == {"timeout": 1}
+    pid = (tmp_path / "pid").read_text()
+    stat = Path(f"/proc/{pid}/stat")
+    deadline = time.monotonic() + 5
+    while stat.exists() and stat.read_text().split()[2] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"
 
 
 def test_several_workers_give_the_same_rewards_in_order_and_faster():

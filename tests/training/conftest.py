@@ -3,11 +3,9 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from dcpo_megatron.mcore.platform import prepare, select_platform
 
-torch.set_num_threads(1)
 prepare(select_platform("cpu"))
 
 

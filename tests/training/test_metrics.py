@@ -1,9 +1,11 @@
 """A metric is a sum over a declared denominator; nothing else is logged."""
 
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dcpo_megatron.advantages import RewardHistory
 from dcpo_megatron.data import Response
@@ -119,7 +121,7 @@ def test_an_undeclared_metric_is_refused_by_name():
         check_declared({"reward": 1.0, "rewards": 1.0})
 
 
-def responses_of(history):
+def two_prompts_of_two_responses():
     rewards = {"a": [1.0, 0.0], "b": [1.0, 1.0]}
     found = [
         Response(
@@ -176,12 +178,9 @@ def trainer_of(responses, history=None):
 
 def test_every_metric_of_a_step_is_declared_and_the_rollouts_divide_by_all_generated_responses():
     history = RewardHistory()
-    responses = responses_of(history)
-    import torch
-
     for ids in (["a", "a", "b", "b"], ["a", "a"]):
         history.observe(ids, torch.tensor([1.0, 0.0] * (len(ids) // 2)))
-    metrics = trainer_of(responses, history).step(1)
+    metrics = trainer_of(two_prompts_of_two_responses(), history).step(1)
     check_declared(metrics)
     assert {"seconds_publish", "tokens_per_second", "mismatch_ess", "prompt_visits"} <= set(metrics)
     expected = {
@@ -208,7 +207,7 @@ def test_a_step_that_kept_no_response_gives_declared_metrics_alone():
 
 
 def test_the_learning_rate_rises_linearly_over_the_first_updates():
-    trainer = trainer_of(responses_of(None))
+    trainer = trainer_of(two_prompts_of_two_responses())
     # Two updates a step, warm-up over four.
     assert [trainer.step(step)["lr"] for step in (1, 2, 3)] == pytest.approx([5e-4, 1e-3, 1e-3])
 
@@ -216,7 +215,14 @@ def test_the_learning_rate_rises_linearly_over_the_first_updates():
 def test_the_gpus_metrics_are_declared_and_absent_on_the_cpu(monkeypatch):
     monitor = GpuMonitor(SimpleNamespace(is_cpu=True))
     assert monitor.read() == {}
-    assert {"gpu_utilization", "gpu_memory_bytes"} <= set(METRICS)
+    driver = SimpleNamespace(
+        NVMLError=RuntimeError,
+        nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=75),
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=2**30),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    monitor._handle = object()
+    assert check_declared(monitor.read()) == {"gpu_utilization": 0.75, "gpu_memory_bytes": 2.0**30}
 
 
 def test_every_metric_that_is_a_share_says_of_what():

@@ -41,7 +41,7 @@ def batch_of(*lengths_per_prompt):
 groups = st.lists(st.lists(st.integers(0, 20), min_size=1, max_size=5), min_size=1, max_size=6)
 
 
-def plan_of(responses, indices, rank, size, objective=OTM, packing=None, **settings):
+def plan_of(responses, indices, rank, size, objective=OTM, packing=None, **options):
     return plan_minibatch(
         responses,
         indices,
@@ -50,7 +50,7 @@ def plan_of(responses, indices, rank, size, objective=OTM, packing=None, **setti
         max_response_tokens=20,
         data_rank=rank,
         data_size=size,
-        **settings,
+        **options,
     )
 
 

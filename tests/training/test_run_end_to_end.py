@@ -26,7 +26,8 @@ def settings(folder: Path, start: Path, *more: str) -> list[str]:
         f"model.path={start}", "model.dtype=float32", f"data.files=[{folder / 'train.jsonl'}]", "data.template=plain",
         "data.max_prompt_tokens=8", f"evaluation.files=[{folder / 'held_out.jsonl'}]", "evaluation.samples=2",
         "rollout.prompts_per_step=4", "rollout.group_size=4", "rollout.max_response_tokens=6", "training.minibatch_prompts=2",
-        "training.micro_batch_tokens=64", "training.steps=2", "training.platform=cpu", f"output={folder / 'run'}", *more,
+        "training.micro_batch_tokens=64", "training.steps=2", "training.platform=cpu", "reward.function=tests.training.rewards:digits",
+        "reward.correct_at=0.5", f"output={folder / 'run'}", *more,
     ]  # fmt: skip
 
 
@@ -109,7 +110,7 @@ def test_real_files_go_through_the_whole_job_without_an_edit(real_data, tmp_path
     torch.manual_seed(0)
     Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=len(tokenizer),
+            vocab_size=512,
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=2,
@@ -118,7 +119,7 @@ def test_real_files_go_through_the_whole_job_without_an_edit(real_data, tmp_path
             max_position_embeddings=2048,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
-        )  # fmt: skip
+        )
     ).save_pretrained(start)
     tokenizer.save_pretrained(start)
     files = [real_data / "gsm8k_train.jsonl", real_data / "math500.parquet"]
@@ -144,7 +145,7 @@ def test_real_files_go_through_the_whole_job_without_an_edit(real_data, tmp_path
             "training.steps=2",
             "training.platform=cpu",
             f"output={tmp_path / 'run'}",
-        ]  # fmt: skip
+        ]
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "7,9" in done.stdout and "from 7,973 rows of 2 files" in done.stdout  # counted aloud
