@@ -26,8 +26,12 @@ def demo_start(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder with real data sets (they are not part of the project): DCPO_TEST_DATA, else shared/data beside the checkout."""
-    folder = Path(os.environ.get("DCPO_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"no real data sets in {folder}: set DCPO_TEST_DATA to a folder that holds them")
-    return folder
+    """The folder with real data sets, which are not part of the project: DCPO_TEST_DATA, else one beside the checkout that holds them."""
+    beside = Path(__file__).resolve().parents[2]
+    found = [Path(os.environ["DCPO_TEST_DATA"])] if "DCPO_TEST_DATA" in os.environ else []
+    found += [file.parent for file in sorted(beside.glob("*/data/math500.parquet"))]
+    if not found or not (found[0] / "math500.parquet").is_file():
+        pytest.skip(
+            "no real data sets: set DCPO_TEST_DATA to a folder with math500.parquet, gsm8k_train.jsonl and the others"
+        )
+    return found[0]

@@ -29,11 +29,26 @@ def main(argv: list[str] | None = None) -> int:
         "--config", action="append", default=[], metavar="FILE", help="another recipe on top, such as a preset"
     )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if not RECIPE.is_file():
         print(f"dcpo: error: the demo needs a checkout of the project ({RECIPE} is not there)", file=sys.stderr)
         return 2
+    from dcpo_megatron.training.config import ConfigError, load_config
+
     folder = Path(args.output)
+    settings = [
+        f"model.path={folder / 'start'}",
+        f"data.files=[{folder / 'train.jsonl'}]",
+        f"evaluation.files=[{folder / 'held_out.jsonl'}]",
+        f"output={folder}",
+        f"training.seed={args.seed}",
+        *args.overrides,
+    ]
+    try:
+        load_config([RECIPE, *args.config], settings)
+    except ConfigError as error:
+        print(f"dcpo: error: {error}", file=sys.stderr)
+        return 2
     if folder.exists():
         if not (folder / "start").is_dir() and any(folder.iterdir()):
             print(f"dcpo: error: {folder} is not empty and is no demo's folder: give another --output", file=sys.stderr)
@@ -46,14 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     command = ["-m", "dcpo_megatron.cli", "train", "--config", str(RECIPE)]
     for file in args.config:
         command += ["--config", file]
-    command += [
-        f"model.path={folder / 'start'}",
-        f"data.files=[{folder / 'train.jsonl'}]",
-        f"evaluation.files=[{folder / 'held_out.jsonl'}]",
-        f"output={folder}",
-        f"training.seed={args.seed}",
-        *args.overrides,
-    ]
+    command += settings
     code = run_ranks(args.ranks, command)
     if code == 0:
         _tell(folder)

@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one rank (or ``--ranks`` of them); returns the exit code."""
-    args = parser().parse_args(argv)
+    args = parser().parse_intermixed_args(argv)
     if args.keys:
         print_keys()
         return 0

@@ -10,6 +10,7 @@ _PLUGIN = {
     "make_micro_batch": "batch",
     "MicroBatch": "batch",
     "Sequence": "batch",
+    "unwrap": "model",
 }
 
 __all__ = list(_PLUGIN)

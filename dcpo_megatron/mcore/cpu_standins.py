@@ -145,6 +145,15 @@ def install() -> None:
         module.get_rng_state = get_rng_state
         module.set_rng_state = set_rng_state
 
+    # Megatron-Core moves the split sizes of an all-to-all to the host as lists only where they are CUDA tensors.
+    all_to_all_single = torch.distributed.all_to_all_single
+
+    def all_to_all(output, input, output_split_sizes=None, input_split_sizes=None, *args, **kwargs):
+        sizes = [s.tolist() if hasattr(s, "tolist") else s for s in (output_split_sizes, input_split_sizes)]
+        return all_to_all_single(output, input, *sizes, *args, **kwargs)
+
+    torch.distributed.all_to_all_single = all_to_all
+
     # Megatron-Core binds these at import, so they are replaced there and not in torch.cuda only.
     from megatron.core.tensor_parallel import random as mcore_random
 

@@ -1,14 +1,14 @@
 """The DCPO loss as Megatron-Core's schedule wants it: a function that a forward step returns.
 
-    from dcpo_megatron.mcore import make_loss, response_head
+    from dcpo_megatron.mcore import make_loss, response_head, unwrap
 
     def forward_step(data_iterator, model):
         batch = next(data_iterator)                                # a MicroBatch, see make_micro_batch
         with response_head(unwrap(model), batch.positions, batch.targets, vocab=V) as extra:
             output = model(batch.input_ids, batch.position_ids, None, packed_seq_params=batch.packed, **extra)
+        if not unwrap(model).post_process:
+            return output, None                                    # an earlier pipeline stage
         return output, make_loss(batch, "dcpo-paper", num_microbatches=M, data_parallel_size=DP)
-
-    get_forward_backward_func()(forward_step_func=forward_step, num_microbatches=M, ...)
 
 **One normaliser.** Every response token has a weight w_t computed on the host from the whole minibatch (``aggregation_weights``). In default mode the schedule
 multiplies by cp / num_microbatches and DistributedDataParallel averages over dp * cp, so the function returns

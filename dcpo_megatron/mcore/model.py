@@ -43,7 +43,6 @@ class ModelOptions:
     recompute: str = "none"
     vocab_multiple: int = 128
     overlap_p2p: bool = True
-    deterministic: bool = False
 
 
 def padded_vocab(vocab: int, tensor_size: int, multiple: int = 128) -> int:
@@ -113,7 +112,6 @@ def transformer_config(
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         persist_layer_norm=False,
-        deterministic_mode=False,
         recompute_granularity="full" if options.recompute == "full" else None,
         recompute_method="uniform" if options.recompute == "full" else None,
         recompute_num_layers=1 if options.recompute == "full" else None,
@@ -235,7 +233,7 @@ def unwrap(chunk) -> GPTModel:
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """AdamW as the paper runs it (spec section 5). ``lr`` is per step; ``warmup_steps`` and ``lr_end`` shape it in the caller's schedule."""
+    """AdamW as the DCPO paper runs it. ``lr`` is the first step's; each update is given its own."""
 
     name: str = "adam"  # adam | sgd
     lr: float = 1e-6

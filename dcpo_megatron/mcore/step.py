@@ -192,8 +192,20 @@ class PolicyModel:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         sums, maxima = self.gradients(micro_batches, objective)
+        if not self._gradients_are_finite():
+            return UpdateResult(sums, maxima, math.nan, False, lr)
         stepped, norm, _ = self.optimizer.step()
         return UpdateResult(sums, maxima, float(norm if norm is not None else math.nan), bool(stepped), lr)
+
+    def _gradients_are_finite(self) -> bool:
+        """The same answer on every rank. Megatron-Core itself looks for NaN only where it scales the loss (fp16), and would step into it."""
+        buffers = [b for chunk in self.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        finite = torch.ones(1, device=self.platform.device)
+        for buffer in buffers:
+            # A sum is not finite where a term is not; large finite gradients would overflow it only near the end of fp32's range.
+            finite = finite * torch.isfinite(buffer.grad_data.sum(dtype=torch.float32))
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        return bool(finite.item())
 
     def _reduce(self, results: list[dict[str, torch.Tensor]]) -> tuple[dict[str, float], dict[str, float]]:
         """Sums over micro-batches and every rank that owns tokens; the same numbers end up on every rank."""

@@ -50,9 +50,9 @@ class EmbeddedEngine:
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """See :class:`RolloutEngine`. Raises RolloutError for an unknown name, another shape, or a weight that did not come."""
         self._usable = False
-        mine = dict(self.model.named_parameters(remove_duplicate=False))
-        waiting = {name for name, _ in self.model.named_parameters()}
-        tied = self.model.config.tie_word_embeddings
+        mine = dict(self._places())
+        # With tied embeddings lm_head.weight is the embedding itself and need not come.
+        waiting = set(mine) - ({"lm_head.weight"} if self.model.config.tie_word_embeddings else set())
         problem = None
         with torch.no_grad():
             for name, tensor in tensors:
@@ -68,8 +68,6 @@ class EmbeddedEngine:
                 else:
                     target.copy_(tensor)
                     waiting.discard(name)
-        if tied:
-            waiting.discard("lm_head.weight")
         if problem is None and waiting:
             problem = f"weight {min(waiting)!r} did not come ({len(waiting)} missing)"
         if problem:
@@ -78,6 +76,20 @@ class EmbeddedEngine:
             )
         self.version = version
         self._usable = True
+
+    def _places(self):
+        """``(checkpoint name, tensor to fill)``. transformers holds a layer's experts in one tensor; checkpoints name each expert."""
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            base, _, part = name.rpartition(".experts.")
+            if part == "gate_up_proj":
+                for expert, (gate, up) in enumerate(matrix.chunk(2, dim=0) for matrix in parameter):
+                    yield f"{base}.experts.{expert}.gate_proj.weight", gate
+                    yield f"{base}.experts.{expert}.up_proj.weight", up
+            elif part == "down_proj":
+                for expert, matrix in enumerate(parameter):
+                    yield f"{base}.experts.{expert}.down_proj.weight", matrix
+            else:
+                yield name, parameter
 
     def generate(
         self,

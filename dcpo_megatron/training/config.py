@@ -223,7 +223,12 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
             else:
                 reasons.append(f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
         raise ConfigError("\n".join(reasons)) from None
-    config.make_objective()
+    objective = config.make_objective()
+    if objective.overlong_buffer >= config.rollout.max_response_tokens:
+        raise ConfigError(
+            f"objective.overlong_buffer={objective.overlong_buffer} must be below "
+            f"rollout.max_response_tokens={config.rollout.max_response_tokens}: set one of them"
+        )
     return config
 
 

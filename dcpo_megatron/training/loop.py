@@ -180,7 +180,7 @@ class Trainer:
         return self._finish(train_seconds)
 
     def step(self, step: int) -> dict[str, float]:
-        """One step (numbered from 1). Returns its metrics, the same on every rank."""
+        """One step (numbered from 1). Returns its metrics: the same on every rank, but for seconds and GPU readings."""
         config = self.run_.config
         started = time.perf_counter()
         rollout = self.phase.run(

@@ -33,9 +33,7 @@ class Sinks:
             try:
                 import wandb
             except ImportError:
-                raise ConfigError(
-                    "logging.wandb=true, but wandb is not installed: pip install 'dcpo-megatron[wandb]'"
-                ) from None
+                raise ConfigError("logging.wandb=true, but wandb is not installed: pip install wandb") from None
             self._wandb = wandb.init(
                 project=config.logging.wandb_project, dir=str(folder), config=config.model_dump(mode="json")
             )
