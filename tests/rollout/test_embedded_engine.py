@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from dcpo_megatron.rollout import EmbeddedEngine, GenerateRequest, RolloutError, SamplingParams
 from dcpo_megatron.rollout.embedded import sample
@@ -362,6 +363,41 @@ def test_tied_embeddings_come_with_or_without_the_copy_for_the_output(tmp_path, 
     (generation,) = engine.generate(requests_of(PROMPTS[:1], [0]), SamplingParams(6))
     logits = plain_logits(other, PROMPTS[0], generation.token_ids)
     assert generation.logprobs == pytest.approx(picked(logits, generation.token_ids), abs=1e-5)
+
+
+def test_experts_come_under_the_names_that_checkpoints_give_them(tmp_path):
+    def make(seed):
+        torch.manual_seed(seed)
+        config = Qwen3MoeConfig(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=4,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=8,
+            norm_topk_prob=True,
+            initializer_range=0.4,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        return Qwen3MoeForCausalLM(config).eval()
+
+    make(0).save_pretrained(tmp_path / "start")
+    other = make(1)
+    other.save_pretrained(tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    assert "model.layers.1.mlp.experts.3.gate_proj.weight" in weights
+    engine = EmbeddedEngine(tmp_path / "start")
+    engine.load_weights(weights.items(), version=1)
+    (generation,) = engine.generate(requests_of(PROMPTS[:1], [0]), SamplingParams(6))
+    logits = plain_logits(other, PROMPTS[0], generation.token_ids)
+    assert generation.logprobs == pytest.approx(picked(logits, generation.token_ids), abs=1e-5)
+    del weights["model.layers.1.mlp.experts.3.gate_proj.weight"]
+    with pytest.raises(RolloutError, match=r"experts\.3\.gate_proj\.weight' did not come"):
+        engine.load_weights(weights.items(), version=2)
 
 
 def test_a_closed_engine_refuses_to_sample(engine):

@@ -1,0 +1,149 @@
+"""What a user can give wrong: one clear sentence on standard error, exit code 2, on every rank, within seconds."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dcpo_megatron.cli import train
+from dcpo_megatron.data import make_arithmetic, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def good(demo_start, tmp_path) -> dict[str, str]:
+    write_jsonl(make_arithmetic(8, 0, 9), tmp_path / "train.jsonl")
+    return {
+        "model.path": str(demo_start),
+        "model.dtype": "float32",
+        "data.files": f"[{tmp_path / 'train.jsonl'}]",
+        "data.template": "plain",
+        "data.max_prompt_tokens": "8",
+        "rollout.prompts_per_step": "4",
+        "rollout.group_size": "2",
+        "rollout.max_response_tokens": "6",
+        "training.minibatch_prompts": "4",
+        "training.micro_batch_tokens": "64",
+        "training.steps": "1",
+        "training.platform": "cpu",
+        "output": str(tmp_path / "run"),
+    }
+
+
+def arguments(settings: dict[str, str]) -> list[str]:
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def refused(settings: dict[str, str], capsys) -> str:
+    """Runs in this process; returns the message. The refusal comes before any process group exists."""
+    code = train.main(arguments(settings))
+    captured = capsys.readouterr()
+    assert code == 2, captured.err
+    assert not torch.distributed.is_initialized()
+    lines = captured.err.strip().splitlines()
+    assert lines and all(line.startswith("dcpo: error: ") for line in lines), captured.err
+    return captured.err
+
+
+def test_a_missing_data_file(good, capsys):
+    message = refused(good | {"data.files": "[nowhere/train.jsonl]"}, capsys)
+    assert "nowhere/train.jsonl" in message and message.count("\n") == 1
+
+
+def test_a_broken_parquet(good, capsys, tmp_path):
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 this is no parquet file")
+    message = refused(good | {"data.files": f"[{tmp_path / 'broken.parquet'}]"}, capsys)
+    assert "broken.parquet" in message and message.count("\n") == 1
+
+
+def test_an_absent_prompt_column(good, capsys):
+    message = refused(good | {"data.prompt_key": "qestion"}, capsys)
+    assert "qestion" in message and "prompt" in message and message.count("\n") == 1
+
+
+def test_a_duplicate_id(good, capsys, tmp_path):
+    rows = [{"id": "1", "prompt": "1+1=", "answer": "2"}, {"id": "1", "prompt": "1+2=", "answer": "3"}]
+    write_jsonl(rows, tmp_path / "twice.jsonl")
+    message = refused(good | {"data.files": f"[{tmp_path / 'twice.jsonl'}]"}, capsys)
+    assert "same id" in message and message.count("\n") == 1
+
+
+def test_a_misspelt_key_names_the_nearest(good, capsys):
+    message = refused(good | {"optimizer.learning_rte": "1e-6"}, capsys)
+    assert "optimizer.learning_rte" in message
+    assert "did you mean 'rollout.group_size'" in refused(good | {"rollout.group_sise": "8"}, capsys)
+
+
+def test_a_model_of_an_unknown_architecture(good, capsys, tmp_path):
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    message = refused(good | {"model.path": str(tmp_path / "gpt2")}, capsys)
+    assert "gpt2" in message and "qwen2" in message and message.count("\n") == 1
+
+
+def test_a_model_folder_that_does_not_exist(good, capsys):
+    assert "no-such-folder" in refused(good | {"model.path": "no-such-folder"}, capsys)
+
+
+def test_more_prompts_a_step_than_there_are(good, capsys):
+    message = refused(good | {"rollout.prompts_per_step": "16"}, capsys)
+    assert "rollout.prompts_per_step=16" in message and "8 usable prompts" in message
+
+
+def test_a_reward_function_that_is_not_there(good, capsys):
+    message = refused(good | {"reward.function": "no_such_package:reward"}, capsys)
+    assert "no_such_package" in message and message.count("\n") == 1
+
+
+def test_weights_of_another_architecture_end_every_rank_within_seconds(good, tmp_path):
+    """config.json says Qwen2, the weights are a Qwen3's: seen only when they are read, by two ranks under torchrun."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    folder = tmp_path / "mixed"
+    shutil.copytree(good["model.path"], folder)
+    shape = json.loads((folder / "config.json").read_text())
+    wrong = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=shape["vocab_size"],
+            hidden_size=shape["hidden_size"],
+            intermediate_size=shape["intermediate_size"],
+            num_hidden_layers=shape["num_hidden_layers"],
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            tie_word_embeddings=True,
+        )
+    )
+    wrong.save_pretrained(tmp_path / "qwen3")
+    shutil.copy(tmp_path / "qwen3" / "model.safetensors", folder / "model.safetensors")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "examples/pretrain_dcpo.sh"]
+    started = time.monotonic()
+    done = subprocess.run(
+        [*command, *arguments(good | {"model.path": str(folder)})], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0
+    assert "dcpo: error:" in done.stderr and "another architecture" in done.stderr
+    assert "Error" not in done.stderr.split("dcpo: error:")[0]  # no traceback of ours before the sentence
+    assert time.monotonic() - started < 100  # most of it imports on a busy machine; far below any collective's deadline
+
+
+def test_the_exit_code_travels_through_our_own_launcher(good):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "dcpo_megatron.cli", "train", "--ranks", "2", *arguments(good | {"model.path": "nowhere"})]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.count("dcpo: error:") == 1 and "Traceback" not in done.stderr
+
+
+def test_options_and_overrides_may_come_in_any_order(tmp_path):
+    (tmp_path / "a.yaml").write_text("training: {steps: 3}\n")
+    args = train.parser().parse_intermixed_args(["x=1", "--config", str(tmp_path / "a.yaml"), "y=2"])
+    assert args.overrides == ["x=1", "y=2"] and len(args.config) == 1
