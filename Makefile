@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 0
+OUTPUT ?= runs/demo
 RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed-cpu
 
@@ -17,7 +18,7 @@ $(STAMP): requirements/cpu.txt setup.py
 	touch $@
 
 demo: $(STAMP)
-	$(RUN) -m dcpo_megatron.cli demo --seed $(SEED)
+	$(RUN) -m dcpo_megatron.cli demo --seed $(SEED) --output $(OUTPUT)
 
 test: $(STAMP) lint
 	$(RUN) -m pytest tests

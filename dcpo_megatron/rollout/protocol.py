@@ -51,6 +51,12 @@ class GenerateRequest:
     prompt_token_ids: tuple[int, ...]
     seed: int
 
+    def __post_init__(self):
+        if not self.prompt_token_ids:
+            raise ValueError(
+                "a request needs at least one prompt token: nothing would predict the first response token"
+            )
+
 
 @dataclass
 class Generation:

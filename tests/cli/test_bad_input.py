@@ -127,7 +127,12 @@ def test_weights_of_another_architecture_end_every_rank_within_seconds(good, tmp
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "examples/pretrain_dcpo.sh"]
     started = time.monotonic()
     done = subprocess.run(
-        [*command, *arguments(good | {"model.path": str(folder)})], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+        [*command, *arguments(good | {"model.path": str(folder)})],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode != 0
     assert "dcpo: error:" in done.stderr and "another architecture" in done.stderr
@@ -137,7 +142,15 @@ def test_weights_of_another_architecture_end_every_rank_within_seconds(good, tmp
 
 def test_the_exit_code_travels_through_our_own_launcher(good):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "dcpo_megatron.cli", "train", "--ranks", "2", *arguments(good | {"model.path": "nowhere"})]
+    command = [
+        sys.executable,
+        "-m",
+        "dcpo_megatron.cli",
+        "train",
+        "--ranks",
+        "2",
+        *arguments(good | {"model.path": "nowhere"}),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.count("dcpo: error:") == 1 and "Traceback" not in done.stderr

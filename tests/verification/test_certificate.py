@@ -52,16 +52,21 @@ def pools():
 @pytest.mark.parametrize("name", SABOTAGE)
 def test_the_certificate_fails_when_one_factor_is_broken(pools, name):
     objective = "gspo" if name == "local_sequence_ratio" else "dcpo-paper"
+    # Stages whose shapes travel with the tensors do not even finish a step there: the deadline ends it.
+    hangs = name == "batched_communication_with_vpp"
     found = certificate.certify(
         cases.find_layouts(SABOTAGE[name]),
         {objective: cases.OBJECTIVES[objective]},
         sabotage=f"tests.verification.sabotage:{name}",
         pool=pools(),
-        timeout=100,
+        timeout=40 if hangs else 100,
     )
     assert not any(verdict.passed for verdict in found), found
-    # It fails by a number, not by an exception: the check saw the difference.
-    assert all(not verdict.failure for verdict in found), found[0].failure
+    if hangs:
+        assert all("gave no answer within" in verdict.failure for verdict in found), found
+    else:
+        # By a number, not by an exception: the check saw the difference.
+        assert all(not verdict.failure for verdict in found), found[0].failure
 
 
 def test_a_rank_that_raises_is_named(pools):
