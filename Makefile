@@ -6,7 +6,7 @@ OUTPUT ?= runs/demo
 RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed-cpu
 
-.PHONY: demo test lint clean install
+.PHONY: demo test lint clean install certificate
 
 install: $(STAMP)
 
@@ -30,3 +30,17 @@ lint: $(STAMP)
 
 clean:
 	rm -rf $(VENV) build *.egg-info
+
+# Every layout, under the installed Megatron-Core and the newest, which needs Python 3.12 to install: on an older Python its wheel is unpacked
+# into a folder of its own and put first on the ranks' import path.
+LATEST = $(VENV)/megatron-core-0.19.2
+
+certificate: $(STAMP) $(LATEST)
+	$(RUN) tools/verify_parallelism.py --layouts all --json runs/certificate-installed.json --markdown runs/certificate-installed.md
+	$(RUN) tools/verify_parallelism.py --layouts all --megatron-path $(LATEST) --json runs/certificate-latest.json --markdown runs/certificate-latest.md
+
+$(LATEST):
+	$(RUN) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --dest $(VENV)/wheels megatron-core==0.19.2
+	$(RUN) -m pip install --quiet --no-deps --target $@.part triton==3.9.0
+	$(RUN) -m zipfile -e $(VENV)/wheels/megatron_core-0.19.2-*.whl $@.part
+	mv $@.part $@

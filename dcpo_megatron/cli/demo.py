@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from dcpo_megatron.cli.quiet import quiet_libraries
+
 RECIPE = Path(__file__).resolve().parents[2] / "examples" / "configs" / "demo.yaml"
 TARGET = 0.32
 
@@ -54,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"dcpo: error: {folder} is not empty and is no demo's folder: give another --output", file=sys.stderr)
             return 2
         shutil.rmtree(folder)
+    quiet_libraries()
     prepare(folder, args.seed)
 
     from dcpo_megatron.cli.launch import run_ranks

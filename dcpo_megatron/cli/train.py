@@ -6,12 +6,11 @@ Exit codes: 0 done; 2 the configuration, the data or the model cannot be used (o
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import time
-import warnings
 
+from dcpo_megatron.cli.quiet import quiet_libraries
 from dcpo_megatron.training.config import Config, ConfigError, known_keys, load_config
 
 BAD_INPUT = 2
@@ -44,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.ranks is not None:
         return start_ranks(args.ranks, _without_ranks(sys.argv[1:] if argv is None else argv))
-    _quiet_libraries()
+    quiet_libraries()
     try:
         return _train(args)
     except Exception as error:
@@ -143,18 +142,3 @@ def _without_ranks(argv: list[str]) -> list[str]:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
-
-
-def _quiet_libraries() -> None:
-    """Libraries' notes that a user can do nothing about stay out of the console; DCPO_VERBOSE=1 shows them."""
-    if os.environ.get("DCPO_VERBOSE") == "1":
-        return
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\b.*")
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|is deprecated).*")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()

@@ -11,6 +11,8 @@ import platform as python_platform
 import sys
 import time
 
+from dcpo_megatron.cli.quiet import quiet_libraries
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the certificate; returns the exit code."""
@@ -65,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             return 2
     from rich.console import Console
 
+    quiet_libraries()
     console = Console(highlight=False)
     facts = versions(args.device, args.megatron_path)
     console.print(", ".join(f"{name} {value}" for name, value in facts.items()))
@@ -123,7 +126,7 @@ def _print_layout(console, verdicts) -> None:
     line = (
         f"{mark}  {worst.layout:<28} {worst.world} ranks  gradient {worst.gradient_error:.1e} ({worst.objective}, {worst.worst_parameter})  "
         f"loss {max(v.loss_error for v in verdicts):.1e}  norm {last.norm_error:.1e}  SGD {last.sgd_error:.1e}  Adam {last.adam_error:.1e}  "
-        f"log-probs {max(v.distribution_error for v in verdicts):.1e}  {sum(v.seconds for v in verdicts):.1f} s"
+        f"log-probs {max(v.distribution_error for v in verdicts):.1e}  SAS {last.history_error:.0e}  {sum(v.seconds for v in verdicts):.1f} s"
     )
     console.print(line, soft_wrap=True)
     for failure in {v.failure for v in verdicts if v.failure}:

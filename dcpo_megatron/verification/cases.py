@@ -179,6 +179,17 @@ def make_items(seed: int = 0) -> list[Item]:
     return items
 
 
+VISITS = 3
+
+
+def visit_rewards(items: list[Item], visit: int) -> tuple[list[str], list[float]]:
+    """Prompt ids and shaped rewards of one visit of the items' prompts, in the items' order."""
+    generator = torch.Generator().manual_seed(1000 + visit)
+    return [f"prompt-{item.prompt_id}" for item in items], torch.randn(
+        len(items), generator=generator, dtype=torch.float64
+    ).tolist()
+
+
 def attach_old_logprobs(items: list[Item], logprobs: list[torch.Tensor], seed: int = 1) -> None:
     """Old, rollout and reference log-probs: the current ones plus noise wide enough to cross bounds and caps, kept off the very edges."""
     generator = torch.Generator().manual_seed(seed)

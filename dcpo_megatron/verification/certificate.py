@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from dcpo_megatron.advantages import RewardHistory
 from dcpo_megatron.objectives import Objective
 from dcpo_megatron.verification import cases
 from dcpo_megatron.verification.measure import objective_settings
@@ -29,6 +30,7 @@ from dcpo_megatron.verification.ranks import RankFailure, RankPool
 GRADIENT_TOLERANCE = 2e-5
 PARAMETER_TOLERANCE = 2e-5
 DISTRIBUTION_TOLERANCE = 1e-5
+HISTORY_TOLERANCE = 1e-12
 RATES = {"adam": 1e-3, "sgd": 0.1}
 ADAM_EPS = 1e-8
 
@@ -47,6 +49,7 @@ class Verdict:
     adam_error: float = float("nan")
     norm_error: float = float("nan")
     distribution_error: float = float("nan")
+    history_error: float = float("nan")  # inf: not the same bits on every rank
     seconds: float = 0.0
     failure: str = ""
 
@@ -58,6 +61,7 @@ class Verdict:
             self.loss_error <= GRADIENT_TOLERANCE,
             self.gradient_error <= GRADIENT_TOLERANCE,
             self.distribution_error <= DISTRIBUTION_TOLERANCE,
+            self.history_error <= HISTORY_TOLERANCE,
         ]
         # NaN: this objective was not the one that stepped.
         checks += [e <= PARAMETER_TOLERANCE for e in (self.sgd_error, self.adam_error, self.norm_error) if e == e]
@@ -201,11 +205,29 @@ def _compare(layout: cases.Layout, bundle: _Bundle, measured: dict, objectives: 
             gradient_error=gradient_error,
             worst_parameter=worst,
             distribution_error=distribution_error,
+            history_error=_compare_history(bundle.items, measured),
         )
         if name == list(objectives)[-1]:
             _compare_steps(verdict, bundle, measured, reference.gradients, measured["gradients"][name])
         found.append(verdict)
     return found
+
+
+def _compare_history(items: list[cases.Item], measured: dict) -> float:
+    """Largest absolute difference between the layout's reward history and that of one process; inf where its ranks disagree in a single bit."""
+    alone = RewardHistory()
+    for visit in range(cases.VISITS):
+        ids, rewards = cases.visit_rewards(items, visit)
+        alone.observe(ids, torch.tensor(rewards, dtype=torch.float64))
+    if not measured["history_is_one"]:
+        return float("inf")
+    shared = RewardHistory()
+    shared.load_state_dict(measured["history"])
+    worst = 0.0
+    for prompt_id in dict.fromkeys(ids):
+        a, b = alone.statistics(prompt_id), shared.statistics(prompt_id)
+        worst = max(worst, *(abs(float(x) - float(y)) for x, y in zip(a, b)))
+    return worst
 
 
 def _compare_steps(verdict: Verdict, bundle: _Bundle, measured: dict, wanted: dict, own: dict) -> None:
@@ -230,8 +252,8 @@ def write_json(verdicts: Sequence[Verdict], path: str | os.PathLike, facts: dict
 def markdown_table(verdicts: Sequence[Verdict]) -> str:
     """One row a layout: the worst of its objectives."""
     lines = [
-        "| layout | ranks | objectives | worst gradient error | where (objective, parameter) | loss | gradient norm | SGD step | Adam step | log-probs, entropy (nats) | verdict |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| layout | ranks | objectives | worst gradient error | where (objective, parameter) | loss | gradient norm | SGD step | Adam step | log-probs, entropy (nats) | SAS history | verdict |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(verdict.layout for verdict in verdicts):
         rows = [verdict for verdict in verdicts if verdict.layout == name]
@@ -240,6 +262,6 @@ def markdown_table(verdicts: Sequence[Verdict]) -> str:
         lines.append(
             f"| {name} | {worst.world} | {len(rows)} | {worst.gradient_error:.1e} | {worst.objective}, {worst.worst_parameter} | "
             f"{max(v.loss_error for v in rows):.1e} | {rows[-1].norm_error:.1e} | {rows[-1].sgd_error:.1e} | {rows[-1].adam_error:.1e} | "
-            f"{max(v.distribution_error for v in rows):.1e} | {verdict} |"
+            f"{max(v.distribution_error for v in rows):.1e} | {rows[-1].history_error:.0e} | {verdict} |"
         )
     return "\n".join(lines)

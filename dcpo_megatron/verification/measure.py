@@ -11,8 +11,9 @@ import importlib
 import torch
 import torch.distributed as dist
 
+from dcpo_megatron.advantages import RewardHistory
 from dcpo_megatron.objectives import Objective, aggregation_weights
-from dcpo_megatron.verification.cases import TEMPERATURE, ZERO_PROMPT, Item, Layout
+from dcpo_megatron.verification.cases import TEMPERATURE, VISITS, ZERO_PROMPT, Item, Layout, visit_rewards
 
 
 def measure(
@@ -33,7 +34,7 @@ def measure(
 
     Returns:
         on rank 0 ``{"loss": {objective: float}, "gradients": {objective: {name: tensor}}, "logprobs": [...], "entropies": [...],
-        "norm": {optimizer: float}, "parameters": {optimizer: {name: tensor}}}``; None elsewhere.
+        "norm": {optimizer: float}, "parameters": {optimizer: {name: tensor}}, "history": state, "history_is_one": bool}``; None elsewhere.
     """
     from dcpo_megatron.mcore.hf_config import read_shape
     from dcpo_megatron.mcore.layout import ParallelLayout, make_groups, rank_position
@@ -80,10 +81,26 @@ def measure(
             update = model.update(_micro_batches(plan, items, objective), objective, lr)
             result["norm"][optimizer] = update.gradient_norm
             result["parameters"][optimizer] = _collect(gatherer.tensors())
+        result["history"], result["history_is_one"] = _reward_history(items, model.position)
     finally:
         if undo:
             undo()
     return result if dist.get_rank() == 0 else None
+
+
+def _reward_history(items: list[Item], position) -> tuple[dict, bool]:
+    """SAS over the data-parallel group: three visits with groups split over its ranks. Returns the state, and whether EVERY rank has it bit for bit."""
+    from dcpo_megatron.mcore.collectives import all_gather_bytes
+
+    history = RewardHistory()
+    for visit in range(VISITS):
+        ids, rewards = visit_rewards(items, visit)
+        mine = slice(position.data_rank, None, position.data_size)
+        history.observe(ids[mine], torch.tensor(rewards[mine], dtype=torch.float64), position.data_group)
+    state = history.state_dict()
+    bits = repr({k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in sorted(state.items())}).encode()
+    everyone = all_gather_bytes(bits, dist.group.WORLD, torch.device("cuda" if dist.get_backend() == "nccl" else "cpu"))
+    return state, len(set(everyone)) == 1
 
 
 def _collect(tensors) -> dict[str, torch.Tensor]:
