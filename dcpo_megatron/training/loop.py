@@ -19,10 +19,12 @@ from dcpo_megatron.data import PromptOptions, PromptSampler, PromptSet, Response
 from dcpo_megatron.data.packing import PackingOptions
 from dcpo_megatron.mcore import platform as platforms
 from dcpo_megatron.mcore.layout import alignment, make_groups, rank_position
+from dcpo_megatron.mcore.model import DTYPES, ModelOptions, OptimizerOptions
+from dcpo_megatron.mcore.step import PolicyModel
 from dcpo_megatron.rewards import Rewarder
-from dcpo_megatron.rollout import EmbeddedEngine, SamplingParams
+from dcpo_megatron.rollout import EmbeddedEngine, RolloutEngine, SamplingParams
 from dcpo_megatron.training.checks import CheckedRun
-from dcpo_megatron.training.config import to_yaml
+from dcpo_megatron.training.config import ConfigError, to_yaml
 from dcpo_megatron.training.evaluation import evaluate
 from dcpo_megatron.training.gpu import GpuMonitor
 from dcpo_megatron.training.metrics import update_metrics
@@ -32,6 +34,7 @@ from dcpo_megatron.training.rollout_phase import RolloutPhase, RolloutResult
 from dcpo_megatron.training.sinks import Sinks
 from dcpo_megatron.training.tokenizer import load_tokenizer, stop_token_ids
 from dcpo_megatron.weights.hf_folder import write_hf_folder
+from dcpo_megatron.weights.transfer import WeightGatherer, load_hf_weights
 
 
 @dataclass
@@ -44,10 +47,10 @@ class Trainer:
     prompts: PromptSet
     held_out: PromptSet | None
     sampler: PromptSampler
-    policy: object
-    reference: object | None
-    gatherer: object
-    engine: EmbeddedEngine
+    policy: PolicyModel
+    reference: PolicyModel | None
+    gatherer: WeightGatherer
+    engine: RolloutEngine
     phase: RolloutPhase
     packing: PackingOptions
     sinks: Sinks
@@ -76,19 +79,12 @@ class Trainer:
         )
         sampler = PromptSampler(len(prompts), config.training.seed)
         if config.rollout.prompts_per_step > len(prompts):
-            from dcpo_megatron.training.config import ConfigError
-
             raise ConfigError(
                 f"rollout.prompts_per_step={config.rollout.prompts_per_step}, but data.files hold {len(prompts)} usable prompts: "
                 "lower it or bring more prompts"
             )
 
         platforms.start(run_.platform, config.training.timeout_seconds)
-        # Only from here on: Megatron-Core must be imported after the platform is prepared.
-        from dcpo_megatron.mcore.model import DTYPES, ModelOptions, OptimizerOptions
-        from dcpo_megatron.mcore.step import PolicyModel
-        from dcpo_megatron.weights.transfer import WeightGatherer, load_hf_weights
-
         make_groups(run_.layout, timeout_minutes=max(1, round(config.training.timeout_seconds / 60)))
         position = rank_position()
         options = ModelOptions(

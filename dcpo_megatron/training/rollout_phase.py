@@ -83,10 +83,11 @@ class RolloutPhase:
             )
             kept_here = [response for response, keep in zip(mine, mask.tolist(), strict=True) if keep]
             kept_ids = self._union(response.prompt_id for response in kept_here)
+            # A prompt that comes round again within the step stays the one visit that it was.
             new = [prompt.id for prompt in prompts if prompt.id in kept_ids and prompt.id not in order]
-            order += new[: prompts_wanted - len(order)]
-            wanted = set(order)
-            kept += [response for response in kept_here if response.prompt_id in wanted]
+            new = new[: prompts_wanted - len(order)]
+            order += new
+            kept += [response for response in kept_here if response.prompt_id in new]
             seconds["advantage"] += time.perf_counter() - started
             if len(order) >= prompts_wanted:
                 break
