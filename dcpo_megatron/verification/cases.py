@@ -115,6 +115,10 @@ LAYOUTS: list[Layout] = [
     _layout("pp2", model="tied"),
     _layout("tp2-sp-pp2-vpp2-dp2", model="tied"),
     _layout("tp2-sp-pp2-cp2", model="tied"),
+    _layout("tp2", model="qwen3"),
+    _layout("tp2-sp-cp2", model="qwen3"),
+    _layout("tp2", model="llama"),
+    _layout("pp2-vpp2-cp2", model="llama"),
     _layout("dp1", model="moe"),
     _layout("dp2-ep2", model="moe"),
     _layout("dp2-ep2-etp1", model="moe", packed=False),
@@ -125,7 +129,19 @@ LAYOUTS: list[Layout] = [
     _layout("tp2-sp-pp2-dp2-ep2-etp1", model="moe"),
 ]
 
-FAST = ("dp2", "dp1/padded", "tp2-sp", "pp2-vpp2", "cp2", "cp2/padded", "tp2-sp-cp2", "dp2-ep2/moe", "pp2/tied")
+FAST = (
+    "dp2",
+    "dp1/padded",
+    "tp2-sp",
+    "pp2-vpp2",
+    "cp2",
+    "cp2/padded",
+    "tp2-sp-cp2",
+    "dp2-ep2/moe",
+    "pp2/tied",
+    "tp2/qwen3",
+    "tp2/llama",
+)
 
 
 def find_layouts(names: str) -> list[Layout]:

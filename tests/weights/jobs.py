@@ -1,0 +1,50 @@
+"""Functions that run on the ranks of a pool."""
+
+import torch
+
+
+def _policy(folder: str, parallel: dict):
+    from dcpo_megatron.mcore.hf_config import read_shape
+    from dcpo_megatron.mcore.layout import ParallelLayout, make_groups, rank_position
+    from dcpo_megatron.mcore.model import ModelOptions
+    from dcpo_megatron.mcore.platform import select_platform
+    from dcpo_megatron.mcore.step import PolicyModel
+    from dcpo_megatron.weights.transfer import load_hf_weights
+
+    layout = ParallelLayout(**parallel)
+    make_groups(layout)
+    policy = PolicyModel.create(
+        read_shape(folder), layout, ModelOptions(dtype="float32"), select_platform("cpu"), rank_position()
+    )
+    load_hf_weights(policy, folder)
+    return policy
+
+
+def through_megatron(folder: str, parallel: dict) -> dict[str, torch.Tensor]:
+    """The folder's weights after a way through the sharded model and back, as this rank sees them."""
+    from dcpo_megatron.weights.transfer import WeightGatherer
+
+    return {name: tensor.clone() for name, tensor in WeightGatherer(_policy(folder, parallel)).tensors()}
+
+
+def update_with_a_bad_number(folder: str, parallel: dict) -> tuple[bool, bool, list[bool]]:
+    """A good update, then one with a NaN on the last rank's response alone: (stepped, stepped, weights unchanged by the second)."""
+    import torch.distributed as dist
+
+    from dcpo_megatron.mcore.batch import Sequence
+    from dcpo_megatron.mcore.model import OptimizerOptions
+    from dcpo_megatron.objectives import get_preset
+
+    policy = _policy(folder, parallel)
+    policy.make_trainable(OptimizerOptions(lr=1e-3))
+    old = torch.full((3,), -2.0)
+    rank = dist.get_rank()
+
+    def batch(bad: bool):
+        return [[Sequence(rank, [1, 2], [3, 4, 5], 1.0, 0.1, torch.full((3,), float("nan")) if bad else old, old)]]
+
+    first = policy.update(batch(False), get_preset("dcpo-paper"), 1e-3)
+    before = [p.detach().clone() for module in policy.modules for p in module.parameters()]
+    second = policy.update(batch(rank == dist.get_world_size() - 1), get_preset("dcpo-paper"), 1e-3)
+    after = [p for module in policy.modules for p in module.parameters()]
+    return first.stepped, second.stepped, [torch.equal(a, b) for a, b in zip(before, after)]
