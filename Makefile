@@ -36,6 +36,7 @@ clean:
 LATEST = $(VENV)/megatron-core-0.19.2
 
 certificate: $(STAMP) $(LATEST)
+	mkdir -p runs
 	$(RUN) tools/verify_parallelism.py --layouts all --json runs/certificate-installed.json --markdown runs/certificate-installed.md
 	$(RUN) tools/verify_parallelism.py --layouts all --megatron-path $(LATEST) --json runs/certificate-latest.json --markdown runs/certificate-latest.md
 

@@ -24,7 +24,7 @@ class Sinks:
         if config.logging.console:
             from rich.console import Console
 
-            self._console = Console(highlight=False, width=None)
+            self._console = Console(highlight=False)
         if config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -42,7 +42,7 @@ class Sinks:
     def say(self, text: str) -> None:
         """A line for people, on the writer's console."""
         if self._console is not None:
-            self._console.print(text, markup=True)
+            self._console.print(text, markup=True, soft_wrap=True)
 
     def progress(self, finished: int, total: int) -> None:
         """A passing line about the rollout under way; shown on a terminal only."""
@@ -64,7 +64,7 @@ class Sinks:
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
         if self._console is not None:
-            self._console.print(self._line(step, metrics))
+            self._console.print(self._line(step, metrics), soft_wrap=True)
 
     def evaluation(self, step: int, result: dict[str, float]) -> None:
         """Logs an evaluation after ``step`` steps."""
