@@ -57,6 +57,7 @@ def warm_up(
     model,
     tokenizer,
     examples: Sequence[tuple[str, str]],
+    unseen: Sequence[tuple[str, str]],
     *,
     target_accuracy: float,
     seed: int,
@@ -67,7 +68,8 @@ def warm_up(
     check_examples: int = 512,
     progress: Callable[[int, float, float], None] | None = None,
 ) -> tuple[int, float]:
-    """Supervised steps on ``(prompt, response)`` pairs until sampling at temperature 1 gives the very response ``target_accuracy`` of the time.
+    """Supervised steps on ``(prompt, response)`` pairs until sampling at temperature 1 gives the very response ``target_accuracy`` of the time on ``unseen``
+    pairs, which are not trained on.
 
     ``progress(step, loss, accuracy)`` is called at every check. Returns ``(steps, accuracy at the last check)``.
 
@@ -76,7 +78,10 @@ def warm_up(
     """
     order = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    rows = [(tokenizer(p)["input_ids"], tokenizer(r)["input_ids"] + [tokenizer.eos_token_id]) for p, r in examples]
+    rows, checks = (
+        [(tokenizer(p)["input_ids"], tokenizer(r)["input_ids"] + [tokenizer.eos_token_id]) for p, r in pairs]
+        for pairs in (examples, unseen)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     accuracy = 0.0
     model.train()
@@ -90,7 +95,7 @@ def warm_up(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % check_every == 0:
-            accuracy = _sampled_accuracy(model, order.sample(rows, min(check_examples, len(rows))), generator)
+            accuracy = _sampled_accuracy(model, order.sample(checks, min(check_examples, len(checks))), generator)
             if progress is not None:
                 progress(step, float(loss.detach()), accuracy)
             if accuracy >= target_accuracy:
