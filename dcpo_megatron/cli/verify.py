@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(
         prog="dcpo verify",
+        allow_abbrev=False,
         description="Compares loss, gradients and one optimizer step of every parallel layout with a dense single-process reference.",
     )
     parser.add_argument("--layouts", default="all", help="all, fast, or names separated by commas (--list shows them)")
@@ -28,6 +29,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="cpu with gloo, or cuda with nccl (a GPU a rank)"
+    )
+    parser.add_argument(
+        "--layers",
+        choices=("local", "transformer-engine"),
+        default="local",
+        help="which layers to certify (the second needs GPUs)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and data")
     parser.add_argument("--max-ranks", type=int, default=None, help="leave out layouts of more ranks")
@@ -69,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
     quiet_libraries()
     console = Console(highlight=False)
-    facts = versions(args.device, args.megatron_path)
+    facts = versions(args.device, args.megatron_path) | {"layers": args.layers}
     console.print(", ".join(f"{name} {value}" for name, value in facts.items()))
     console.print(
         f"{len(layouts)} layouts x {len(objectives)} objectives; relative error per parameter, at most {certificate.GRADIENT_TOLERANCE:.0e}"
@@ -94,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         report=report,
         timeout=args.timeout,
         seed=args.seed,
+        layers=args.layers,
     )
     failed = sorted({verdict.layout for verdict in verdicts if not verdict.passed})
     if args.json:
@@ -122,13 +130,19 @@ def _objectives(names: str, known: dict) -> dict:
 def _print_layout(console, verdicts) -> None:
     worst = max(verdicts, key=lambda v: v.gradient_error if v.gradient_error == v.gradient_error else float("inf"))
     last = verdicts[-1]
+
+    def show(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1e}"
+
     mark = "[green]pass[/green]" if all(v.passed for v in verdicts) else "[red]FAIL[/red]"
     line = (
         f"{mark}  {worst.layout:<28} {worst.world} ranks  gradient {worst.gradient_error:.1e} ({worst.objective}, {worst.worst_parameter})  "
-        f"loss {max(v.loss_error for v in verdicts):.1e}  norm {last.norm_error:.1e}  SGD {last.sgd_error:.1e}  Adam {last.adam_error:.1e}  "
+        f"loss {max(v.loss_error for v in verdicts):.1e}  norm {show(last.norm_error)}  SGD {show(last.sgd_error)}  Adam {show(last.adam_error)}  "
         f"log-probs {max(v.distribution_error for v in verdicts):.1e}  SAS {last.history_error:.0e}  {sum(v.seconds for v in verdicts):.1f} s"
     )
     console.print(line, soft_wrap=True)
+    if not all(v.replicas_agree for v in verdicts if not v.failure):
+        console.print("replicas of a parameter differ between ranks after a step", soft_wrap=True)
     for failure in {v.failure for v in verdicts if v.failure}:
         console.print(failure, markup=False, soft_wrap=True)
 

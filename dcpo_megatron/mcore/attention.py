@@ -40,14 +40,20 @@ class Block:
 
 @dataclass
 class Group:
-    """Index tensors of one attention call over ``n`` blocks: queries ``[n, Q]``, keys ``[n, K]``, output places ``[sum of lengths]``."""
+    """Index tensors of one attention call over ``n`` blocks: queries ``[n, Q]``, keys ``[n, K]``, real outputs ``[sum of lengths]``."""
 
     query_index: torch.Tensor
     key_index: torch.Tensor
     output_from: torch.Tensor
-    output_to: torch.Tensor
-    mask: torch.Tensor | None  # [n, 1, Q, K] or None where every block starts its sequence (plain causal)
-    whole_row: bool  # the one block covers the whole row in order: no gather is needed
+    offset: torch.Tensor | None  # [n, 1], or None where every block starts its sequence (plain causal)
+
+    def mask(self) -> torch.Tensor | None:
+        """``[n, 1, Q, K]``, true where a query may look; made for the call, since its size is quadratic."""
+        if self.offset is None:
+            return None
+        device = self.offset.device
+        last = self.offset + torch.arange(self.query_index.shape[1], device=device)[None]
+        return (torch.arange(self.key_index.shape[1], device=device) <= last[:, :, None])[:, None]
 
 
 @dataclass
@@ -62,6 +68,9 @@ class AttentionPlan:
     context_rank: int = 0
     groups: list[Group] = field(default_factory=list)
     gather_index: torch.Tensor | None = None
+    restore: torch.Tensor | None = (
+        None  # [T]: where each local token's result lies in the groups' results laid end to end
+    )
 
     def build(self, device: torch.device) -> AttentionPlan:
         """Fills the index tensors on ``device``. Raises ValueError on a length that does not divide."""
@@ -72,8 +81,11 @@ class AttentionPlan:
                         f"sequence of {length} tokens: context parallelism of {self.context_size} needs a multiple of {2 * self.context_size}"
                     )
             self.gather_index = zigzag_inverse(self.lengths, self.context_size).to(device)
+        computed = []
         for blocks in group_blocks(self._blocks()):
             self.groups.append(self._group(blocks, device))
+            computed += [torch.arange(block.query_start, block.query_start + block.length) for block in blocks]
+        self.restore = torch.cat(computed).argsort().to(device)
         return self
 
     def _blocks(self) -> list[Block]:
@@ -103,17 +115,11 @@ class AttentionPlan:
         query_index = query_start + torch.minimum(steps_q[None], length - 1)
         key_index = key_start + torch.minimum(steps_k[None], keys - 1)
         real = steps_q[None] < length
-        mask = None
-        if any(b.offset for b in blocks):
-            mask = (steps_k[None, None] <= (offset + steps_q[None])[:, :, None])[:, None]
-        whole = len(blocks) == 1 and len(self.lengths) == 1 and self.context_size == 1
         return Group(
             query_index=query_index.to(device),
             key_index=key_index.to(device),
             output_from=real.flatten().nonzero(as_tuple=True)[0].to(device),
-            output_to=query_index[real].to(device),
-            mask=None if mask is None else mask.to(device),
-            whole_row=whole,
+            offset=offset.to(device) if any(b.offset for b in blocks) else None,
         )
 
 
@@ -220,7 +226,7 @@ class CausalCoreAttention(torch.nn.Module):
         return found
 
     def _rows(self, query, key, value, plan: AttentionPlan):
-        tokens, heads, width = query.shape
+        _, heads, width = query.shape
         if plan.gather_index is not None:
             key, value = (
                 gather_from_sequence_parallel_region(
@@ -228,31 +234,27 @@ class CausalCoreAttention(torch.nn.Module):
                 ).index_select(0, plan.gather_index)
                 for t in (key, value)
             )
-        if len(plan.groups) == 1 and plan.groups[0].whole_row:
-            out = self._attend(*(t.unsqueeze(0).transpose(1, 2) for t in (query, key, value)), None)
-            return out.transpose(1, 2).reshape(tokens, heads * width)
-        result = query.new_zeros(tokens, heads * width)
+        results = []
         for group in plan.groups:
             out = self._attend(
                 query[group.query_index].transpose(1, 2),
                 key[group.key_index].transpose(1, 2),
                 value[group.key_index].transpose(1, 2),
-                group.mask,
+                group.mask(),
             )
-            flat = out.transpose(1, 2).reshape(-1, heads * width)
-            result = result.index_copy(0, group.output_to, flat.index_select(0, group.output_from))
-        return result
+            results.append(out.transpose(1, 2).reshape(-1, heads * width).index_select(0, group.output_from))
+        return torch.cat(results).index_select(0, plan.restore)
 
     def _attend(self, query, key, value, mask):
         """``[n, heads, Q, d]``, ``[n, groups, K, d]`` x 2 -> ``[n, heads, Q, d]``."""
+        grouped = query.shape[1] != key.shape[1]
+        if grouped and (mask is not None or query.dtype == torch.float32):
+            # The fast GPU kernels take grouped queries only in half precision without a mask: keys and values are repeated for the others.
+            repeats = query.shape[1] // key.shape[1]
+            key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
+            grouped = False
         return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[1] != key.shape[1],
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=grouped
         )
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):

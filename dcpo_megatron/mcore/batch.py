@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -60,7 +60,6 @@ class MicroBatch:
     old_logprobs: torch.Tensor | None = None
     rollout_logprobs: torch.Tensor | None = None
     reference_logprobs: torch.Tensor | None = None
-    extra: dict = field(default_factory=dict)
 
 
 def make_micro_batch(
@@ -71,7 +70,6 @@ def make_micro_batch(
     align: int = 1,
     context_size: int = 1,
     context_rank: int = 0,
-    row_length: int | None = None,
     pad_id: int = 0,
 ) -> MicroBatch:
     """Lays ``sequences`` out as one micro-batch on this context-parallel rank.
@@ -81,7 +79,6 @@ def make_micro_batch(
     Args:
         packed: one row, sequences end to end, no token attends outside its own; otherwise one sequence a row.
         align: every sequence (packed) or the row (padded) is padded to a multiple of this.
-        row_length: padded rows only: pad to this length at least.
 
     Raises:
         ValueError: a sequence without prompt tokens (nothing predicts its first response token).
@@ -93,7 +90,7 @@ def make_micro_batch(
             )
     lengths = [max(1, math.ceil(s.length / align)) * align for s in sequences] or [align]
     if not packed:
-        lengths = [max([*lengths, math.ceil((row_length or 0) / align) * align])] * len(lengths)
+        lengths = [max(lengths)] * len(lengths)
 
     # numpy: a micro-batch of hundreds of short sequences is many tiny operations.
     rows, places, positions, targets, response, token = [], [], [], [], [], []

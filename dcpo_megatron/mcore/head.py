@@ -4,7 +4,8 @@ Full fp32 logits ``[tokens, vocabulary]`` are this field's first cause of out-of
 and their logits exist for ``chunk_tokens`` tokens at a time, in the forward pass and again (recomputed) in the backward pass:
 
     kept for backward        hidden states of n positions [n, H], log-sum-exp and entropy [n] fp32 each
-    transient                chunk_tokens x vocabulary/tp logits, twice (fp32)
+    transient, forward       up to 4 fp32 tensors of [chunk_tokens, vocabulary/tp]
+    transient, backward      the same, and the weight's gradient once in fp32 [vocabulary/tp, H]
 
 :func:`response_head` puts it in place for one forward call of a GPTModel. From Megatron-Core 0.18 on this is the official ``output_processor``;
 below that the output layer's ``forward`` is shadowed for the duration of the call (with ``labels=None`` the model then only transposes what it returns).
@@ -85,11 +86,11 @@ class _ChunkedLogProbs(torch.autograd.Function):
             grad = (grad / temperature).to(weight.dtype)
             grad_hidden[part] = grad @ weight
             grad_weight += (grad.t() @ hidden[part]).float()
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), *[None] * 6
 
 
 def _logits(hidden, weight, temperature, real_rows):
-    logits = (hidden @ weight.t()).float() / temperature
+    logits = (hidden @ weight.t()).float().div_(temperature)
     if real_rows < logits.shape[-1]:
         logits[:, real_rows:] = float("-inf")
     return logits

@@ -57,7 +57,6 @@ class ModelShape:
     experts_per_token: int = 0
     expert_ffn: int = 0
     norm_topk_prob: bool = False
-    router_aux_loss_coef: float = 0.0
 
 
 def read_config(folder: str | os.PathLike):
@@ -149,7 +148,6 @@ def shape_of(config) -> ModelShape:
         experts_per_token=config.num_experts_per_tok if family.experts else 0,
         expert_ffn=config.moe_intermediate_size if family.experts else 0,
         norm_topk_prob=bool(getattr(config, "norm_topk_prob", False)) if family.experts else False,
-        router_aux_loss_coef=float(getattr(config, "router_aux_loss_coef", 0.0)) if family.experts else 0.0,
     )
 
 

@@ -61,7 +61,7 @@ class ParallelLayout:
         if self.sequence_parallel and self.tensor == 1:
             found.append("parallel.sequence_parallel=true needs parallel.tensor of at least 2")
         chunks = self.pipeline * (self.virtual_pipeline or 1)
-        if self.virtual_pipeline is not None and self.pipeline == 1:
+        if self.virtual_pipeline not in (None, 1) and self.pipeline == 1:
             found.append(f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline of at least 2")
         elif shape.layers % chunks:
             found.append(

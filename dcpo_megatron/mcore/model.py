@@ -129,6 +129,7 @@ def _expert_arguments(shape: ModelShape) -> dict:
         # Softmax over all experts first, then top-k; renormalised over the chosen ones where the checkpoint says so.
         moe_router_pre_softmax=not shape.norm_topk_prob,
         moe_router_score_function="softmax",
+        # The objective alone is minimised: no load-balancing loss beside it.
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_grouped_gemm=False,
@@ -283,5 +284,8 @@ def build_trainable(chunks, options: OptimizerOptions, overlap_grad_reduce: bool
         wrapped,
         use_gloo_process_groups=False,
     )
+    # Norms and biases are not decayed. Megatron-Core only notes that (wd_mult); its own training loop's scheduler applies it, and there is none here.
+    for group in optimizer.param_groups:
+        group["weight_decay"] = options.weight_decay * group.get("wd_mult", 1.0)
     config.grad_scale_func = optimizer.scale_loss
     return wrapped, optimizer

@@ -72,24 +72,35 @@ class PolicyModel:
 
     # -- batches ----------------------------------------------------------------------------------------------------------------------------
 
-    def _batches(self, micro_batches: Seq[Seq[Sequence]]) -> list[MicroBatch]:
-        align = alignment(self.layout.tensor, self.layout.context, self.layout.sequence_parallel)
-        longest = max((s.length for batch in micro_batches for s in batch), default=1)
-        return [
-            make_micro_batch(
-                sequences,
-                self.platform.device,
-                packed=self.packed,
-                align=align,
-                context_size=self.position.context_size,
-                context_rank=self.position.context_rank,
-                row_length=longest,
-            )
-            for sequences in micro_batches
-        ]
+    def _batch(self, sequences: Seq[Sequence]) -> MicroBatch:
+        return make_micro_batch(
+            sequences,
+            self.platform.device,
+            packed=self.packed,
+            align=self._align,
+            context_size=self.position.context_size,
+            context_rank=self.position.context_rank,
+        )
 
-    def _run(self, batches: list[MicroBatch], loss_of, *, forward_only: bool):
-        """Runs the schedule; returns the list of what the loss functions gave (on the last pipeline stage; empty elsewhere)."""
+    @property
+    def _align(self) -> int:
+        return alignment(self.layout.tensor, self.layout.context, self.layout.sequence_parallel)
+
+    def _run(self, micro_batches: Seq[Seq[Sequence]], loss_of, *, forward_only: bool):
+        """Runs the schedule; returns the list of what the loss functions gave (on the last pipeline stage; empty elsewhere).
+
+        Tensors of a micro-batch are made when its turn comes, and kept only until every model chunk of this rank has had it.
+        """
+        made: dict[int, tuple[MicroBatch, int]] = {}
+
+        def batches() -> Iterator[MicroBatch]:
+            for number, sequences in enumerate(micro_batches):
+                batch, uses = made.pop(number, (None, 0))
+                if batch is None:
+                    batch = self._batch(sequences)
+                if uses + 1 < len(self.chunks):
+                    made[number] = (batch, uses + 1)
+                yield batch
 
         def forward_step(iterator: Iterator[MicroBatch], chunk):
             batch = next(iterator)
@@ -111,16 +122,15 @@ class PolicyModel:
                 )
             return output, loss_of(batch)
 
-        first = batches[0].input_ids
-        iterators = [iter(batches) for _ in self.chunks]
+        iterators = [batches() for _ in self.chunks]
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=len(batches),
-            # Read only where shapes are fixed; with pipeline stages they travel with the tensors.
-            seq_length=first.shape[1] * self.position.context_size,
-            micro_batch_size=first.shape[0],
+            num_microbatches=len(micro_batches),
+            # Not read: without pipeline stages nothing is sent, with them shapes travel with the tensors.
+            seq_length=self._align,
+            micro_batch_size=1,
             forward_only=forward_only,
         )
 
@@ -132,7 +142,7 @@ class PolicyModel:
 
         Returns:
             on the last pipeline stage ``{sequence.number: [len(response_ids)] fp32}`` on the CPU; with context parallelism places held by other
-            ranks are NaN (each rank needs its own only). Empty on earlier stages.
+            ranks are NaN: a later update must use the same micro-batches, so that this rank holds the same places again. Empty on earlier stages.
         """
         lengths = {s.number: len(s.response_ids) for batch in micro_batches for s in batch}
         found: dict[int, torch.Tensor] = {}
@@ -149,7 +159,7 @@ class PolicyModel:
             return collect
 
         with self._evaluating():
-            self._run(self._batches(micro_batches), loss_of, forward_only=True)
+            self._run(micro_batches, loss_of, forward_only=True)
         return found
 
     @contextmanager
@@ -171,20 +181,21 @@ class PolicyModel:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        batches = self._batches(micro_batches)
 
         def loss_of(batch: MicroBatch):
             return make_loss(
                 batch,
                 objective,
-                num_microbatches=len(batches),
+                num_microbatches=len(micro_batches),
                 data_parallel_size=self.position.data_size,
                 context_group=self.position.context_group,
             )
 
         for chunk in self.chunks:
             chunk.train()
-        results = self._run(batches, loss_of if self.position.is_last_stage else lambda batch: None, forward_only=False)
+        results = self._run(
+            micro_batches, loss_of if self.position.is_last_stage else lambda batch: None, forward_only=False
+        )
         return self._reduce(results)
 
     def update(self, micro_batches: Seq[Seq[Sequence]], objective: Objective, lr: float) -> UpdateResult:

@@ -95,7 +95,10 @@ LAYOUTS: list[Layout] = [
     _layout("cp2", packed=False),
     _layout("tp2-dp2"),
     _layout("pp2-dp2"),
+    _layout("pp2-dp2", micro_batches=4),
     _layout("cp2-dp2"),
+    _layout("cp2-dp2", micro_batches=4),
+    _layout("tp2-sp", micro_batches=4),
     _layout("cp2-dp2", packed=False),
     _layout("tp2-pp2"),
     _layout("tp2-sp-pp2"),
@@ -103,6 +106,7 @@ LAYOUTS: list[Layout] = [
     _layout("tp2-sp-cp2"),
     _layout("pp2-cp2"),
     _layout("pp2-vpp2-cp2"),
+    _layout("pp2-vpp2-cp2", micro_batches=4),
     _layout("pp2-vpp2-dp2"),
     _layout("tp2-sp-pp2-vpp2"),
     _layout("tp2-pp2-dp2"),
@@ -124,6 +128,7 @@ LAYOUTS: list[Layout] = [
     _layout("dp2-ep2-etp1", model="moe", packed=False),
     _layout("tp2-sp-dp2-ep2-etp1", model="moe"),
     _layout("tp2-sp-dp2-ep2-etp2", model="moe"),
+    _layout("dp2-ep2", model="moe", micro_batches=4),
     _layout("pp2-dp2-ep2", model="moe"),
     _layout("cp2-dp2-ep2", model="moe"),
     _layout("tp2-sp-pp2-dp2-ep2-etp1", model="moe"),
@@ -207,7 +212,7 @@ def visit_rewards(items: list[Item], visit: int) -> tuple[list[str], list[float]
 
 
 def attach_old_logprobs(items: list[Item], logprobs: list[torch.Tensor], seed: int = 1) -> None:
-    """Old, rollout and reference log-probs: the current ones plus noise wide enough to cross bounds and caps, kept off the very edges."""
+    """Old, rollout and reference log-probs: the current ones plus noise wide enough to cross bounds and caps."""
     generator = torch.Generator().manual_seed(seed)
     for item, current in zip(items, logprobs):
         noise = torch.randn(len(item.response), generator=generator) * 0.5

@@ -3,9 +3,9 @@
 Relative error = norm of the difference over norm of the reference, per parameter; the worst of all parameters counts. Where a reference gradient is all but
 zero (below 1e-6 of the whole gradient's norm), the difference is held against that floor instead.
 
-Parameters after a step: SGD's are held against the reference's. Adam's first step is p - lr g / (|g| + eps): where |g| is near eps = 1e-8, a gradient that
-differs in its last bits moves the parameter by as much as lr, so Adam's parameters are held against Adam's formula on the layout's own gradient, which the
-column before has compared with the reference.
+Parameters are held by their UPDATE. SGD's one step is held against the reference's gradient. Adam runs two steps with weight decay and clipping: it divides
+by the gradient's own size, so where a gradient is near eps its last bits move the parameter by up to lr. So Adam is held against AdamW written out on the
+layout's own gradients, the first of which the column before has compared with the reference.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PARAMETER_TOLERANCE = 2e-5
 DISTRIBUTION_TOLERANCE = 1e-5
 HISTORY_TOLERANCE = 1e-12
 RATES = {"adam": 1e-3, "sgd": 0.1}
-ADAM_EPS = 1e-8
+ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "clip_grad": 0.5}
 
 
 @dataclass
@@ -45,11 +45,13 @@ class Verdict:
     loss_error: float = float("nan")
     gradient_error: float = float("nan")
     worst_parameter: str = ""
-    sgd_error: float = float("nan")
-    adam_error: float = float("nan")
-    norm_error: float = float("nan")
+    # None: another objective was the one that stepped.
+    sgd_error: float | None = None
+    adam_error: float | None = None
+    norm_error: float | None = None
     distribution_error: float = float("nan")
     history_error: float = float("nan")  # inf: not the same bits on every rank
+    replicas_agree: bool = False  # after the steps, every replica of every parameter holds the same bits
     seconds: float = 0.0
     failure: str = ""
 
@@ -58,13 +60,16 @@ class Verdict:
         if self.failure:
             return False
         checks = [
+            self.replicas_agree,
             self.loss_error <= GRADIENT_TOLERANCE,
             self.gradient_error <= GRADIENT_TOLERANCE,
             self.distribution_error <= DISTRIBUTION_TOLERANCE,
             self.history_error <= HISTORY_TOLERANCE,
         ]
-        # NaN: this objective was not the one that stepped.
-        checks += [e <= PARAMETER_TOLERANCE for e in (self.sgd_error, self.adam_error, self.norm_error) if e == e]
+        # A NaN is not at most anything: it fails.
+        checks += [
+            e <= PARAMETER_TOLERANCE for e in (self.sgd_error, self.adam_error, self.norm_error) if e is not None
+        ]
         return all(checks)
 
 
@@ -79,11 +84,13 @@ def certify(
     pool: RankPool | None = None,
     timeout: float = 300.0,
     seed: int = 0,
+    layers: str = "local",
 ) -> list[Verdict]:
     """Measures every layout and compares it; ``report`` is called as verdicts come. A layout whose ranks fail gets a verdict that says so.
 
     Args:
         megatron_path: a folder with another ``megatron`` package, put first on the ranks' import path.
+        layers: "local" (Megatron-Core's with this project's norm and attention) or "transformer-engine".
         sabotage: see :func:`~dcpo_megatron.verification.measure.measure`.
         pool: ranks to use instead of starting some.
     """
@@ -95,6 +102,7 @@ def certify(
         try:
             for layout in layouts:
                 if pool is None or pool.size == 0:
+                    own_pool = True  # also where a caller's pool has died
                     pool = RankPool(size, device=device, python_path=[megatron_path] if megatron_path else [])
                 started = time.perf_counter()
                 bundle = prepared[layout.model]
@@ -107,6 +115,8 @@ def certify(
                         bundle.items,
                         objectives,
                         rates=RATES,
+                        adam=ADAM,
+                        layers=layers,
                         device=device,
                         sabotage=sabotage,
                         timeout=timeout,
@@ -192,10 +202,11 @@ def _compare(layout: cases.Layout, bundle: _Bundle, measured: dict, objectives: 
     for name in objectives:
         reference = bundle.references[name]
         gradient_error, worst = _worst(measured["gradients"][name], reference.gradients)
-        distribution_error = max(
+        distribution_error = _largest(
             float((a - b).abs().max())
             for kind, wanted in (("logprobs", reference.logprobs), ("entropies", reference.entropies))
-            for a, b in zip(measured[kind], wanted)
+            for extreme in measured[kind]  # the lowest and the highest that any rank has
+            for a, b in zip(extreme, wanted)
         )
         verdict = Verdict(
             layout.name,
@@ -206,6 +217,7 @@ def _compare(layout: cases.Layout, bundle: _Bundle, measured: dict, objectives: 
             worst_parameter=worst,
             distribution_error=distribution_error,
             history_error=_compare_history(bundle.items, measured),
+            replicas_agree=measured["replicas_agree"],
         )
         if name == list(objectives)[-1]:
             _compare_steps(verdict, bundle, measured, reference.gradients, measured["gradients"][name])
@@ -226,7 +238,7 @@ def _compare_history(items: list[cases.Item], measured: dict) -> float:
     worst = 0.0
     for prompt_id in dict.fromkeys(ids):
         a, b = alone.statistics(prompt_id), shared.statistics(prompt_id)
-        worst = max(worst, *(abs(float(x) - float(y)) for x, y in zip(a, b)))
+        worst = _largest([worst, *(abs(float(x) - float(y)) for x, y in zip(a, b))])
     return worst
 
 
@@ -234,11 +246,28 @@ def _compare_steps(verdict: Verdict, bundle: _Bundle, measured: dict, wanted: di
     from dcpo_megatron.verification import reference as dense
 
     sgd = dense.sgd_step(bundle.start, wanted, RATES["sgd"])
-    verdict.sgd_error, _ = _worst(measured["parameters"]["sgd"], sgd)
-    adam = dense.adam_step(bundle.start, own, RATES["adam"], ADAM_EPS)
-    verdict.adam_error, _ = _worst(measured["parameters"]["adam"], adam)
+    verdict.sgd_error = _worst_update(bundle.start, measured["parameters"]["sgd"], sgd)
+    adam = dense.adamw_steps(bundle.start, measured["adam_gradients"], RATES["adam"], ADAM)
+    verdict.adam_error = _worst_update(bundle.start, measured["parameters"]["adam"], adam)
     norm = dense.gradient_norm(wanted)
-    verdict.norm_error = max(abs(value - norm) / norm for value in measured["norm"].values())
+    verdict.norm_error = _largest(abs(value - norm) / norm for value in measured["norm"].values())
+
+
+def _worst_update(start: dict, measured: dict, wanted: dict) -> float:
+    """Error of the UPDATE (not of the parameter, which is much larger), beyond what rounding the parameter to fp32 explains."""
+    errors = []
+    for name, target in wanted.items():
+        update = (target.double() - start[name].double()).norm()
+        rounding = 2.0**-23 * start[name].double().norm()
+        error = (measured[name].double() - target.double()).norm() - rounding
+        errors.append(float(error.clamp(min=0) / update) if float(update) else float(error.clamp(min=0)))
+    return _largest(errors)
+
+
+def _largest(values) -> float:
+    """The largest value; NaN where there is one (``max`` would let it slip)."""
+    found = list(values)
+    return float("nan") if any(value != value for value in found) else max(found, default=0.0)
 
 
 def write_json(verdicts: Sequence[Verdict], path: str | os.PathLike, facts: dict) -> None:
@@ -247,6 +276,10 @@ def write_json(verdicts: Sequence[Verdict], path: str | os.PathLike, facts: dict
     # JSON has no NaN.
     rows = [{key: None if value != value else value for key, value in row.items()} for row in rows]
     Path(path).write_text(json.dumps({**facts, "verdicts": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def _show(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
 
 
 def markdown_table(verdicts: Sequence[Verdict]) -> str:
@@ -261,7 +294,7 @@ def markdown_table(verdicts: Sequence[Verdict]) -> str:
         verdict = "pass" if all(v.passed for v in rows) else "**FAIL**"
         lines.append(
             f"| {name} | {worst.world} | {len(rows)} | {worst.gradient_error:.1e} | {worst.objective}, {worst.worst_parameter} | "
-            f"{max(v.loss_error for v in rows):.1e} | {rows[-1].norm_error:.1e} | {rows[-1].sgd_error:.1e} | {rows[-1].adam_error:.1e} | "
+            f"{max(v.loss_error for v in rows):.1e} | {_show(rows[-1].norm_error)} | {_show(rows[-1].sgd_error)} | {_show(rows[-1].adam_error)} | "
             f"{max(v.distribution_error for v in rows):.1e} | {rows[-1].history_error:.0e} | {verdict} |"
         )
     return "\n".join(lines)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 
 import torch
@@ -23,6 +24,8 @@ def measure(
     objectives: dict[str, Objective],
     *,
     rates: dict[str, float],
+    adam: dict,
+    layers: str = "local",
     device: str = "cpu",
     sabotage: str | None = None,
 ) -> dict | None:
@@ -30,11 +33,14 @@ def measure(
 
     Args:
         rates: learning rate by optimizer. "adam" runs Megatron-Core's DistributedOptimizer, "sgd" its plain optimizer (the distributed one knows Adam only).
+        adam: "betas", "eps", "weight_decay", "clip_grad" of the Adam steps (two of them; SGD makes one, with neither decay nor clipping).
+        layers: "local" or "transformer-engine".
         sabotage: ``package.module:function`` called before the model is built, to break one thing on purpose; it returns what undoes it.
 
     Returns:
         on rank 0 ``{"loss": {objective: float}, "gradients": {objective: {name: tensor}}, "logprobs": [...], "entropies": [...],
-        "norm": {optimizer: float}, "parameters": {optimizer: {name: tensor}}, "history": state, "history_is_one": bool}``; None elsewhere.
+        "norm": {optimizer: float}, "parameters": {optimizer: {name: tensor}}, "adam_gradients": one dict a step,
+        "history": state, "history_is_one": bool, "replicas_agree": bool}``; None elsewhere. Log-probs and entropies come twice: lowest and highest of all ranks.
     """
     from dcpo_megatron.mcore.hf_config import read_shape
     from dcpo_megatron.mcore.layout import ParallelLayout, make_groups, rank_position
@@ -55,12 +61,19 @@ def measure(
         from dcpo_megatron.mcore.step import PolicyModel
         from dcpo_megatron.weights.transfer import WeightGatherer, load_hf_weights
 
-        result: dict = {"loss": {}, "gradients": {}, "norm": {}, "parameters": {}}
+        result: dict = {
+            "loss": {},
+            "gradients": {},
+            "norm": {},
+            "parameters": {},
+            "adam_gradients": [],
+            "replicas_agree": True,
+        }
         for optimizer, lr in rates.items():
             model = PolicyModel.create(
                 shape,
                 parallel,
-                ModelOptions(dtype="float32", transformer_engine="off"),
+                ModelOptions(dtype="float32", transformer_engine="off" if layers == "local" else "on"),
                 select_platform(device),
                 rank_position(),
                 temperature=TEMPERATURE,
@@ -68,7 +81,8 @@ def measure(
                 head_chunk_tokens=16,  # several chunks, the last one short
             )
             load_hf_weights(model, folder)
-            model.make_trainable(OptimizerOptions(name=optimizer, lr=lr, weight_decay=0.0, clip_grad=0.0))
+            extra = adam if optimizer == "adam" else {"weight_decay": 0.0, "clip_grad": 0.0}
+            model.make_trainable(OptimizerOptions(name=optimizer, lr=lr, **extra))
             gatherer = WeightGatherer(model)
             plan = split_items(items, layout, model.position)
             if not result["loss"]:
@@ -78,9 +92,18 @@ def measure(
                     _gather_gradient_shards(model)
                     result["loss"][name] = sums["loss"]
                     result["gradients"][name] = _collect(gatherer.tensors(lambda parameter: parameter.main_grad))
-            update = model.update(_micro_batches(plan, items, objective), objective, lr)
-            result["norm"][optimizer] = update.gradient_norm
+            for step in range(2 if optimizer == "adam" else 1):
+                if optimizer == "adam":
+                    model.gradients(_micro_batches(plan, items, objective), objective)
+                    _gather_gradient_shards(model)
+                    result["adam_gradients"].append(_collect(gatherer.tensors(lambda parameter: parameter.main_grad)))
+                update = model.update(_micro_batches(plan, items, objective), objective, lr)
+                if not update.stepped:
+                    raise RuntimeError(f"{optimizer} left its step {step + 1} out: a gradient is not finite")
+                if step == 0:
+                    result["norm"][optimizer] = update.gradient_norm
             result["parameters"][optimizer] = _collect(gatherer.tensors())
+            result["replicas_agree"] &= _replicas_agree(model, result["parameters"][optimizer])
         result["history"], result["history_is_one"] = _reward_history(items, model.position)
     finally:
         if undo:
@@ -101,6 +124,30 @@ def _reward_history(items: list[Item], position) -> tuple[dict, bool]:
     bits = repr({k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in sorted(state.items())}).encode()
     everyone = all_gather_bytes(bits, dist.group.WORLD, torch.device("cuda" if dist.get_backend() == "nccl" else "cpu"))
     return state, len(set(everyone)) == 1
+
+
+def _replicas_agree(model, full: dict[str, torch.Tensor]) -> bool:
+    """Whether every rank, walking its own tensor-, pipeline- and data-parallel peers, sees the same bits, and both copies of a tied embedding are one."""
+    from dcpo_megatron.mcore.collectives import all_gather_bytes
+
+    device = model.platform.device
+    digest = hashlib.sha256()
+    for name in sorted(full):
+        digest.update(full[name].numpy().tobytes())
+    agree = len(set(all_gather_bytes(digest.digest(), dist.group.WORLD, device))) == 1
+    position = model.position
+    if model.shape.tied_embeddings and position.pipeline_size > 1:
+        last = model.modules[-1]
+        first = model.modules[0]
+        weight = first.embedding.word_embeddings.weight if first.pre_process else None
+        if weight is None:
+            weight = last.output_layer.weight if position.is_last_stage else torch.empty(0, device=device)
+        mine = weight.detach().float().cpu().numpy().tobytes()
+        copies = set(all_gather_bytes(mine, position.pipeline_group, device)) - {b""}
+        agree = agree and len(copies) == 1
+    verdict = torch.tensor([int(agree)], device=device)
+    dist.all_reduce(verdict, op=dist.ReduceOp.MIN)
+    return bool(verdict.item())
 
 
 def _collect(tensors) -> dict[str, torch.Tensor]:
@@ -153,22 +200,20 @@ def _sequence(number: int, items: list[Item], objective: Objective):
     )
 
 
-def _distributions(model, plan, items) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Log-probs and entropies of every item on every rank, joined over data- and context-parallel ranks."""
+def _distributions(model, plan, items) -> tuple[list, list]:
+    """``([lowest, highest], [lowest, highest])`` log-probs and entropies of every item over all ranks that hold it (peers must agree)."""
     objective = Objective()
     micro_batches = _micro_batches(plan, items, objective)
     found = []
     for entropy in (False, True):
         local = model.logprobs(micro_batches, entropy=entropy)
-        rows = []
-        for number, item in enumerate(items):
-            row = torch.full((len(item.response),), float("-inf"))
-            if number in local:
-                row = torch.where(local[number].isnan(), row, local[number])
-            rows.append(row)
-        flat = torch.cat(rows).to(model.platform.device)
-        dist.all_reduce(flat, op=dist.ReduceOp.MAX)
-        found.append([part.cpu() for part in flat.split([len(item.response) for item in items])])
+        extremes = []
+        for fill, op in ((float("inf"), dist.ReduceOp.MIN), (float("-inf"), dist.ReduceOp.MAX)):
+            rows = [local.get(n, torch.full((len(item.response),), torch.nan)) for n, item in enumerate(items)]
+            flat = torch.cat(rows).nan_to_num(nan=fill).to(model.platform.device)
+            dist.all_reduce(flat, op=op)
+            extremes.append([part.cpu() for part in flat.split([len(item.response) for item in items])])
+        found.append(extremes)
     return found[0], found[1]
 
 

@@ -114,9 +114,26 @@ def sgd_step(start: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor],
     return {name: parameter - lr * gradients[name] for name, parameter in start.items()}
 
 
-def adam_step(start: dict, gradients: dict, lr: float, eps: float) -> dict[str, torch.Tensor]:
-    """Parameters after the first AdamW step without weight decay: both moments' bias corrections cancel, p - lr g / (|g| + eps)."""
-    return {name: parameter - lr * gradients[name] / (gradients[name].abs() + eps) for name, parameter in start.items()}
+def adamw_steps(start: dict, gradients: list[dict], lr: float, settings: dict) -> dict[str, torch.Tensor]:
+    """Parameters after one AdamW step a gradient, each clipped to ``clip_grad`` first, in double precision (arXiv 1711.05101).
+
+    Weight decay leaves out vectors (norms, biases), as Megatron-Core does.
+    """
+    beta1, beta2 = settings["betas"]
+    clip = settings["clip_grad"]
+    p = {name: tensor.double() for name, tensor in start.items()}
+    m = {name: torch.zeros_like(tensor) for name, tensor in p.items()}
+    v = {name: torch.zeros_like(tensor) for name, tensor in p.items()}
+    for step, gradient in enumerate(gradients, start=1):
+        scale = min(1.0, clip / (gradient_norm(gradient) + 1e-6))
+        for name, tensor in p.items():
+            g = gradient[name].double() * scale
+            m[name] = beta1 * m[name] + (1 - beta1) * g
+            v[name] = beta2 * v[name] + (1 - beta2) * g * g
+            decay = settings["weight_decay"] if tensor.dim() > 1 else 0.0
+            update = (m[name] / (1 - beta1**step)) / ((v[name] / (1 - beta2**step)).sqrt() + settings["eps"])
+            p[name] = tensor - lr * decay * tensor - lr * update
+    return p
 
 
 def gradient_norm(gradients: dict[str, torch.Tensor]) -> float:

@@ -53,6 +53,11 @@ def load_hf_weights(model: PolicyModel, folder) -> None:
     source = SafetensorsFolder(folder)
     for name, parameter, rule in local_rules(model):
         tensors = [source.read(hf) for hf in rule.hf_names]
+        if rule.vocab and tensors[0].shape[0] != model.shape.vocab:
+            raise CheckpointError(
+                f"{folder}: {rule.hf_names[0]} has {tensors[0].shape[0]} rows, config.json says vocab_size {model.shape.vocab}: "
+                "the weights do not fit config.json"
+            )
         rank, size, _ = _tensor_rank(model.position, rule)
         rows = parameter.shape[0] * size if rule.vocab else None
         try:
@@ -68,20 +73,13 @@ def load_hf_weights(model: PolicyModel, folder) -> None:
                 "the weights do not fit config.json"
             )
         parameter.copy_(part)
-    extra = sorted(name for name in source.names() if not _known(name, model))
+    # Some tied checkpoints carry a copy of the output layer, some old ones the rotary frequencies.
+    known = expected_hf_names(model.shape) | {"lm_head.weight"}
+    extra = sorted(n for n in source.names() if n not in known and not n.endswith("rotary_emb.inv_freq"))
     if extra:
         raise CheckpointError(
             f"{folder} has tensor {extra[0]!r} ({len(extra)} such), which its config.json has no place for"
         )
-
-
-def _known(name: str, model: PolicyModel) -> bool:
-    """Whether a checkpoint tensor is one that some rank loads (or one that Hugging Face writes beside the weights)."""
-    if name.endswith("rotary_emb.inv_freq"):
-        return True
-    if name == "lm_head.weight":
-        return True  # some tied checkpoints carry the copy
-    return name in expected_hf_names(model.shape)
 
 
 def expected_hf_names(shape) -> set[str]:

@@ -66,8 +66,6 @@ def test_alignment_pads_each_packed_sequence_and_each_row():
     assert packed.input_ids.tolist() == [[3000, 3001, 3002, 3003, 3004, PAD, PAD, PAD, 7000, 7001, 7002, PAD]]
     assert packed.positions.tolist() == [1, 2, 3, 8, 9]
     assert make(sequences, align=4, packed=False).input_ids.shape == (2, 8)
-    assert make(sequences, align=4, packed=False, row_length=9).input_ids.shape == (2, 12)
-    assert make(sequences, packed=False, row_length=3).input_ids.shape == (2, 5)
 
 
 def test_logprobs_lie_beside_the_token_they_are_of():
