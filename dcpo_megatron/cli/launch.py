@@ -27,6 +27,8 @@ def run_ranks(count: int, command: list[str], environment: dict[str, str] | None
 
 
 def _wait(process: subprocess.Popen) -> int:
+    """Waits; an interrupt or a termination of this process is passed on, so that no rank outlives it."""
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
     try:
         return process.wait()
     except KeyboardInterrupt:
@@ -36,6 +38,8 @@ def _wait(process: subprocess.Popen) -> int:
         except subprocess.TimeoutExpired:
             process.kill()
             return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _launch(count: int, command: list[str]) -> int:

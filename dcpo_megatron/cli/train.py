@@ -20,6 +20,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line of a run; also that of ``examples/pretrain_dcpo.sh``."""
     result = argparse.ArgumentParser(
         prog="dcpo train",
+        # A shortened --ranks would be passed on to the ranks themselves.
+        allow_abbrev=False,
         description="Train with DCPO or one of its baselines.",
         epilog="Overrides are key.sub=value; --keys lists the keys.",
     )
@@ -71,7 +73,12 @@ def _train(args) -> int:
     from dcpo_megatron.training.loop import Trainer
 
     trainer = Trainer.build(run)
-    trainer.run()
+    try:
+        trainer.run()
+    except BaseException:
+        # Not the process groups: another rank may be in a collective that this one will not join.
+        trainer.close(groups=False)
+        raise
     trainer.close()
     return 0
 
@@ -87,12 +94,14 @@ def is_bad_input(error: Exception) -> bool:
 
 
 def refuse(error: Exception) -> int:
-    """Says what is wrong, once a host, and gives the exit code. The other local ranks wait a moment, so that the one that speaks ends first."""
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        for line in str(error).splitlines():
-            print(f"dcpo: error: {line}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(1.0)
+    """Says what is wrong and gives the exit code: the first local rank at once, the others after a moment, if they are still there."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank:
+        # Where all ranks fail alike, the launcher ends this one while it waits, and the sentence is said once.
+        time.sleep(3.0)
+    name = f"rank {_rank()}: " if local_rank else ""
+    for line in str(error).splitlines():
+        print(f"dcpo: error: {name}{line}", file=sys.stderr, flush=True)
     return BAD_INPUT
 
 
@@ -100,6 +109,12 @@ def start_ranks(count: int, argv: list[str]) -> int:
     """Starts ``count`` ranks of ``dcpo train argv`` on this machine and waits for them; returns the exit code of the first that failed."""
     if count < 1:
         print(f"dcpo: error: --ranks {count} must be at least 1", file=sys.stderr)
+        return BAD_INPUT
+    if "RANK" in os.environ:
+        print(
+            "dcpo: error: --ranks starts ranks, and this is one already (RANK is set): leave it out under torchrun",
+            file=sys.stderr,
+        )
         return BAD_INPUT
     from dcpo_megatron.cli.launch import run_ranks
 

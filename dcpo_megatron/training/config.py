@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -24,7 +24,7 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -61,14 +61,18 @@ class ParallelSection(Section):
 
 
 class DataSection(Section):
-    files: list[str] = Field(description="verl-style parquet, jsonl or GSM8K files")
-    format: str = Field("auto", description="auto | verl-parquet | jsonl | gsm8k")
+    files: list[str] = Field(min_length=1, description="verl-style parquet, jsonl or GSM8K files")
+    format: Literal["auto", "verl-parquet", "jsonl", "gsm8k"] = Field(
+        "auto", description="auto | verl-parquet | jsonl | gsm8k"
+    )
     prompt_key: str | None = Field(None, description="dotted path of the prompt column")
     answer_key: str | None = Field(None, description="dotted path of the ground truth")
     id_key: str | None = Field(
         None, description='dotted path of the stable id; "content" derives it from the prompt\'s text'
     )
-    template: str = Field("auto", description="auto | chat | qwen-math | plain")
+    template: Literal["auto", "chat", "qwen-math", "plain"] = Field(
+        "auto", description="auto | chat | qwen-math | plain"
+    )
     system_prompt: str | None = Field(None, description="replaces the row's system message; empty removes it")
     max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are bad rows")
     on_bad_row: Literal["error", "skip"] = Field(
@@ -106,9 +110,9 @@ class OptimizerSection(Section):
     name: Literal["adam", "sgd"] = Field("adam", description="AdamW with decoupled weight decay, or plain SGD")
     lr: float = Field(1e-6, gt=0)
     warmup_steps: int = Field(
-        10, ge=0, description="updates over which the learning rate rises linearly; constant after"
+        10, ge=0, description="training steps over which the learning rate rises linearly; constant after"
     )
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     clip_grad: float = Field(1.0, ge=0, description="largest gradient norm; 0 turns clipping off")
@@ -121,7 +125,12 @@ class TrainingSection(Section):
     packing: Literal["packed", "padded"] = Field("packed", description="sequences end to end in one row, or one a row")
     seed: int = Field(0, ge=0)
     platform: Literal["auto", "cuda", "cpu"] = "auto"
-    timeout_seconds: float = Field(1800.0, gt=0, description="deadline of every collective")
+    timeout_seconds: float = Field(
+        1800.0,
+        gt=0,
+        le=1e6,
+        description="deadline of every collective (whole minutes, rounded up, within a model's ranks)",
+    )
     save_every: int = Field(0, ge=0, description="write a Hugging Face folder every N steps; 0: at the end only")
 
 
@@ -161,7 +170,7 @@ class Config(Section):
         """The objective that the section asks for. Raises ConfigError."""
         settings = dict(self.objective)
         try:
-            preset = get_preset(settings.pop("preset", "dcpo-paper"))
+            preset = get_preset(str(settings.pop("preset", "dcpo-paper")))
             known = {field.name for field in dataclasses.fields(Objective)}
             for key in settings:
                 if key not in known:
@@ -234,10 +243,10 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
 
 def _read_yaml(path: Path) -> dict:
     if not path.is_file():
-        raise ConfigError(f"configuration file {path} does not exist")
+        raise ConfigError(f"configuration file {path} " + ("is a folder" if path.is_dir() else "does not exist"))
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration file {path} is not YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}

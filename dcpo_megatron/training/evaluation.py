@@ -28,13 +28,13 @@ def evaluate(
     device: torch.device,
 ) -> dict[str, float]:
     """``greedy``: share of prompts answered right at temperature 0; ``accuracy``: right answers over ``samples`` samples a prompt at ``temperature``;
-    ``response_length``: mean tokens of the sampled ones. Collective over the default group: prompts are dealt over all ranks, the numbers are the same on each.
+    ``response_length``: mean tokens of the sampled ones; ``reward_failures``: responses on which the reward function failed. Collective over the default group: prompts are dealt over all ranks, the numbers are the same on each.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     jobs = [(prompt, sample) for prompt in prompts for sample in range(samples + 1)]
     jobs = jobs[len(jobs) * rank // world : len(jobs) * (rank + 1) // world]
     # Sample number `samples` is the greedy one.
-    counts = torch.zeros(3, dtype=torch.float64)
+    counts = torch.zeros(4, dtype=torch.float64)
     for greedy in (True, False):
         share = [(prompt, sample) for prompt, sample in jobs if (sample == samples) == greedy]
         sampling = SamplingParams(max_response_tokens, 0.0 if greedy else temperature, stop_token_ids=stop_token_ids)
@@ -48,9 +48,15 @@ def evaluate(
         counts[0 if greedy else 1] += sum(reward >= correct_at for reward in rewards)
         if not greedy:
             counts[2] += sum(len(generation.token_ids) for generation in generations)
+    counts[3] = sum(rewarder.failures.values())
     rewarder.failures.clear()
     counts = counts.to(device)
     dist.all_reduce(counts)
-    right_greedy, right, tokens = counts.tolist()
+    right_greedy, right, tokens, failures = counts.tolist()
     total = len(prompts) * samples
-    return {"greedy": right_greedy / len(prompts), "accuracy": right / total, "response_length": tokens / total}
+    return {
+        "greedy": right_greedy / len(prompts),
+        "accuracy": right / total,
+        "response_length": tokens / total,
+        "reward_failures": failures,
+    }

@@ -8,14 +8,17 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
+from rich.markup import escape
 
 from dcpo_megatron.advantages import RewardHistory
-from dcpo_megatron.data import PromptOptions, PromptSampler, PromptSet, Response, load_prompts
+from dcpo_megatron.data import DataError, PromptOptions, PromptSampler, PromptSet, Response, load_prompts
 from dcpo_megatron.data.packing import PackingOptions
 from dcpo_megatron.mcore import platform as platforms
 from dcpo_megatron.mcore.layout import alignment, make_groups, rank_position
@@ -65,7 +68,9 @@ class Trainer:
     def build(cls, run_: CheckedRun) -> Trainer:
         """Starts the process groups and builds data, model, optimizer and engine. Raises the errors of each part."""
         config = run_.config
+        folder = _writable(Path(config.output))
         tokenizer = load_tokenizer(config.model.path, run_.shape.vocab)
+        stops = stop_token_ids(config.model.path, tokenizer)
         prompts = load_prompts(config.data.files, tokenizer, PromptOptions(**config.data.model_dump(exclude={"files"})))
         held_out = None
         if config.evaluation.files:
@@ -73,7 +78,10 @@ class Trainer:
                 "limit": config.evaluation.limit,
                 "on_duplicate_id": config.evaluation.on_duplicate_id,
             }
-            held_out = load_prompts(config.evaluation.files, tokenizer, PromptOptions(**options))
+            try:
+                held_out = load_prompts(config.evaluation.files, tokenizer, PromptOptions(**options))
+            except DataError as error:
+                raise DataError(f"evaluation.files: {error}") from None
         rewarder = Rewarder(
             config.reward.function, config.reward.timeout_seconds, config.reward.failure_reward, config.reward.workers
         )
@@ -85,7 +93,7 @@ class Trainer:
             )
 
         platforms.start(run_.platform, config.training.timeout_seconds)
-        make_groups(run_.layout, timeout_minutes=max(1, round(config.training.timeout_seconds / 60)))
+        make_groups(run_.layout, timeout_minutes=math.ceil(config.training.timeout_seconds / 60))
         position = rank_position()
         options = ModelOptions(
             dtype=config.model.dtype,
@@ -128,17 +136,15 @@ class Trainer:
                 config.rollout.temperature,
                 config.rollout.top_p,
                 config.rollout.top_k,
-                stop_token_ids(config.model.path, tokenizer),
+                stops,
             ),
             group_size=config.rollout.group_size,
             correct_at=config.reward.correct_at,
             seed=config.training.seed,
             device=run_.platform.device,
         )
-        folder = Path(config.output)
         is_writer = dist.get_rank() == 0
         if is_writer:
-            folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         sinks = Sinks(config, folder, is_writer, config.training.steps)
         packing = PackingOptions(
@@ -199,7 +205,7 @@ class Trainer:
         clock = time.perf_counter()
         updates = []
         for micro_batches in minibatches:
-            updates.append(self.policy.update(micro_batches, self.run_.objective, self._lr()))
+            updates.append(self.policy.update(micro_batches, self.run_.objective, self._lr(step)))
             self.updates_done += 1
         seconds_update = time.perf_counter() - clock
 
@@ -252,9 +258,9 @@ class Trainer:
                 for sequence in micro_batch:
                     setattr(sequence, name, found.get(sequence.number))
 
-    def _lr(self) -> float:
+    def _lr(self, step: int) -> float:
         warmup = self.run_.config.optimizer.warmup_steps
-        share = min(1.0, (self.updates_done + 1) / warmup) if warmup else 1.0
+        share = min(1.0, step / warmup) if warmup else 1.0
         return self.run_.config.optimizer.lr * share
 
     def _rollout_metrics(self, rollout: RolloutResult) -> dict[str, float]:
@@ -288,9 +294,10 @@ class Trainer:
             f"{world} ranks ({run_.platform.name}, {run_.platform.backend}): tensor {layout.tensor}, pipeline {layout.pipeline}, context {layout.context}, "
             f"data {run_.data_parallel}"
         )
-        self.sinks.say(f"data: {self.prompts.summary()}")
+        # Rows left out are counted aloud, also without a console.
+        self.sinks.announce(f"data: {self.prompts.summary()}")
         if self.held_out is not None:
-            self.sinks.say(f"evaluation: {self.held_out.summary()}")
+            self.sinks.announce(f"evaluation: {self.held_out.summary()}")
 
     def _evaluate(self, step: int) -> None:
         if self.held_out is None:
@@ -338,6 +345,8 @@ class Trainer:
             "response_utilization_ratio": mean("response_utilization_ratio"),
             "token_clipping_ratio": mean("token_clipping_ratio"),
             "model": str(self.folder / "model"),
+            "prompts": len(self.prompts),
+            "rows_left_out": dict(self.prompts.skipped),
         }
         if self.evaluations:
             first, last = self.evaluations[min(self.evaluations)], self.evaluations[max(self.evaluations)]
@@ -355,13 +364,29 @@ class Trainer:
                     self.folder / "report.png",
                     f"{summary['preset']}, seed {summary['seed']}",
                 )
-        self.sinks.say(f"the trained model is in {self.folder / 'model'}, metrics and summary.json beside it")
+        self.sinks.say(
+            f"the trained model is in {escape(str(self.folder / 'model'))}, metrics and summary.json beside it"
+        )
         return summary
 
-    def close(self) -> None:
-        """Ends reward processes, sinks and process groups."""
+    def close(self, groups: bool = True) -> None:
+        """Ends reward processes, sinks and, with ``groups``, the process groups."""
         self.phase.rewarder.close()
         self.engine.close()
         self.sinks.close()
         self.gpu.close()
-        platforms.stop()
+        if groups:
+            platforms.stop()
+
+
+def _writable(folder: Path) -> Path:
+    """``folder``, made if need be. Raises ConfigError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output={folder} cannot be made ({error.strerror}): name a folder that can be written"
+        ) from None
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"output={folder} is not writable: name a folder that can be written")
+    return folder

@@ -7,7 +7,9 @@ import math
 import time
 from pathlib import Path
 
-from dcpo_megatron.training.config import Config, ConfigError
+from rich.markup import escape
+
+from dcpo_megatron.training.config import Config
 from dcpo_megatron.training.metrics import check_declared
 
 
@@ -30,19 +32,24 @@ class Sinks:
 
             self._board = SummaryWriter(str(folder / "tensorboard"))
         if config.logging.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise ConfigError("logging.wandb=true, but wandb is not installed: pip install wandb") from None
+            import wandb
+
             self._wandb = wandb.init(
                 project=config.logging.wandb_project, dir=str(folder), config=config.model_dump(mode="json")
             )
-        self._started = time.perf_counter()
+        self._started: float | None = None
 
     def say(self, text: str) -> None:
         """A line for people, on the writer's console."""
         if self._console is not None:
             self._console.print(text, markup=True, soft_wrap=True)
+
+    def announce(self, text: str) -> None:
+        """What must be said whether or not there is a console line a step."""
+        if self._console is not None:
+            self.say(escape(text))
+        elif self.is_writer:
+            print(text, flush=True)
 
     def progress(self, finished: int, total: int) -> None:
         """A passing line about the rollout under way; shown on a terminal only."""
@@ -52,6 +59,8 @@ class Sinks:
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Logs one step (numbered from 1). Raises KeyError for an undeclared metric."""
         check_declared(metrics)
+        if self._started is None:
+            self._started = time.perf_counter() - metrics["seconds"]
         if not self.is_writer:
             return
         # JSON has no NaN: a value that is not finite is written as null.

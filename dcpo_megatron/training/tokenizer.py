@@ -16,9 +16,15 @@ def load_tokenizer(folder: str, vocab: int):
     """
     from transformers import AutoTokenizer
 
+    # Without its files transformers would quietly make an empty tokenizer of the model's class.
+    names = ("tokenizer.json", "vocab.json", "tokenizer.model")
+    if not any((Path(folder) / name).is_file() for name in names):
+        raise ConfigError(
+            f"model.path={folder} has no tokenizer ({', '.join(names)}): copy the tokenizer's files there"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ImportError, OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"model.path={folder} has no usable tokenizer (tokenizer.json, tokenizer_config.json): {reason[:300]}"
@@ -40,7 +46,10 @@ def stop_token_ids(folder: str, tokenizer) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         file = Path(folder) / name
         if file.is_file():
-            value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            try:
+                value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+                raise ConfigError(f"{file} is not a JSON object ({error}): restore it or remove it") from None
             if value is not None:
                 found.update(value if isinstance(value, list) else [value])
                 break

@@ -206,10 +206,10 @@ def test_a_step_that_kept_no_response_gives_declared_metrics_alone():
     assert "advantage_abs" not in metrics and "entropy" not in metrics
 
 
-def test_the_learning_rate_rises_linearly_over_the_first_updates():
+def test_the_learning_rate_rises_linearly_over_the_first_steps():
     trainer = trainer_of(two_prompts_of_two_responses())
-    # Two updates a step, warm-up over four.
-    assert [trainer.step(step)["lr"] for step in (1, 2, 3)] == pytest.approx([5e-4, 1e-3, 1e-3])
+    # Warm-up over four steps, two updates each.
+    assert [trainer.step(step)["lr"] for step in (1, 2, 3)] == pytest.approx([2.5e-4, 5e-4, 7.5e-4])
 
 
 def test_the_gpus_metrics_are_declared_and_absent_on_the_cpu(monkeypatch):
