@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare(
-    folder: Path, seed: int, *, train: int = 512, held_out: int = 128, supervised: int = 2000, max_operand: int = 99
+    folder: Path, seed: int, *, train: int = 1200, held_out: int = 128, supervised: int = 1000, max_operand: int = 49
 ) -> None:
     """Writes ``start`` (a Hugging Face folder with the warmed-up model), ``train.jsonl`` and ``held_out.jsonl``."""
     import torch
