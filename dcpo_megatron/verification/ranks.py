@@ -6,6 +6,7 @@ Starting a process costs seconds of imports, a new process group a fraction of o
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -140,6 +141,8 @@ def _serve(number: int, device: str, python_path: list[str], pipe) -> None:
             module, _, name = function.partition(":")
             value = getattr(importlib.import_module(module), name)(*args, **kwargs)
             platform.stop()
+            # Models hold their process groups in reference cycles, and each group holds threads and sockets.
+            gc.collect()
             pipe.send(("ok", value))
         except BaseException:
             try:

@@ -160,3 +160,97 @@ def test_options_and_overrides_may_come_in_any_order(tmp_path):
     (tmp_path / "a.yaml").write_text("training: {steps: 3}\n")
     args = train.parser().parse_intermixed_args(["x=1", "--config", str(tmp_path / "a.yaml"), "y=2"])
     assert args.overrides == ["x=1", "y=2"] and len(args.config) == 1
+
+
+def test_a_rank_that_alone_meets_an_error_says_so_by_name(good, capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setattr(train.time, "sleep", lambda seconds: None)
+    assert "rank 5: " in refused(good | {"model.path": "no-such-folder"}, capsys)
+
+
+def test_an_output_that_is_a_file(good, capsys, tmp_path):
+    (tmp_path / "taken").write_text("")
+    message = refused(good | {"output": str(tmp_path / "taken")}, capsys)
+    assert "output=" in message and "taken" in message and message.count("\n") == 1
+
+
+def test_a_model_folder_without_a_tokenizer(good, capsys, tmp_path):
+    folder = tmp_path / "bare"
+    shutil.copytree(good["model.path"], folder, ignore=shutil.ignore_patterns("tokenizer*", "vocab*", "merges*"))
+    message = refused(good | {"model.path": str(folder)}, capsys)
+    assert "no tokenizer" in message and message.count("\n") == 1
+
+
+def test_a_broken_generation_config(good, capsys, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(good["model.path"], folder)
+    (folder / "generation_config.json").write_text("{")
+    assert "generation_config.json" in refused(good | {"model.path": str(folder)}, capsys)
+
+
+def test_a_missing_evaluation_file_is_named_as_such(good, capsys):
+    assert "evaluation.files" in refused(good | {"evaluation.files": "[nowhere.jsonl]"}, capsys)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "optimizer.betas=[0.9,1.5]",
+        "rollout.temperature=.inf",
+        "reward.correct_at=.nan",
+        "data.files=[]",
+        "data.format=xx",
+    ],
+)
+def test_a_value_that_cannot_be_meant(good, capsys, setting):
+    key, _, value = setting.partition("=")
+    assert key in refused(good | {key: value}, capsys)
+
+
+def test_options_are_not_guessed_from_their_beginning(capsys):
+    # A shortened --ranks would be handed on to the ranks, which would start ranks.
+    with pytest.raises(SystemExit):
+        train.main(["--rank", "2"])
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_ranks_do_not_start_ranks(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    assert train.main(["--ranks", "2"]) == 2
+    assert "torchrun" in capsys.readouterr().err
+
+
+def test_the_demo_replaces_a_demos_folder_only(capsys, tmp_path):
+    from dcpo_megatron.cli import demo
+
+    (tmp_path / "start").mkdir()
+    assert demo.main(["--output", str(tmp_path)]) == 2
+    assert (tmp_path / "start").is_dir() and "no demo's folder" in capsys.readouterr().err
+    assert demo.main(["--output", str(tmp_path / "new"), "--ranks", "0"]) == 2
+    assert demo.main(["--output", str(tmp_path / "new"), "output=elsewhere"]) == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_terminating_the_launcher_ends_its_ranks(tmp_path):
+    """The ranks write their process ids and sleep; nobody is left after a SIGTERM to the command that started them."""
+    import signal
+
+    script = tmp_path / "sleeper.py"
+    script.write_text(
+        f"import os, time, pathlib\npathlib.Path({str(tmp_path)!r}, f'pid-{{os.environ[\"RANK\"]}}').write_text(str(os.getpid()))\ntime.sleep(600)\n"
+    )
+    code = f"import sys; from dcpo_megatron.cli.launch import run_ranks; sys.exit(run_ranks(2, [{str(script)!r}]))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen([sys.executable, "-c", code], env=env, cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while not all((tmp_path / f"pid-{rank}").is_file() and (tmp_path / f"pid-{rank}").read_text() for rank in (0, 1)):
+        assert time.monotonic() < deadline and parent.poll() is None
+        time.sleep(0.2)
+    parent.send_signal(signal.SIGTERM)
+    assert parent.wait(60) != 0
+    for rank in (0, 1):
+        pid = int((tmp_path / f"pid-{rank}").read_text())
+        while Path(f"/proc/{pid}").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text():
+            assert time.monotonic() < deadline + 60
+            time.sleep(0.2)
