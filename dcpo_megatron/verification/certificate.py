@@ -31,6 +31,8 @@ GRADIENT_TOLERANCE = 2e-5
 PARAMETER_TOLERANCE = 2e-5
 DISTRIBUTION_TOLERANCE = 1e-5
 HISTORY_TOLERANCE = 1e-12
+# Megatron-Core keeps hold of process groups that were destroyed, and gloo's threads with them: ranks are renewed now and then.
+RUNS_OF_A_POOL = 8
 RATES = {"adam": 1e-3, "sgd": 0.1}
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "clip_grad": 0.5}
 
@@ -95,14 +97,17 @@ def certify(
         pool: ranks to use instead of starting some.
     """
     verdicts: list[Verdict] = []
-    size = max(layout.world for layout in layouts)
     own_pool = pool is None
     with tempfile.TemporaryDirectory(prefix="dcpo-verify-") as folder:
         prepared = {kind: _prepare(kind, folder, objectives, seed) for kind in {layout.model for layout in layouts}}
         try:
-            for layout in layouts:
+            for number, layout in enumerate(layouts):
+                worn = own_pool and pool is not None and (pool.runs >= RUNS_OF_A_POOL or pool.size < layout.world)
+                if worn:
+                    pool.close()
                 if pool is None or pool.size == 0:
                     own_pool = True  # also where a caller's pool has died
+                    size = max(following.world for following in layouts[number : number + RUNS_OF_A_POOL])
                     pool = RankPool(size, device=device, python_path=[megatron_path] if megatron_path else [])
                 started = time.perf_counter()
                 bundle = prepared[layout.model]

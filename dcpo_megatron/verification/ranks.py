@@ -29,10 +29,13 @@ class RankPool:
     Args:
         device: "cpu" (gloo) or "cuda" (nccl, one GPU a rank).
         python_path: folders put before the children's import path (another Megatron-Core, say).
+
+    ``runs`` counts the jobs so far.
     """
 
     def __init__(self, size: int, *, device: str = "cpu", python_path: Sequence[str] = (), threads: int = 1):
         self.size = size
+        self.runs = 0
         context = multiprocessing.get_context("spawn")
         saved = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
         os.environ["PYTHONPATH"] = os.pathsep.join([*python_path, *filter(None, [saved["PYTHONPATH"]])])
@@ -62,6 +65,7 @@ class RankPool:
         """
         if not 1 <= world <= self.size:
             raise ValueError(f"{world} ranks were asked for, the pool has {self.size}")
+        self.runs += 1
         port = _free_port()
         for rank in range(world):
             self._pipes[rank].send((function, rank, world, port, timeout, args, kwargs))
