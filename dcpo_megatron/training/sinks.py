@@ -59,10 +59,10 @@ class Sinks:
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Logs one step (numbered from 1). Raises KeyError for an undeclared metric."""
         check_declared(metrics)
-        if self._started is None:
-            self._started = time.perf_counter() - metrics["seconds"]
         if not self.is_writer:
             return
+        if self._started is None:
+            self._started = time.perf_counter() - metrics["seconds"]
         # JSON has no NaN: a value that is not finite is written as null.
         clean = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **clean}) + "\n")
