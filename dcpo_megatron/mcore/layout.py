@@ -31,6 +31,11 @@ class ParallelLayout:
         """Ranks that hold one copy of the model: tensor x pipeline x context."""
         return self.tensor * self.pipeline * self.context
 
+    @property
+    def interleaved(self) -> bool:
+        """Whether a pipeline rank holds several model chunks (Megatron-Core's interleaved schedule)."""
+        return self.virtual_pipeline not in (None, 1)
+
     def data_parallel(self, world_size: int) -> int:
         """Pure data-parallel size of ``world_size`` ranks (context-parallel ranks not counted)."""
         return world_size // self.model_ranks
@@ -61,13 +66,13 @@ class ParallelLayout:
         if self.sequence_parallel and self.tensor == 1:
             found.append("parallel.sequence_parallel=true needs parallel.tensor of at least 2")
         chunks = self.pipeline * (self.virtual_pipeline or 1)
-        if self.virtual_pipeline not in (None, 1) and self.pipeline == 1:
+        if self.interleaved and self.pipeline == 1:
             found.append(f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline of at least 2")
         elif shape.layers % chunks:
             found.append(
                 f"parallel.pipeline x virtual_pipeline = {chunks} does not divide the model's {shape.layers} layers"
             )
-        if self.virtual_pipeline not in (None, 1) and self.pipeline == 2 and not overlap_p2p:
+        if self.interleaved and self.pipeline == 2 and not overlap_p2p:
             found.append(
                 "parallel.virtual_pipeline with parallel.pipeline=2 gives silently wrong gradients in Megatron-Core without overlapped "
                 "communication: set parallel.overlap_p2p=true"
@@ -105,7 +110,7 @@ def make_groups(layout: ParallelLayout, timeout_minutes: int = 10) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline != 1 else None,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.interleaved else None,
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor or (layout.tensor if layout.expert > 1 else None),

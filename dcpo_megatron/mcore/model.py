@@ -71,7 +71,7 @@ def transformer_config(
     """Megatron-Core's configuration of ``shape`` under ``layout``. Dropout is 0 everywhere (Megatron-Core's own default is 0.1)."""
     dtype = DTYPES[options.dtype]
     pipelined = layout.pipeline > 1
-    interleaved = layout.virtual_pipeline not in (None, 1)
+    interleaved = layout.interleaved
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -176,7 +176,7 @@ def build_model(
     model_parallel_cuda_manual_seed(seed)
     config = transformer_config(shape, layout, options, platform)
     transformer_engine = uses_transformer_engine(options, platform)
-    chunk_count = layout.virtual_pipeline if layout.virtual_pipeline not in (None, 1) else 1
+    chunk_count = layout.virtual_pipeline if layout.interleaved else 1
     chunks = []
     for stage in range(chunk_count):
         vp_stage = stage if chunk_count > 1 else None

@@ -232,7 +232,6 @@ class Trainer:
 
     def _plan(self, responses: list[Response], indices: list[int]):
         position = self.policy.position
-        interleaved = self.run_.layout.virtual_pipeline not in (None, 1)
         return plan_minibatch(
             responses,
             indices,
@@ -242,7 +241,7 @@ class Trainer:
             data_rank=position.data_rank,
             data_size=position.data_size,
             # The interleaved schedule wants a multiple of the pipeline size.
-            multiple_of=position.pipeline_size if interleaved else 1,
+            multiple_of=position.pipeline_size if self.run_.layout.interleaved else 1,
         )
 
     def _fill_old_logprobs(self, minibatches) -> None:

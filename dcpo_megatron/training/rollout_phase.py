@@ -109,7 +109,7 @@ class RolloutPhase:
     def _sample(self, prompts, step, round_number, seconds, progress) -> list[Response]:
         rank, world = self._world()
         jobs = [(prompt, sample) for prompt in prompts for sample in range(self.group_size)]
-        jobs = jobs[len(jobs) * rank // world : len(jobs) * (rank + 1) // world]
+        jobs = share(jobs, rank, world)
         requests = [
             GenerateRequest(prompt.token_ids, stream_seed(self.seed, step, round_number, prompt.id, sample))
             for prompt, sample in jobs
@@ -189,6 +189,11 @@ class RolloutPhase:
             "\n".join(sorted({i.encode().hex() for i in ids})).encode(), self._exchange_group(), self.device
         )
         return {bytes.fromhex(line).decode() for payload in payloads for line in payload.decode().split("\n") if line}
+
+
+def share(jobs: list, rank: int, world: int) -> list:
+    """The contiguous slice of ``jobs`` that ``rank`` of ``world`` does; sizes differ by one at most."""
+    return jobs[len(jobs) * rank // world : len(jobs) * (rank + 1) // world]
 
 
 def stream_seed(seed: int, step: int, round_number: int, prompt_id: str, sample: int) -> int:

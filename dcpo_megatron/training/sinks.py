@@ -19,7 +19,7 @@ class Sinks:
     def __init__(self, config: Config, folder: Path, is_writer: bool, total_steps: int):
         self.is_writer = is_writer
         self._total = total_steps
-        self._console = self._board = self._wandb = self._progress = None
+        self._console = self._board = self._wandb = None
         if not is_writer:
             return
         self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8")

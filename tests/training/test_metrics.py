@@ -10,6 +10,7 @@ import torch
 from dcpo_megatron.advantages import RewardHistory
 from dcpo_megatron.data import Response
 from dcpo_megatron.data.packing import PackingOptions
+from dcpo_megatron.mcore.layout import ParallelLayout
 from dcpo_megatron.mcore.loss import MAX_NAMES, SUM_NAMES
 from dcpo_megatron.mcore.step import UpdateResult
 from dcpo_megatron.objectives import get_preset
@@ -159,7 +160,7 @@ def trainer_of(responses, history=None):
         update=lambda micro_batches, objective, lr: update(tokens=4.0, mismatch_tokens=4.0, lr=lr),
     )
     return Trainer(
-        run_=section(config=config, objective=get_preset("dcpo-paper"), layout=section(virtual_pipeline=None)),
+        run_=section(config=config, objective=get_preset("dcpo-paper"), layout=ParallelLayout()),
         folder=None,
         tokenizer=None,
         prompts=None,
