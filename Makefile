@@ -6,7 +6,11 @@ OUTPUT ?= runs/demo
 RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed-cpu
 
-.PHONY: demo test lint clean install certificate
+# The newest Megatron-Core needs Python 3.12 to install: on an older Python its wheel is unpacked into a folder of its own, which tests and the certificate put first
+# on their ranks' import path.
+LATEST = $(VENV)/megatron-core-0.19.2
+
+.PHONY: demo test test-slurm lint clean install certificate
 
 install: $(STAMP)
 
@@ -20,8 +24,12 @@ $(STAMP): requirements/cpu.txt setup.py
 demo: $(STAMP)
 	$(RUN) -m dcpo_megatron.cli demo --seed $(SEED) --output $(OUTPUT)
 
-test: $(STAMP) lint
+test: $(STAMP) $(LATEST) lint
 	$(RUN) -m pytest tests
+
+# The job scripts on a real Slurm: fails where `make test` would skip them. Needs root, and Debian's packages or apt-get.
+test-slurm: $(STAMP)
+	DCPO_TEST_SLURM=required $(RUN) -m pytest tests/slurm
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -31,17 +39,13 @@ lint: $(STAMP)
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-# Every layout, under the installed Megatron-Core and the newest, which needs Python 3.12 to install: on an older Python its wheel is unpacked
-# into a folder of its own and put first on the ranks' import path.
-LATEST = $(VENV)/megatron-core-0.19.2
-
+# Every layout, under the installed Megatron-Core and the newest.
 certificate: $(STAMP) $(LATEST)
 	mkdir -p runs
 	$(RUN) tools/verify_parallelism.py --layouts all --json runs/certificate-installed.json --markdown runs/certificate-installed.md
 	$(RUN) tools/verify_parallelism.py --layouts all --megatron-path $(LATEST) --json runs/certificate-latest.json --markdown runs/certificate-latest.md
 
-$(LATEST):
+$(LATEST): | $(STAMP)
 	$(RUN) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --dest $(VENV)/wheels megatron-core==0.19.2
-	$(RUN) -m pip install --quiet --no-deps --target $@.part triton==3.9.0
 	$(RUN) -m zipfile -e $(VENV)/wheels/megatron_core-0.19.2-*.whl $@.part
 	mv $@.part $@

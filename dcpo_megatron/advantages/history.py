@@ -11,8 +11,12 @@ A group whose rewards are all equal has A_new = 0, yet still learns from A_tot/i
 number of visits and (count, mean, M2); merging by counts is the paper's recursion where all groups have one size, and
 stays right where they differ. `i` counts the visits of THAT prompt which reached an update: show the history only what
 is trained on.
+
+The statistics of all prompts are four flat arrays, one row a prompt in the order of first sight, and a dictionary from id to
+row: 32 bytes a prompt and the id, written to a file and read from it as they lie (`history_file`).
 """
 
+import array
 import math
 import warnings
 from typing import Any, Literal, NamedTuple
@@ -21,12 +25,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .group import standardise
 from .statistics import Moments, exchange_moments, merge_mean_m2
 
 _VERSION = 1
 # Rewards that differ by rounding only must not become advantages of size 1.
 _CONSTANT_SIGMA = 1e-8
+
+
+# What is kept of a prompt, by the key of the state; "q" is int64, "d" is float64.
+_COLUMNS = {"visits": "q", "counts": "q", "means": "d", "m2": "d"}
+_DTYPES = {"q": torch.int64, "d": torch.float64}
 
 
 class _Record(NamedTuple):
@@ -65,17 +73,18 @@ class RewardHistory:
         if std_ddof not in (0, 1) or isinstance(std_ddof, bool):
             raise ValueError(f"std_ddof = {std_ddof!r} is not possible; allowed: 0 (population), 1 (sample)")
         self.std_ddof = std_ddof
-        self._records: dict[str, _Record] = {}
+        self._rows: dict[str, int] = {}
+        self._columns = {name: array.array(code) for name, code in _COLUMNS.items()}
         self._warned = False
 
     def __len__(self) -> int:
         """Number of prompts seen."""
-        return len(self._records)
+        return len(self._rows)
 
     def visits(self, prompt_id: str) -> int:
         """How many visits of this prompt the history has seen; 0 for an unknown prompt."""
-        record = self._records.get(prompt_id)
-        return record.visits if record else 0
+        row = self._rows.get(prompt_id)
+        return 0 if row is None else self._columns["visits"][row]
 
     def statistics(self, prompt_id: str) -> PromptStatistics:
         """Statistics over all visits of this prompt.
@@ -83,9 +92,9 @@ class RewardHistory:
         Raises:
             KeyError: the prompt was never observed.
         """
-        if prompt_id not in self._records:
+        record = self._record(prompt_id)
+        if record is None:
             raise KeyError(f"prompt {prompt_id!r} was never observed")
-        record = self._records[prompt_id]
         return PromptStatistics(record.visits, record.count, record.mean, math.sqrt(record.m2 / record.count))
 
     def observe(self, prompt_ids: list[str], rewards: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
@@ -109,15 +118,8 @@ class RewardHistory:
             TypeError: an id that is not a str (a ValueError with a process group).
         """
         visit_moments, values = exchange_moments(prompt_ids, rewards, process_group)
-        updated = {prompt_id: self._merged(prompt_id, moments) for prompt_id, moments in visit_moments.items()}
-        advantages = torch.tensor(
-            [
-                self._advantage(reward, visit_moments[prompt_id], updated[prompt_id])
-                for prompt_id, reward in zip(prompt_ids, values, strict=True)
-            ],
-            dtype=torch.float64,
-            device=rewards.device,
-        )
+        updated = self._merged(visit_moments)
+        advantages = self._advantages(prompt_ids, values, visit_moments, updated).to(rewards.device)
         alone = any(moments.count == 1 and updated[i].visits == 1 for i, moments in visit_moments.items())
         if alone and not self._warned:
             warnings.warn(
@@ -125,39 +127,68 @@ class RewardHistory:
                 stacklevel=2,
             )
             self._warned = True
-        self._records.update(updated)  # last, so that a failure above leaves the history as it was
+        self._keep(updated)  # last, so that a failure above leaves the history as it was
         return advantages
 
-    def _merged(self, prompt_id: str, visit: Moments) -> _Record:
-        """The prompt's record with this visit added."""
-        visit_m2 = visit.count * visit.variance(self.std_ddof)
-        old = self._records.get(prompt_id)
-        if old is None:
-            return _Record(1, visit.count, visit.mean, visit_m2)
-        return _Record(old.visits + 1, *merge_mean_m2(old.count, old.mean, old.m2, visit.count, visit.mean, visit_m2))
+    def _record(self, prompt_id: str) -> _Record | None:
+        row = self._rows.get(prompt_id)
+        if row is None:
+            return None
+        visits, counts, means, m2 = self._columns.values()
+        return _Record(visits[row], counts[row], means[row], m2[row])
 
-    def _advantage(self, reward: float, visit: Moments, total: _Record) -> float:
-        i = total.visits
-        new = standardise(reward, visit.mean, math.sqrt(visit.variance(self.std_ddof)))
-        tot = standardise(reward, total.mean, total.sigma)
+    def _merged(self, visits: dict[str, Moments]) -> dict[str, _Record]:
+        """The records of these prompts with this visit added."""
+        updated = {}
+        for prompt_id, visit in visits.items():
+            visit_m2 = visit.count * visit.variance(self.std_ddof)
+            old = self._record(prompt_id)
+            if old is None:
+                updated[prompt_id] = _Record(1, visit.count, visit.mean, visit_m2)
+            else:
+                total = merge_mean_m2(old.count, old.mean, old.m2, visit.count, visit.mean, visit_m2)
+                updated[prompt_id] = _Record(old.visits + 1, *total)
+        return updated
+
+    def _keep(self, updated: dict[str, _Record]) -> None:
+        visits, counts, means, m2 = self._columns.values()
+        for prompt_id, record in updated.items():
+            row = self._rows.get(prompt_id)
+            if row is None:
+                row = len(visits)
+                for column in (visits, counts, means, m2):
+                    column.append(0)
+            visits[row], counts[row], means[row], m2[row] = record
+            self._rows[prompt_id] = row
+
+    def _advantages(
+        self, prompt_ids: list[str], values: list[float], visits: dict[str, Moments], totals: dict[str, _Record]
+    ) -> Tensor:
+        """float64 `[n]`: the formula of the module for all responses at once, in the order of operations written there."""
+        place = {prompt_id: number for number, prompt_id in enumerate(dict.fromkeys(prompt_ids))}
+        table = array.array("d")
+        for prompt_id in place:
+            visit, total = visits[prompt_id], totals[prompt_id]
+            table.extend((visit.mean, math.sqrt(visit.variance(self.std_ddof)), total.mean, total.sigma, total.visits))
+        places = array.array("q", map(place.__getitem__, prompt_ids))
+        of_responses = _tensor(table).view(-1, 5)[_tensor(places)]
+        mean_new, sigma_new, mean_tot, sigma_tot, i = of_responses.unbind(1)
+        rewards = _tensor(array.array("d", values))
+        new, tot = _standardise(rewards, mean_new, sigma_new), _standardise(rewards, mean_tot, sigma_tot)
         smooth_new = ((i - 1) * new + tot) / i
         smooth_tot = (new + (i - 1) * tot) / i
-        return smooth_new if abs(smooth_new) < abs(smooth_tot) else smooth_tot
+        return torch.where(smooth_new.abs() < smooth_tot.abs(), smooth_new, smooth_tot)
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything, in plain types and CPU tensors: loads with `torch.load(weights_only=True)`.
 
         Keys: version, std_ddof (int), prompt_ids (list of str); visits, counts (int64 `[n]`); means, m2 (float64 `[n]`)
         """
-        records = list(self._records.values())
         return {
             "version": _VERSION,
             "std_ddof": self.std_ddof,
-            "prompt_ids": list(self._records),
-            "visits": torch.tensor([record.visits for record in records], dtype=torch.int64),
-            "counts": torch.tensor([record.count for record in records], dtype=torch.int64),
-            "means": torch.tensor([record.mean for record in records], dtype=torch.float64),
-            "m2": torch.tensor([record.m2 for record in records], dtype=torch.float64),
+            "prompt_ids": list(self._rows),
+            **{name: _tensor(column) for name, column in self._columns.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -178,20 +209,34 @@ class RewardHistory:
                 "cannot be mixed: continue with the objective that the checkpoint was made with"
             )
         ids = state["prompt_ids"]
-        if not isinstance(ids, list) or not all(isinstance(i, str) and i for i in ids) or len(set(ids)) != len(ids):
+        rows: dict[str, int] = {}
+        if isinstance(ids, list) and all(issubclass(kind, str) for kind in set(map(type, ids))):
+            rows = dict(zip(ids, range(len(ids)), strict=True))
+        if not isinstance(ids, list) or len(rows) != len(ids) or "" in rows:
             raise ValueError("reward history: prompt_ids must be a list of distinct, non-empty str")
-        for name, dtype in (
-            ("visits", torch.int64),
-            ("counts", torch.int64),
-            ("means", torch.float64),
-            ("m2", torch.float64),
-        ):
-            tensor = state[name]
+        for name, code in _COLUMNS.items():
+            tensor, dtype = state[name], _DTYPES[code]
             if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.shape != (len(ids),):
                 raise ValueError(f"reward history: {name} must be a {dtype} tensor of shape ({len(ids)},)")
-        visits, counts, means, m2 = (state[name] for name in ("visits", "counts", "means", "m2"))
+        visits, counts, means, m2 = (state[name] for name in _COLUMNS)
         possible = (visits >= 1) & (counts >= visits) & means.isfinite() & m2.isfinite() & (m2 >= 0)
         if not bool(possible.all()):
             raise ValueError(f"reward history: impossible record for prompt {ids[int((~possible).nonzero()[0])]!r}")
-        rows = zip(visits.tolist(), counts.tolist(), means.tolist(), m2.tolist(), strict=True)
-        self._records = {prompt_id: _Record(*row) for prompt_id, row in zip(ids, rows, strict=True)}
+        self._columns = {name: _array(state[name], code) for name, code in _COLUMNS.items()}
+        self._rows = rows
+
+
+def _standardise(rewards: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
+    """(rewards - mean)/sigma, 0 where sigma is 0."""
+    varies = sigma > 0
+    return torch.where(varies, (rewards - mean) / torch.where(varies, sigma, 1.0), 0.0)
+
+
+def _tensor(column: array.array) -> Tensor:
+    """A copy: the array can go on growing."""
+    dtype = _DTYPES[column.typecode]
+    return torch.frombuffer(column, dtype=dtype).clone() if column else torch.zeros(0, dtype=dtype)
+
+
+def _array(tensor: Tensor, code: str) -> array.array:
+    return array.array(code, tensor.detach().cpu().contiguous().numpy().tobytes())

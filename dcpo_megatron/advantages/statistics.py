@@ -16,7 +16,9 @@ whatever the order of the reduction, so all ranks go on with the same bits. Step
 on all ranks.
 """
 
+import array
 import math
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -89,8 +91,22 @@ def local_moments(prompt_ids: list[str], rewards: Tensor) -> tuple[dict[str, Mom
         raise ValueError(
             f"{len(prompt_ids)} prompt ids do not fit rewards of shape {tuple(rewards.shape)}; need one each [n]"
         )
-    values = rewards.detach().to(device="cpu", dtype=torch.float64).tolist()
+    numbers = rewards.detach().to(device="cpu", dtype=torch.float64)
+    values = numbers.tolist()
     groups: dict[str, list[float]] = {}
+    for prompt_id, reward in zip(prompt_ids, values, strict=True):
+        group = groups.get(prompt_id)
+        if group is None:
+            groups[prompt_id] = [reward]
+        else:
+            group.append(reward)
+    if "" in groups or set(map(type, groups)) - {str} or not bool((numbers.abs() <= _LARGEST_REWARD).all()):
+        _refuse(prompt_ids, values)
+    return {prompt_id: moments_of(group) for prompt_id, group in groups.items()}, values
+
+
+def _refuse(prompt_ids: list[str], values: list[float]) -> None:
+    """Raises the error of the first response that cannot be."""
     for position, (prompt_id, reward) in enumerate(zip(prompt_ids, values, strict=True)):
         if prompt_id is None or prompt_id == "":
             # Filling in a default would make all prompts without an id share one history.
@@ -101,8 +117,6 @@ def local_moments(prompt_ids: list[str], rewards: Tensor) -> tuple[dict[str, Mom
             )
         if not abs(reward) <= _LARGEST_REWARD:
             raise ValueError(f"prompt {prompt_id!r} has the reward {reward}; rewards must be finite")
-        groups.setdefault(prompt_id, []).append(reward)
-    return {prompt_id: moments_of(group) for prompt_id, group in groups.items()}, values
 
 
 def exchange_moments(
@@ -183,22 +197,21 @@ def _gather_ids(
     device: torch.device,
     process_group: dist.ProcessGroup,
 ) -> list[list[str]]:
-    """The ids of every rank, by rank. A message is: byte lengths of the ids (int64), their utf-8 bytes, padding."""
+    """The ids of every rank, by rank. A message is: byte lengths of the ids (int64 of the host), their utf-8 bytes, padding."""
     longest = max(8 * count + size for count, size in extents)
     if longest == 0:
         return [[] for _ in extents]
     message = torch.zeros(longest, dtype=torch.uint8)
-    payload = b"".join(size.to_bytes(8, "little") for size in sizes) + names
+    payload = array.array("q", sizes).tobytes() + names
     if payload:
         message[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
     all_ids = []
     for (count, _), received in zip(extents, _all_gather(message.to(device), len(extents), process_group), strict=True):
-        data = bytes(received.tolist())
+        data = received.cpu().numpy().tobytes()
         ids, start = [], 8 * count
-        for index in range(count):
-            end = start + int.from_bytes(data[8 * index : 8 * index + 8], "little")
-            ids.append(data[start:end].decode("utf-8"))
-            start = end
+        for size in array.array("q", data[:start]):
+            ids.append(data[start : start + size].decode("utf-8"))
+            start += size
         all_ids.append(ids)
     return all_ids
 
@@ -212,7 +225,9 @@ def _reduce_rows(
     table = torch.zeros(sum(counts), len(Moments._fields), dtype=torch.float64)
     if local:
         first = sum(counts[: dist.get_rank(process_group)])
-        table[first : first + len(local)] = torch.tensor(local, dtype=torch.float64)
+        rows = array.array("d", chain.from_iterable(local))
+        table[first : first + len(local)] = torch.frombuffer(rows, dtype=torch.float64).view(len(local), -1)
     table = table.to(device)
     dist.all_reduce(table, op=dist.ReduceOp.SUM, group=process_group)
-    return [Moments(int(row[0]), *row[1:]) for row in table.tolist()]
+    count, *others = table.T.tolist()
+    return [Moments(*row) for row in zip(map(int, count), *others, strict=True)]

@@ -1,78 +1,217 @@
-"""Starts ranks on this machine through torchrun's own launcher, and gives back one exit code."""
+"""Starts the ranks of a run on this machine, waits for them, and gives back one exit code.
+
+    terminal or scheduler -- SIGTERM, SIGINT, SIGUSR1 --> launcher -- the same, once --> rank 0 .. N-1, each a session of its own
+    a rank fails           --> it is named; the others get SIGTERM, and SIGKILL where they stay
+    the launcher is killed --> the kernel kills the ranks (on Linux)
+
+Ranks find each other through the variables that torchrun sets too: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT. torchrun is the other
+way to start them, and the one for several machines.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+from dcpo_megatron.training.signals import START_AGAIN, STOOD_STILL
 
-def run_ranks(count: int, command: list[str], environment: dict[str, str] | None = None) -> int:
-    """Runs ``python COMMAND`` as ``count`` ranks; waits; returns the exit code of the ranks (the first one's that failed, as the ranks gave it).
+BAD_INPUT = 2
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Seconds that ranks have to end by themselves.
+AFTER_A_FAILURE = 10.0
+AFTER_BAD_INPUT = 2.0  # less than ranks wait before they repeat the sentence
+AFTER_A_VERDICT = 3.0  # a watchdog has spoken: what stands, stands
+AFTER_AN_INTERRUPT = 30.0
+GRACE_SECONDS = 600.0
+_PR_SET_PDEATHSIG = 1
 
-    One rank runs without a launcher. An interrupt is passed on to the ranks.
+
+def run_ranks(
+    count: int, command: list[str], environment: dict[str, str] | None = None, *, grace_seconds: float | None = None
+) -> int:
+    """Runs ``python COMMAND`` as ``count`` ranks and waits for all of them. Call it from the main thread.
+
+    A rank that fails is named on standard error, but for bad input, whose sentence it has said itself. SIGTERM, SIGINT and SIGUSR1 are passed on to every rank, each
+    once; the ranks then have ``grace_seconds`` (default: DCPO_GRACE_SECONDS, else 600; after SIGINT 30 at most) until they are killed. A second SIGINT kills them.
+
+    Returns:
+        0; the exit code of the first rank that failed, 128 + N where signal N ended it; 75 where ranks want to be started again and none failed; 2 where
+        DCPO_GRACE_SECONDS is no number above 0.
     """
+    if grace_seconds is None:
+        try:
+            grace_seconds = _grace()
+        except ValueError as error:
+            _say(f"error: {error}")
+            return BAD_INPUT
     env = {**os.environ, **(environment or {})}
     # A checkout that is not installed must be found by the ranks too.
     root = str(Path(__file__).resolve().parents[2])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
-    if count == 1:
-        return _wait(subprocess.Popen([sys.executable, *command], env=env))
-    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    # The launcher reports a failed child by a traceback of its own and exits with 1: the child's code travels in a file.
-    launcher = [sys.executable, "-m", "dcpo_megatron.cli.launch", str(count), *command]
-    return _wait(subprocess.Popen(launcher, env=env))
+    if count > 1:
+        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+        env |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+        env["MASTER_PORT"] = str(free_port())
+    return _Ranks(count, [sys.executable, "-u", *command], env, grace_seconds).run()
 
 
-def _wait(process: subprocess.Popen) -> int:
-    """Waits; an interrupt or a termination of this process is passed on, so that no rank outlives it."""
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
+def _grace() -> float:
+    text = os.environ.get("DCPO_GRACE_SECONDS", str(GRACE_SECONDS))
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1e9:
+            return float(text)
+    raise ValueError(f"DCPO_GRACE_SECONDS={text!r} must be a number of seconds above 0")
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on, below those that the kernel gives to outgoing connections: it is still free a little later."""
+    for port in random.sample(range(20000, 30000), 200):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _say(text: str) -> None:
+    print(f"dcpo: {text}", file=sys.stderr, flush=True)
+
+
+def _die_with_parent(parent: int):
+    """What a rank does between fork and exec: asks the kernel for SIGKILL when the launcher is gone."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it was gone before the question
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return ask
+
+
+class _Ranks:
+    def __init__(self, count: int, command: list[str], env: dict[str, str], grace_seconds: float):
+        self._count, self._command, self._env, self._grace_seconds = count, command, env, grace_seconds
+        self._processes: dict[int, subprocess.Popen] = {}
+        self._codes: dict[int, int] = {}
+        self._failure: int | None = None  # as the first one that failed gave it
+        self._arrived: list[int] = []  # signals to pass on
+        self._passed_on: set[int] = set()
+        self._deadline, self._reason = float("inf"), ""
+
+    def run(self) -> int:
+        previous = {number: signal.signal(number, self._note) for number in PASSED_ON}
         try:
-            return process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return 130
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+            for rank in range(self._count):
+                self._processes[rank] = self._start(rank)
+            while len(self._codes) < self._count:
+                self._pass_on()
+                self._collect()
+                if time.monotonic() > self._deadline:
+                    self._kill()
+                time.sleep(0.05)
+        finally:
+            for process in self._processes.values():
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        if self._failure is not None:
+            return self._failure if self._failure >= 0 else 128 - self._failure
+        return START_AGAIN if START_AGAIN in self._codes.values() else 0
+
+    def _start(self, rank: int) -> subprocess.Popen:
+        env = self._env | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if self._count > 1 else {})
+        return subprocess.Popen(
+            self._command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            # The terminal's interrupt is for the launcher alone: it passes it on.
+            start_new_session=True,
+            preexec_fn=_die_with_parent(os.getpid()),
+        )
+
+    def _note(self, number: int, frame) -> None:
+        self._arrived.append(number)
+
+    def _pass_on(self) -> None:
+        while self._arrived:
+            number = self._arrived.pop(0)
+            name = signal.Signals(number).name
+            if number in self._passed_on:
+                if number == signal.SIGINT:
+                    self._deadline, self._reason = 0.0, "of a second SIGINT"
+                continue
+            self._passed_on.add(number)
+            seconds = min(AFTER_AN_INTERRUPT, self._grace_seconds) if number == signal.SIGINT else self._grace_seconds
+            _say(f"{name}: passed on to {_ranks(self._running())}, which have {seconds:g} s to end")
+            self._signal(number)
+            self._end_within(seconds, f"it had not ended {seconds:g} s after {name}")
+
+    def _collect(self) -> None:
+        ended = {rank: code for rank in self._running() if (code := self._processes[rank].poll()) is not None}
+        self._codes |= ended
+        # Of ranks seen at once the killed one is the cause: the others then fail for want of it.
+        for rank, code in sorted(ended.items(), key=lambda item: (item[1] >= 0, item[0])):
+            if code == START_AGAIN:
+                # The others have decided the same, and may still be writing.
+                self._end_within(self._grace_seconds, f"it had not ended {self._grace_seconds:g} s after rank {rank}")
+            elif code != 0 and self._failure is None:
+                self._failed(rank, code)
+
+    def _failed(self, rank: int, code: int) -> None:
+        self._failure = code
+        seconds = {BAD_INPUT: AFTER_BAD_INPUT, STOOD_STILL: AFTER_A_VERDICT}.get(code, AFTER_A_FAILURE)
+        if code < 0 and -code not in self._passed_on:
+            _say(f"error: rank {rank} of {self._count} was killed by signal {-code} ({_signal_name(-code)})")
+        elif code > 0 and code != BAD_INPUT and code - 128 not in self._passed_on:
+            _say(f"error: rank {rank} of {self._count} ended with exit code {code}; its own message is above")
+        if signal.SIGTERM not in self._passed_on:
+            self._passed_on.add(signal.SIGTERM)
+            self._signal(signal.SIGTERM)
+        self._end_within(seconds, f"it had not ended {seconds:g} s after rank {rank}" if code != BAD_INPUT else "")
+
+    def _running(self) -> list[int]:
+        return [rank for rank in self._processes if rank not in self._codes]
+
+    def _signal(self, number: int) -> None:
+        for rank in self._running():
+            with contextlib.suppress(ProcessLookupError):
+                self._processes[rank].send_signal(number)
+
+    def _end_within(self, seconds: float, reason: str) -> None:
+        deadline = time.monotonic() + seconds
+        if deadline < self._deadline:
+            self._deadline, self._reason = deadline, reason
+
+    def _kill(self) -> None:
+        for rank in self._running():
+            if self._reason:
+                _say(f"error: rank {rank} of {self._count} was killed because {self._reason}")
+            if self._failure is None:
+                self._failure = -signal.SIGKILL
+            self._processes[rank].kill()
+        self._deadline = float("inf")
 
 
-def _launch(count: int, command: list[str]) -> int:
-    import logging
+def _ranks(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} ranks"
 
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        run_id="dcpo",
-        max_restarts=0,
-    )
+def _signal_name(number: int) -> str:
     try:
-        elastic_launch(config, sys.executable)("-u", *command)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            print(f"dcpo: error: rank {rank} was killed by signal {-failure.exitcode}", file=sys.stderr)
-            return 128 - failure.exitcode
-        if failure.exitcode != 2:
-            print(
-                f"dcpo: error: rank {rank} ended with exit code {failure.exitcode}; its own message is above",
-                file=sys.stderr,
-            )
-        return failure.exitcode
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_launch(int(sys.argv[1]), sys.argv[2:]))
+        return signal.Signals(number).name
+    except ValueError:
+        return "unknown"

@@ -1,17 +1,21 @@
 """``dcpo train``: one rank of a training run. Start several with torchrun, or ``--ranks N`` for N ranks on this machine.
 
-Exit codes: 0 done; 2 the configuration, the data or the model cannot be used (one clear sentence on standard error); 1 anything else.
+Exit codes: 0 done; 2 the configuration, the data or the model cannot be used (one clear sentence on standard error); 75 asked to stop: the
+run is saved, start it again to go on; 70 this rank or another stood still for too long; 130 interrupted; 1 anything else.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
+import traceback
 
 from dcpo_megatron.cli.quiet import quiet_libraries
 from dcpo_megatron.training.config import Config, ConfigError, known_keys, load_config
+from dcpo_megatron.training.signals import START_AGAIN, StopRequest
 
 BAD_INPUT = 2
 
@@ -31,6 +35,13 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--ranks", type=int, default=None, metavar="N", help="start N ranks on this machine (without torchrun)"
     )
+    result.add_argument(
+        "--grace",
+        type=_seconds,
+        default=None,
+        metavar="SECONDS",
+        help="with --ranks: time for the ranks to save and end after SIGTERM or SIGUSR1 (default: DCPO_GRACE_SECONDS, else 600)",
+    )
     result.add_argument("--keys", action="store_true", help="list every key with its default, and stop")
     result.add_argument("--check", action="store_true", help="check configuration, model folder and layout, and stop")
     result.add_argument("overrides", nargs="*", metavar="key.sub=value")
@@ -44,11 +55,18 @@ def main(argv: list[str] | None = None) -> int:
         print_keys()
         return 0
     if args.ranks is not None:
-        return start_ranks(args.ranks, _without_ranks(sys.argv[1:] if argv is None else argv))
+        rest = _without(("--ranks", "--grace"), sys.argv[1:] if argv is None else argv)
+        return start_ranks(args.ranks, rest, args.grace)
     quiet_libraries()
     try:
         return _train(args)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except Exception as error:
+        from dcpo_megatron.training.bad_steps import BadStepsError
+
+        if isinstance(error, BadStepsError):
+            return refuse(error, 1)
         if not is_bad_input(error):
             raise
         return refuse(error)
@@ -70,17 +88,24 @@ def _train(args) -> int:
         # Ranks share the cores; more threads than cores make every operator wait.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
-    from dcpo_megatron.training.loop import Trainer
+    from dcpo_megatron.training.build import build_trainer
+    from dcpo_megatron.training.watchdog import explain_failure
 
-    trainer = Trainer.build(run)
-    try:
-        trainer.run()
-    except BaseException:
-        # Not the process groups: another rank may be in a collective that this one will not join.
-        trainer.close(groups=False)
-        raise
-    trainer.close()
-    return 0
+    with StopRequest(announce=_rank() == 0) as stop:
+        trainer = build_trainer(run)
+        try:
+            summary = trainer.run(lambda: stop.requested is not None)
+        except BaseException as error:
+            # Not the process groups: another rank may be in a collective that this one will not join.
+            trainer.close(groups=False)
+            reason = explain_failure(error, trainer.folder, world, rank=_rank())
+            if not reason:
+                raise
+            traceback.print_exc()
+            print(f"dcpo: error: {reason}", file=sys.stderr, flush=True)
+            return 1
+        trainer.close()
+    return START_AGAIN if summary is None else 0
 
 
 def is_bad_input(error: Exception) -> bool:
@@ -93,8 +118,8 @@ def is_bad_input(error: Exception) -> bool:
     return isinstance(error, (ConfigError, DataError, ModelConfigError, RewardError, CheckpointError))
 
 
-def refuse(error: Exception) -> int:
-    """Says what is wrong and gives the exit code: the first local rank at once, the others after a moment, if they are still there."""
+def refuse(error: Exception, code: int = BAD_INPUT) -> int:
+    """Says what is wrong and gives back the exit code: the first local rank at once, the others after a moment, if they are still there."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank:
         # Where all ranks fail alike, the launcher ends this one while it waits, and the sentence is said once.
@@ -102,10 +127,10 @@ def refuse(error: Exception) -> int:
     name = f"rank {_rank()}: " if local_rank else ""
     for line in str(error).splitlines():
         print(f"dcpo: error: {name}{line}", file=sys.stderr, flush=True)
-    return BAD_INPUT
+    return code
 
 
-def start_ranks(count: int, argv: list[str]) -> int:
+def start_ranks(count: int, argv: list[str], grace_seconds: float | None = None) -> int:
     """Starts ``count`` ranks of ``dcpo train argv`` on this machine and waits for them; returns the exit code of the first that failed."""
     if count < 1:
         print(f"dcpo: error: --ranks {count} must be at least 1", file=sys.stderr)
@@ -118,7 +143,7 @@ def start_ranks(count: int, argv: list[str]) -> int:
         return BAD_INPUT
     from dcpo_megatron.cli.launch import run_ranks
 
-    return run_ranks(count, ["-m", "dcpo_megatron.cli", "train", *argv])
+    return run_ranks(count, ["-m", "dcpo_megatron.cli", "train", *argv], grace_seconds=grace_seconds)
 
 
 def print_keys() -> None:
@@ -143,16 +168,23 @@ def print_keys() -> None:
             print(key)
 
 
-def _without_ranks(argv: list[str]) -> list[str]:
+def _without(options: tuple[str, ...], argv: list[str]) -> list[str]:
     rest, skip = [], False
     for word in argv:
         if skip:
             skip = False
-        elif word == "--ranks":
+        elif word in options:
             skip = True
-        elif not word.startswith("--ranks="):
+        elif not word.startswith(tuple(f"{option}=" for option in options)):
             rest.append(word)
     return rest
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise ValueError
+    return value
 
 
 def _rank() -> int:

@@ -10,8 +10,9 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -71,7 +72,8 @@ class Response:
             raise DataError(f"{name} has finish reason {self.finish_reason!r}: it must be one of {FINISH_REASONS}")
         if self.sample_index < 0:
             raise DataError(f"{name} has a negative sample index: it counts from 0 within the prompt")
-        if any(math.isnan(logprob) for logprob in self.rollout_logprobs):
+        # The sum is NaN where a term is, and is quick to have; infinities of both signs make it so too.
+        if math.isnan(sum(self.rollout_logprobs)) and any(map(math.isnan, self.rollout_logprobs)):
             raise DataError(f"{name} has a log-prob that is not a number: the engine's logits are broken")
         for field in _NUMBERS:
             value = getattr(self, field)
@@ -94,8 +96,8 @@ def encode_responses(responses: Sequence[Response]) -> bytes:
         "lengths": _integers(len(response.token_ids) for response in responses),
         "token_ids": _integers(chain.from_iterable(response.token_ids for response in responses)),
         "weight_versions": _integers(chain.from_iterable(response.weight_versions for response in responses)),
-        "rollout_logprobs": torch.tensor(
-            list(chain.from_iterable(response.rollout_logprobs for response in responses)), dtype=torch.float32
+        "rollout_logprobs": torch.from_numpy(
+            np.fromiter(chain.from_iterable(response.rollout_logprobs for response in responses), dtype=np.float32)
         ),
         "numbers": torch.tensor(numbers, dtype=torch.float64).reshape(len(responses), len(_NUMBERS)),
         "correct": torch.tensor([-1 if r.correct is None else int(r.correct) for r in responses], dtype=torch.int8),
@@ -135,8 +137,12 @@ def _or_nan(value: float | None) -> float:
 
 
 def _integers(values: Iterable[int]) -> torch.Tensor:
-    return torch.tensor(list(values), dtype=torch.int64)
+    return torch.from_numpy(np.fromiter(values, dtype=np.int64))
 
 
 def _split(flat: torch.Tensor, lengths: torch.Tensor) -> list[list]:
-    return [part.tolist() for part in flat.split(lengths.tolist())]
+    # One list, cut: thousands of short tensors would cost more than their content.
+    values, counts = flat.tolist(), lengths.tolist()
+    if min(counts, default=0) < 0 or sum(counts) != len(values):
+        raise ValueError(f"the lengths do not cut {len(values)} values")
+    return [values[begin:end] for begin, end in pairwise(accumulate(counts, initial=0))]

@@ -14,7 +14,9 @@ every real query's sight. The grouping is computed once a micro-batch (:class:`A
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -24,8 +26,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 MAX_PADDING = 0.35
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """``query_start``: place in the local packed row; ``key_start``: place of the sequence in the gathered row; both in tokens."""
 
     query_start: int
@@ -83,9 +84,10 @@ class AttentionPlan:
             self.gather_index = zigzag_inverse(self.lengths, self.context_size).to(device)
         computed = []
         for blocks in group_blocks(self._blocks()):
-            self.groups.append(self._group(blocks, device))
-            computed += [torch.arange(block.query_start, block.query_start + block.length) for block in blocks]
-        self.restore = torch.cat(computed).argsort().to(device)
+            group, places = self._group(blocks, device)
+            self.groups.append(group)
+            computed.append(places)
+        self.restore = torch.from_numpy(np.concatenate(computed).argsort()).to(device)
         return self
 
     def _blocks(self) -> list[Block]:
@@ -102,25 +104,23 @@ class AttentionPlan:
             full += length
         return [block for block in blocks if block.length]
 
-    def _group(self, blocks: list[Block], device: torch.device) -> Group:
-        longest_q = max(b.length for b in blocks)
-        longest_k = max(b.keys for b in blocks)
-        steps_q, steps_k = torch.arange(longest_q), torch.arange(longest_k)
-        length = torch.tensor([b.length for b in blocks])[:, None]
-        keys = torch.tensor([b.keys for b in blocks])[:, None]
-        query_start = torch.tensor([b.query_start for b in blocks])[:, None]
-        key_start = torch.tensor([b.key_start for b in blocks])[:, None]
-        offset = torch.tensor([b.offset for b in blocks])[:, None]
+    def _group(self, blocks: list[Block], device: torch.device) -> tuple[Group, np.ndarray]:
+        """The call's index tensors, and the local places of its real outputs in their order."""
+        # numpy: a micro-batch of short sequences is a matter of many small operations.
+        query_start, key_start, offset, length = (column[:, None] for column in np.array(blocks).T)
+        keys = offset + length
+        steps_q, steps_k = np.arange(length.max()), np.arange(keys.max())
         # Padding repeats the block's last token: any valid place serves, since nothing reads the result.
-        query_index = query_start + torch.minimum(steps_q[None], length - 1)
-        key_index = key_start + torch.minimum(steps_k[None], keys - 1)
-        real = steps_q[None] < length
-        return Group(
-            query_index=query_index.to(device),
-            key_index=key_index.to(device),
-            output_from=real.flatten().nonzero(as_tuple=True)[0].to(device),
-            offset=offset.to(device) if any(b.offset for b in blocks) else None,
+        query_index = query_start + np.minimum(steps_q, length - 1)
+        key_index = key_start + np.minimum(steps_k, keys - 1)
+        real = steps_q < length
+        group = Group(
+            query_index=torch.from_numpy(query_index).to(device),
+            key_index=torch.from_numpy(key_index).to(device),
+            output_from=torch.from_numpy(np.flatnonzero(real)).to(device),
+            offset=torch.from_numpy(offset.copy()).to(device) if offset.any() else None,
         )
+        return group, query_index[real]
 
 
 def group_blocks(blocks: list[Block]) -> list[list[Block]]:
@@ -128,15 +128,16 @@ def group_blocks(blocks: list[Block]) -> list[list[Block]]:
     groups: list[list[Block]] = []
     area = longest_q = longest_k = 0
     for block in sorted(blocks, key=lambda b: (-b.keys, -b.length, b.query_start)):
+        length, keys = block.length, block.keys
         if groups:
-            longest_q = max(longest_q, block.length)
+            longest_q = max(longest_q, length)
             padded = (len(groups[-1]) + 1) * longest_q * longest_k
-            if 1.0 - (area + block.length * block.keys) / padded <= MAX_PADDING:
+            if 1.0 - (area + length * keys) / padded <= MAX_PADDING:
                 groups[-1].append(block)
-                area += block.length * block.keys
+                area += length * keys
                 continue
         groups.append([block])
-        area, longest_q, longest_k = block.length * block.keys, block.length, block.keys
+        area, longest_q, longest_k = length * keys, length, keys
     return groups
 
 

@@ -7,14 +7,14 @@ response token t is the one before it, so a response of n tokens always has n pr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
 
-from dcpo_megatron.mcore.attention import AttentionPlan, PackedRow, zigzag_slices
+from dcpo_megatron.mcore.attention import AttentionPlan, PackedRow
 
 
 @dataclass
@@ -68,6 +68,7 @@ def make_micro_batch(
     *,
     packed: bool = True,
     align: int = 1,
+    row_align: int = 1,
     context_size: int = 1,
     context_rank: int = 0,
     pad_id: int = 0,
@@ -79,6 +80,7 @@ def make_micro_batch(
     Args:
         packed: one row, sequences end to end, no token attends outside its own; otherwise one sequence a row.
         align: every sequence (packed) or the row (padded) is padded to a multiple of this.
+        row_align: the row is, too; a multiple of ``align`` (the last of packed sequences takes the padding).
 
     Raises:
         ValueError: a sequence without prompt tokens (nothing predicts its first response token).
@@ -88,39 +90,36 @@ def make_micro_batch(
             raise ValueError(
                 f"response {sequence.number} has an empty prompt: at least one token must come before the response"
             )
-    lengths = [max(1, math.ceil(s.length / align)) * align for s in sequences] or [align]
+    totals = [s.length for s in sequences] or [0]
+    lengths = [max(1, -(-length // align)) * align for length in totals]
     if not packed:
-        lengths = [max(lengths)] * len(lengths)
+        lengths = [max(lengths) + -max(lengths) % row_align] * len(lengths)
+    else:
+        lengths[-1] += -sum(lengths) % row_align
 
-    # numpy: a micro-batch of hundreds of short sequences is many tiny operations.
-    rows, places, positions, targets, response, token = [], [], [], [], [], []
-    start = 0
-    for number, length in enumerate(lengths):
-        tokens = np.full(length, pad_id, dtype=np.int64)
-        if number < len(sequences):
-            prompt, total = len(sequences[number].prompt_ids), sequences[number].length
-            tokens[:prompt] = sequences[number].prompt_ids
-            tokens[prompt:total] = sequences[number].response_ids
-        if context_size == 1:
-            place = np.arange(length)
-        else:
-            place = np.concatenate(
-                [np.arange(s.start, s.stop) for s in zigzag_slices(length, context_size, context_rank)]
-            )
-        rows.append(tokens[place])
-        places.append(place)
-        if number < len(sequences):
-            local = np.flatnonzero((place >= prompt - 1) & (place < total - 1))
-            positions.append(start + local)
-            targets.append(tokens[place[local] + 1])
-            response.append(np.full(len(local), number))
-            token.append(place[local] + 1 - prompt)
-        start += len(place)
+    # Whole arrays, since a micro-batch may hold hundreds of short sequences. First as if one rank held everything: T tokens.
+    sizes = np.array(lengths)
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    begin = np.cumsum(sizes) - sizes
+    place = np.arange(len(owner)) - begin[owner]
+    prompt = np.array([len(s.prompt_ids) for s in sequences] or [0])
+    total = np.array(totals)
+    tokens = np.full(len(owner), pad_id, dtype=np.int64)
+    ids = chain.from_iterable(chain(s.prompt_ids, s.response_ids) for s in sequences)
+    tokens[place < total[owner]] = np.fromiter(ids, dtype=np.int64, count=total.sum())
 
-    def join(parts):
-        return torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0, dtype=torch.long)
-
-    positions, targets, response, token = join(positions), join(targets), join(response), join(token)
+    mine = _zigzag(sizes, begin, context_size, context_rank) if context_size > 1 else np.arange(len(owner))
+    row, place, owner = tokens[mine], place[mine], owner[mine]
+    predicting = (place >= prompt[owner] - 1) & (place < total[owner] - 1)
+    positions, targets, response, token = (
+        torch.from_numpy(found)
+        for found in (
+            np.flatnonzero(predicting),
+            tokens[mine[predicting] + 1],
+            owner[predicting],
+            place[predicting] + 1 - prompt[owner[predicting]],
+        )
+    )
     first = torch.tensor([0, *(len(s.response_ids) for s in sequences)]).cumsum(0)
 
     def per_token(name):
@@ -135,15 +134,14 @@ def make_micro_batch(
 
     if packed:
         plan = AttentionPlan(lengths, context_size, context_rank).build(device)
-        input_ids, position_ids = join(rows)[None], join(places)[None]
-        row = PackedRow(plan, device)
+        packed_row, rows = PackedRow(plan, device), 1
     else:
-        input_ids, position_ids = (torch.from_numpy(np.stack(part)) for part in (rows, places))
-        row = None
+        packed_row, rows = None, len(lengths)
+    input_ids, position_ids = (torch.from_numpy(part.reshape(rows, -1)) for part in (row, place))
     return MicroBatch(
         input_ids=input_ids.to(device),
         position_ids=position_ids.to(device),
-        packed=row,
+        packed=packed_row,
         positions=positions.to(device),
         targets=targets.to(device),
         response=response.to(device),
@@ -156,3 +154,14 @@ def make_micro_batch(
         rollout_logprobs=per_token("rollout_logprobs"),
         reference_logprobs=per_token("reference_logprobs"),
     )
+
+
+def _zigzag(sizes: np.ndarray, begin: np.ndarray, context_size: int, context_rank: int) -> np.ndarray:
+    """Where this rank's tokens lie among all: of each sequence chunk r and chunk 2 x cp - 1 - r, as :func:`~dcpo_megatron.mcore.attention.zigzag_slices`."""
+    chunk = sizes // (2 * context_size)
+    owner = np.repeat(np.arange(len(sizes)), 2 * chunk)
+    step = np.arange(len(owner)) - (np.cumsum(2 * chunk) - 2 * chunk)[owner]
+    width = chunk[owner]
+    second = step >= width
+    mirror = 2 * context_size - 1 - context_rank
+    return begin[owner] + np.where(second, mirror * width + step - width, context_rank * width + step)

@@ -73,6 +73,50 @@ def _on_cpu(factory):
     return call
 
 
+def _all_gather_of_any_sizes(all_gather):
+    """nccl gathers tensors of different sizes (experts that got different numbers of tokens); gloo refuses them."""
+
+    @functools.wraps(all_gather)
+    def call(tensor_list, tensor, group=None, async_op=False):
+        if async_op or all(part.shape == tensor_list[0].shape for part in tensor_list):
+            return all_gather(tensor_list, tensor, group=group, async_op=async_op)
+        rank = torch.distributed.get_rank(group)
+        for source, part in enumerate(tensor_list):
+            if source == rank:
+                part.copy_(tensor)
+            _from_each(torch.distributed.broadcast, part, source, group)
+        return None
+
+    return call
+
+
+def _reduce_scatter_of_any_sizes(reduce_scatter):
+    @functools.wraps(reduce_scatter)
+    def call(output, input_list, op=torch.distributed.ReduceOp.SUM, group=None, async_op=False):
+        if async_op or all(part.shape == input_list[0].shape for part in input_list):
+            return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
+        rank = torch.distributed.get_rank(group)
+        for target, part in enumerate(input_list):
+            part = part.clone(memory_format=torch.contiguous_format)
+            _from_each(functools.partial(torch.distributed.reduce, op=op), part, target, group)
+            if target == rank:
+                output.copy_(part)
+        return None
+
+    return call
+
+
+def _from_each(collective, part: torch.Tensor, rank: int, group) -> None:
+    """Runs a rooted collective on ``part`` with ``rank`` of ``group`` as its root; a view that is not contiguous travels as a copy."""
+    if part.numel() == 0:
+        return
+    root = rank if group is None else torch.distributed.get_global_rank(group, rank)
+    whole = part.contiguous()
+    collective(whole, root, group=group)
+    if whole is not part:
+        part.copy_(whole)
+
+
 def install() -> None:
     """Redirects CUDA requests of this process to the CPU. Calling it again does nothing.
 
@@ -153,6 +197,8 @@ def install() -> None:
         return all_to_all_single(output, input, *sizes, *args, **kwargs)
 
     torch.distributed.all_to_all_single = all_to_all
+    torch.distributed.all_gather = _all_gather_of_any_sizes(torch.distributed.all_gather)
+    torch.distributed.reduce_scatter = _reduce_scatter_of_any_sizes(torch.distributed.reduce_scatter)
 
     # Megatron-Core binds these at import, so they are replaced there and not in torch.cuda only.
     from megatron.core.tensor_parallel import random as mcore_random

@@ -1,7 +1,9 @@
 """Reads a Hugging Face ``config.json`` into the few facts a Megatron model is built from. Nobody types a rotary base.
 
-:class:`ModelShape` is what the rest of the project sees; the families are told apart by ``model_type``. A new family is one more line in
-``FAMILIES`` where its layers are pre-norm, rotary, gated (the shape that Qwen2, Qwen3, Llama and Mistral share).
+:class:`ModelShape` is what the rest of the project sees. What the families have in common is read here; what differs beyond numbers is said by each family's
+file in :mod:`dcpo_megatron.mcore.families`, found by ``model_type``:
+
+    config.json -> model_type -> FAMILIES[model_type] -> its problems, its experts' fields -> ModelShape
 """
 
 from __future__ import annotations
@@ -11,27 +13,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from dcpo_megatron.mcore.families import FAMILIES
+from dcpo_megatron.mcore.families.base import ExpertFields
+
 
 class ModelConfigError(ValueError):
     """The Hugging Face folder cannot be used; the message says what is wrong and what to do."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between families beyond numbers: biases on q, k, v; a norm on each query and key head; experts."""
-
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    experts: bool = False
-
-
-FAMILIES: dict[str, Family] = {
-    "qwen2": Family(qkv_bias=True),
-    "qwen3": Family(qk_norm=True),
-    "qwen3_moe": Family(qk_norm=True, experts=True),
-    "llama": Family(),
-    "mistral": Family(),
-}
 
 
 @dataclass(frozen=True)
@@ -98,30 +85,17 @@ def shape_of(config) -> ModelShape:
     """Turns a transformers configuration into a :class:`ModelShape`.
 
     Raises:
-        ModelConfigError: a family or a feature that the layers here do not have (sliding windows in use, another activation, attention
-            biases beyond the family's, mixed dense and expert layers, a rotary scheme that also scales the attention).
+        ModelConfigError: an unknown family, a feature that the layers here do not have (every problem that the family's file finds), a rotary
+            scheme that also scales the attention.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ModelConfigError(
             f"model_type {config.model_type!r} is not supported: the known ones are {', '.join(sorted(FAMILIES))}"
         )
-    if config.hidden_act != "silu":
-        raise ModelConfigError(f"hidden_act={config.hidden_act!r} is not supported: these families use silu (gated)")
-    if getattr(config, "sliding_window", None) and (
-        config.model_type == "mistral" or getattr(config, "use_sliding_window", False)
-    ):
-        raise ModelConfigError(
-            f"sliding_window={config.sliding_window} is not supported: set it to null if your sequences are no longer than that"
-        )
-    if getattr(config, "attention_bias", False) and not family.qkv_bias:
-        raise ModelConfigError(f"attention_bias=true is not supported for {config.model_type}")
-    if getattr(config, "mlp_bias", False):
-        raise ModelConfigError("mlp_bias=true is not supported")
-    if family.experts and (getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1):
-        raise ModelConfigError(
-            "mlp_only_layers and decoder_sparse_step other than 1 are not supported: every layer must have experts"
-        )
+    problems = family.problems(config)
+    if problems:
+        raise ModelConfigError("; ".join(problems))
     heads = config.num_attention_heads
     frequencies, scaling = rotary_frequencies(config)
     if scaling != 1.0:
@@ -144,10 +118,19 @@ def shape_of(config) -> ModelShape:
         qk_norm=family.qk_norm,
         rope_base=float(config.rope_parameters["rope_theta"]),
         inverse_frequencies=frequencies,
-        experts=config.num_experts if family.experts else 0,
-        experts_per_token=config.num_experts_per_tok if family.experts else 0,
-        expert_ffn=config.moe_intermediate_size if family.experts else 0,
-        norm_topk_prob=bool(getattr(config, "norm_topk_prob", False)) if family.experts else False,
+        **_expert_numbers(config, family.experts),
+    )
+
+
+def _expert_numbers(config, fields: ExpertFields | None) -> dict:
+    if fields is None:
+        return {}
+    renormalise = fields.renormalise
+    return dict(
+        experts=getattr(config, fields.count),
+        experts_per_token=getattr(config, fields.per_token),
+        expert_ffn=getattr(config, fields.width),
+        norm_topk_prob=renormalise if isinstance(renormalise, bool) else bool(getattr(config, renormalise)),
     )
 
 

@@ -16,7 +16,11 @@ from dcpo_megatron.mcore.hf_config import ModelShape
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """Sizes of each parallel dimension, in ranks. ``virtual_pipeline`` is the number of model chunks a pipeline rank holds (None: one)."""
+    """Sizes of each parallel dimension, in ranks. ``virtual_pipeline`` is the number of model chunks a pipeline rank holds (None: one).
+
+    ``first_stage_layers`` and ``last_stage_layers``: layers of the first and the last pipeline stage, whose embedding and output layer are work too; the other
+    stages share the rest evenly. None: as many as the others.
+    """
 
     tensor: int = 1
     pipeline: int = 1
@@ -25,6 +29,8 @@ class ParallelLayout:
     expert: int = 1
     expert_tensor: int | None = None
     sequence_parallel: bool = False
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
 
     @property
     def model_ranks(self) -> int:
@@ -40,13 +46,86 @@ class ParallelLayout:
         """Pure data-parallel size of ``world_size`` ranks (context-parallel ranks not counted)."""
         return world_size // self.model_ranks
 
+    def stage_layers(self, layers: int) -> list[list[range]]:
+        """The global layers, counted from 0, that each chunk of each pipeline rank holds: ``stage_layers(layers)[rank][chunk]``.
+
+        Chunks go round the ranks, as Megatron-Core deals them; 6 layers over ``pipeline=2, virtual_pipeline=2, first_stage_layers=2`` give
+
+            rank 0   chunk 0: 0      chunk 1: 3
+            rank 1   chunk 0: 1, 2   chunk 1: 4, 5
+
+        Raises:
+            ValueError: the stages cannot be made of so many layers.
+        """
+        found = self._stage_problems(layers)
+        if found:
+            raise ValueError("; ".join(found))
+        chunks = self.virtual_pipeline or 1
+        stages: list[list[range]] = [[] for _ in range(self.pipeline)]
+        start = 0
+        for _ in range(chunks):
+            for stage, size in zip(stages, self._stage_sizes(layers), strict=True):
+                stage.append(range(start, start + size // chunks))
+                start += size // chunks
+        return stages
+
+    def _given_stages(self) -> dict[str, int]:
+        given = {"first_stage_layers": self.first_stage_layers, "last_stage_layers": self.last_stage_layers}
+        return {name: size for name, size in given.items() if size is not None}
+
+    def _stage_sizes(self, layers: int) -> list[int]:
+        """Layers of each pipeline rank, where :meth:`_stage_problems` has none."""
+        given = self._given_stages()
+        middle = self.pipeline - len(given)
+        sizes = [(layers - sum(given.values())) // middle if middle else 0] * self.pipeline
+        if "first_stage_layers" in given:
+            sizes[0] = given["first_stage_layers"]
+        if "last_stage_layers" in given:
+            sizes[-1] = given["last_stage_layers"]
+        return sizes
+
+    def _stage_problems(self, layers: int) -> list[str]:
+        """Why ``layers`` cannot be cut into this layout's stages and chunks. Megatron-Core's own checks let negative remainders through."""
+        given, chunks = self._given_stages(), self.virtual_pipeline or 1
+        if self.pipeline == 1:
+            wanted = {"virtual_pipeline": self.virtual_pipeline} if self.interleaved else {}
+            return [
+                f"parallel.{name}={size} needs parallel.pipeline of at least 2"
+                for name, size in (wanted | given).items()
+            ]
+        if not given:
+            if layers % (self.pipeline * chunks):
+                return [
+                    f"parallel.pipeline x virtual_pipeline = {self.pipeline * chunks} does not divide the model's {layers} layers"
+                ]
+            return []
+        found = []
+        rest, middle = layers - sum(given.values()), self.pipeline - len(given)
+        said = " and ".join(f"parallel.{name}={size}" for name, size in given.items())
+        if not middle and rest:
+            found.append(f"{said} must add up to the model's {layers} layers: parallel.pipeline=2 has no other stages")
+        elif middle and (rest < middle or rest % middle):
+            found.append(
+                f"{said} of the model's {layers} layers leave {rest} for the other {middle} pipeline stages: "
+                f"they need at least one each, and equally many"
+            )
+        else:
+            uneven = sorted({size for size in self._stage_sizes(layers) if size % chunks})
+            if uneven:
+                found.append(
+                    f"parallel.virtual_pipeline={chunks} does not divide the {' and the '.join(map(str, uneven))} layers "
+                    f"of a pipeline stage ({said}, {layers} layers in all)"
+                )
+        return found
+
     def problems(self, shape: ModelShape, world_size: int, overlap_p2p: bool = True) -> list[str]:
         """Every reason why this layout cannot run ``shape`` on ``world_size`` ranks; an empty list when it can.
 
         ``overlap_p2p``: whether pipeline stages talk with overlap (``overlap_p2p_comm=True, batch_p2p_comm=False``).
         """
         found = []
-        for name in ("tensor", "pipeline", "context", "expert", "expert_tensor", "virtual_pipeline"):
+        sizes = ("tensor", "pipeline", "context", "expert", "expert_tensor", "virtual_pipeline")
+        for name in (*sizes, "first_stage_layers", "last_stage_layers"):
             size = getattr(self, name)
             if size is not None and size < 1:
                 found.append(f"parallel.{name}={size} must be at least 1")
@@ -65,13 +144,7 @@ class ParallelLayout:
             found.append(f"parallel.tensor={self.tensor} does not divide the feed-forward width {shape.ffn}")
         if self.sequence_parallel and self.tensor == 1:
             found.append("parallel.sequence_parallel=true needs parallel.tensor of at least 2")
-        chunks = self.pipeline * (self.virtual_pipeline or 1)
-        if self.interleaved and self.pipeline == 1:
-            found.append(f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline of at least 2")
-        elif shape.layers % chunks:
-            found.append(
-                f"parallel.pipeline x virtual_pipeline = {chunks} does not divide the model's {shape.layers} layers"
-            )
+        found += self._stage_problems(shape.layers)
         if self.interleaved and self.pipeline == 2 and not overlap_p2p:
             found.append(
                 "parallel.virtual_pipeline with parallel.pipeline=2 gives silently wrong gradients in Megatron-Core without overlapped "
@@ -96,9 +169,20 @@ class ParallelLayout:
 
 
 def alignment(tensor_size: int, context_size: int, sequence_parallel: bool) -> int:
-    """Tokens that a sequence's length must be a multiple of: 2 x cp for the zigzag order, and tp more where the sequence is split over it."""
-    unit = 2 * context_size if context_size > 1 else 1
+    """Tokens that a row must be a multiple of: 2 x cp for the zigzag order, and tp more where the row is split over it."""
+    unit = sequence_alignment(context_size)
     return math.lcm(unit, unit * tensor_size) if sequence_parallel else unit
+
+
+def sequence_alignment(context_size: int) -> int:
+    """Tokens that every sequence of a packed row must be a multiple of: 2 x cp for the zigzag order."""
+    return 2 * context_size if context_size > 1 else 1
+
+
+def padded_vocab(vocab: int, tensor_size: int, multiple: int = 128) -> int:
+    """Rows of the embedding as Megatron holds it: ``vocab`` rounded up to a multiple of ``multiple * tensor_size``."""
+    unit = multiple * tensor_size
+    return math.ceil(vocab / unit) * unit
 
 
 def make_groups(layout: ParallelLayout, timeout_minutes: int = 10) -> None:

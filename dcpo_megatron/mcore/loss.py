@@ -21,13 +21,21 @@ schedule. The function returns a 2-tuple, so ``calculate_per_token_loss`` must s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from dcpo_megatron.mcore.batch import MicroBatch
-from dcpo_megatron.objectives import Objective, get_preset, kl_k3, policy_loss, rollout_correction, vacuous_upper_bound
+from dcpo_megatron.objectives import (
+    Objective,
+    PolicyLoss,
+    get_preset,
+    kl_k3,
+    policy_loss,
+    rollout_correction,
+    vacuous_upper_bound,
+)
 
 # Sums over response tokens, in the order of the metrics tensor; every ratio below has one of the last rows as its declared denominator.
 SUM_NAMES = (
@@ -55,6 +63,11 @@ SUM_NAMES = (
 MAX_NAMES = ("mismatch_abs_max", "ratio_deviation_max")
 
 
+def can_fuse(objective: Objective) -> bool:
+    """Whether a token's gradient is known once its own log-prob and entropy are: every objective but those with one ratio for the whole response."""
+    return objective.ratio_level == "token"
+
+
 def make_loss(
     batch: MicroBatch,
     objective: Objective | str,
@@ -62,20 +75,23 @@ def make_loss(
     num_microbatches: int,
     data_parallel_size: int,
     context_group: dist.ProcessGroup | None = None,
-) -> Callable[[torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    fused: bool = False,
+) -> MicroBatchLoss:
     """The loss function of one micro-batch; see the module's text for the contract.
 
     Args:
         batch: with ``old_logprobs`` filled in; ``reference_logprobs`` where ``kl_coef`` is not 0, ``rollout_logprobs`` where a correction is on.
         objective: an :class:`Objective` or a preset's name.
         context_group: the context-parallel group; only a sequence-level ratio needs it.
+        fused: the function is also given to ``response_head(fused_loss=...)``, which forms the gradients with it in the forward pass.
 
     Returns:
-        ``f(output [n, 2]) -> (scaled loss, {"sums": [len(SUM_NAMES)] float64, "maxima": [len(MAX_NAMES)] float64})``; the metrics are local and
-        unscaled, so their sum over micro-batches, data- and context-parallel ranks is the minibatch's.
+        ``f(output) -> (scaled loss, {"sums": [len(SUM_NAMES)] float64, "maxima": [len(MAX_NAMES)] float64})``, with ``output`` what ``response_head`` gave:
+        ``[n, 2]``, or ``[n + 1, 2]`` fused. The metrics are local and unscaled, so their sum over micro-batches, data- and context-parallel ranks is the
+        minibatch's; they are the same fused or not.
 
     Raises:
-        ValueError: log-probs that the objective needs are missing.
+        ValueError: log-probs that the objective needs are missing, or it cannot be fused.
     """
     objective = get_preset(objective) if isinstance(objective, str) else objective
     if batch.old_logprobs is None:
@@ -86,41 +102,83 @@ def make_loss(
         raise ValueError(
             f"kl_coef={objective.kl_coef} needs reference_logprobs: compute them with the reference model's weights"
         )
+    if fused and not can_fuse(objective):
+        raise ValueError(
+            f"ratio_level={objective.ratio_level!r} cannot be fused into the head: the ratio of a response is known only after its last token; "
+            "make the loss with fused=False"
+        )
+    return MicroBatchLoss(batch, objective, num_microbatches * data_parallel_size, context_group, fused)
 
-    def reduce_context(sums: torch.Tensor) -> torch.Tensor:
-        if context_group is not None and dist.get_world_size(context_group) > 1:
-            dist.all_reduce(sums, group=context_group)
-        return sums
 
-    def loss_function(output: torch.Tensor):
-        logprobs, entropy = output[:, 0], output[:, 1]
+@dataclass(frozen=True, eq=False)
+class MicroBatchLoss:
+    """The loss of one micro-batch: a function of what the head gave, made by :func:`make_loss`. ``scale`` is num_microbatches * dp."""
+
+    batch: MicroBatch
+    objective: Objective
+    scale: int
+    context_group: dist.ProcessGroup | None
+    fused: bool
+
+    def __call__(self, output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if self.fused:
+            loss, values = output[-1, 0], output[:-1].detach()
+            with torch.no_grad():
+                terms = self._terms(values[:, 0], values[:, 1])
+        else:
+            values = output
+            terms = self._terms(values[:, 0], values[:, 1])
+            loss = terms.loss
+        return loss * self.scale, _metrics(self.batch, self.objective, terms, values[:, 1])
+
+    def token_loss(self, logprobs: torch.Tensor, entropy: torch.Tensor, part: slice) -> torch.Tensor:
+        """The unscaled loss of the tokens ``part`` of this micro-batch, from their log-probs and entropies ``[c]``; carries the gradient."""
+        return self._terms(logprobs, entropy, part).loss
+
+    def _terms(self, logprobs: torch.Tensor, entropy: torch.Tensor, part: slice = slice(None)) -> _Terms:
+        batch, objective = self.batch, self.objective
+        old_logprobs = batch.old_logprobs[part]
+        rollout_logprobs = None if batch.rollout_logprobs is None else batch.rollout_logprobs[part]
         sequence_level = objective.ratio_level == "sequence"
-        terms = policy_loss(
+        clipped = policy_loss(
             logprobs,
-            batch.old_logprobs,
-            batch.advantages,
+            old_logprobs,
+            batch.advantages[part],
             objective,
             response_ids=batch.response if sequence_level else None,
             response_lengths=batch.response_lengths if sequence_level else None,
-            all_reduce=reduce_context if sequence_level else None,
+            all_reduce=self._reduce_context if sequence_level else None,
         )
-        policy = terms.loss * rollout_correction(batch.old_logprobs, batch.rollout_logprobs, objective)
+        policy = clipped.loss * rollout_correction(old_logprobs, rollout_logprobs, objective)
         per_token = policy
         reference_kl = None
         if batch.reference_logprobs is not None:
-            reference_kl = kl_k3(logprobs, batch.reference_logprobs)
+            reference_kl = kl_k3(logprobs, batch.reference_logprobs[part])
             per_token = per_token + objective.kl_coef * reference_kl
         if objective.entropy_coef:
             per_token = per_token - objective.entropy_coef * entropy
-        loss = (batch.weights * per_token).sum()
-        metrics = _metrics(batch, objective, terms, loss, policy, entropy, reference_kl)
-        return loss * (num_microbatches * data_parallel_size), metrics
+        return _Terms((batch.weights[part] * per_token).sum(), clipped, policy, reference_kl)
 
-    return loss_function
+    def _reduce_context(self, sums: torch.Tensor) -> torch.Tensor:
+        if self.context_group is not None and dist.get_world_size(self.context_group) > 1:
+            dist.all_reduce(sums, group=self.context_group)
+        return sums
+
+
+@dataclass(frozen=True, eq=False)
+class _Terms:
+    """``loss``: sum of w_t l_t. ``policy``: c_t policy_t of every token."""
+
+    loss: torch.Tensor
+    clipped: PolicyLoss
+    policy: torch.Tensor
+    reference_kl: torch.Tensor | None
 
 
 @torch.no_grad()
-def _metrics(batch, objective, terms, loss, policy, entropy, reference_kl) -> dict[str, torch.Tensor]:
+def _metrics(batch: MicroBatch, objective: Objective, parts: _Terms, entropy: torch.Tensor) -> dict[str, torch.Tensor]:
+    terms, loss, policy, reference_kl = parts.clipped, parts.loss, parts.policy, parts.reference_kl
+
     def total(values) -> torch.Tensor:
         return values.detach().double().sum()
 

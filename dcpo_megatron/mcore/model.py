@@ -7,7 +7,6 @@ parallelism.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from dcpo_megatron.mcore import compat  # noqa: F401 - settles what differs between versions
 from dcpo_megatron.mcore.attention import CausalCoreAttention
 from dcpo_megatron.mcore.hf_config import ModelShape
-from dcpo_megatron.mcore.layout import ParallelLayout, RankPosition
+from dcpo_megatron.mcore.layout import ParallelLayout, RankPosition, padded_vocab
 from dcpo_megatron.mcore.norm import RMSNorm
 from dcpo_megatron.mcore.platform import Platform, has_transformer_engine
 
@@ -43,12 +42,6 @@ class ModelOptions:
     recompute: str = "none"
     vocab_multiple: int = 128
     overlap_p2p: bool = True
-
-
-def padded_vocab(vocab: int, tensor_size: int, multiple: int = 128) -> int:
-    """Rows of the embedding as Megatron holds it: ``vocab`` rounded up to a multiple of ``multiple * tensor_size``."""
-    unit = multiple * tensor_size
-    return math.ceil(vocab / unit) * unit
 
 
 def uses_transformer_engine(options: ModelOptions, platform: Platform) -> bool:
@@ -95,6 +88,11 @@ def transformer_config(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
+        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
+        # Of two stages the first says it all: given both, Megatron-Core divides by the number of stages between them.
+        num_layers_in_last_pipeline_stage=(
+            None if layout.pipeline == 2 and layout.first_stage_layers is not None else layout.last_stage_layers
+        ),
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor or layout.tensor,

@@ -9,9 +9,9 @@ same lists.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -19,10 +19,11 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from dcpo_megatron.mcore.batch import MicroBatch, Sequence, make_micro_batch
-from dcpo_megatron.mcore.head import response_head
+from dcpo_megatron.mcore.head import FUSED_HELD_BYTES, held_by_fused_head, response_head
+from dcpo_megatron.mcore.head_blocks import head_blocks
 from dcpo_megatron.mcore.hf_config import ModelShape
-from dcpo_megatron.mcore.layout import ParallelLayout, RankPosition, alignment
-from dcpo_megatron.mcore.loss import MAX_NAMES, SUM_NAMES, make_loss
+from dcpo_megatron.mcore.layout import ParallelLayout, RankPosition, alignment, padded_vocab, sequence_alignment
+from dcpo_megatron.mcore.loss import MAX_NAMES, SUM_NAMES, can_fuse, make_loss
 from dcpo_megatron.mcore.model import ModelOptions, OptimizerOptions, build_model, build_trainable, unwrap
 from dcpo_megatron.mcore.platform import Platform
 from dcpo_megatron.objectives import Objective
@@ -51,13 +52,22 @@ class PolicyModel:
     temperature: float = 1.0
     packed: bool = True
     head_chunk_tokens: int = 1024
+    head: str = "auto"  # auto | torch | triton
+    fused_head_loss: str = (
+        "auto"  # auto: where the objective allows it and its memory is small; on: wherever the objective allows it; off
+    )
     chunks: list = field(default_factory=list)
     optimizer: object | None = None
+    # Named spans of time: packing (tensors of micro-batches), forward_backward, optimizer.
+    span: Callable[[str], AbstractContextManager] = nullcontext
 
     @classmethod
     def create(cls, shape, layout, options, platform, position, *, seed: int = 0, **settings) -> PolicyModel:
-        """Builds the chunks of this rank with uninitialised weights."""
+        """Builds the chunks of this rank with uninitialised weights. Raises ValueError for a head that is not known or cannot be had here."""
         model = cls(shape, layout, options, platform, position, **settings)
+        head_blocks(model.head, platform.device.type)
+        if model.fused_head_loss not in ("auto", "on", "off"):
+            raise ValueError(f"model.fused_head_loss={model.fused_head_loss!r} is not known: use auto, on or off")
         model.chunks = build_model(shape, layout, options, platform, position, seed)
         return model
 
@@ -77,7 +87,8 @@ class PolicyModel:
             sequences,
             self.platform.device,
             packed=self.packed,
-            align=self._align,
+            align=sequence_alignment(self.layout.context),
+            row_align=self._align,
             context_size=self.position.context_size,
             context_rank=self.position.context_rank,
         )
@@ -86,7 +97,7 @@ class PolicyModel:
     def _align(self) -> int:
         return alignment(self.layout.tensor, self.layout.context, self.layout.sequence_parallel)
 
-    def _run(self, micro_batches: Seq[Seq[Sequence]], loss_of, *, forward_only: bool):
+    def _run(self, micro_batches: Seq[Seq[Sequence]], loss_of, *, forward_only: bool, fused: bool = False):
         """Runs the schedule; returns the list of what the loss functions gave (on the last pipeline stage; empty elsewhere).
 
         Tensors of a micro-batch are made when its turn comes, and kept only until every model chunk of this rank has had it.
@@ -97,13 +108,15 @@ class PolicyModel:
             for number, sequences in enumerate(micro_batches):
                 batch, uses = made.pop(number, (None, 0))
                 if batch is None:
-                    batch = self._batch(sequences)
+                    with self.span("packing"):
+                        batch = self._batch(sequences)
                 if uses + 1 < len(self.chunks):
                     made[number] = (batch, uses + 1)
                 yield batch
 
         def forward_step(iterator: Iterator[MicroBatch], chunk):
             batch = next(iterator)
+            loss = loss_of(batch)
             head = response_head(
                 unwrap(chunk),
                 batch.positions,
@@ -111,6 +124,8 @@ class PolicyModel:
                 vocab=self.shape.vocab,
                 temperature=self.temperature,
                 chunk_tokens=self.head_chunk_tokens,
+                head=self.head,
+                fused_loss=loss if fused else None,
             )
             with head as extra:
                 output = chunk(
@@ -120,7 +135,7 @@ class PolicyModel:
                     packed_seq_params=batch.packed,
                     **extra,
                 )
-            return output, loss_of(batch)
+            return output, loss
 
         iterators = [batches() for _ in self.chunks]
         return get_forward_backward_func()(
@@ -150,10 +165,11 @@ class PolicyModel:
         def loss_of(batch: MicroBatch):
             def collect(output):
                 values, response, token = output[:, int(entropy)].float().cpu(), batch.response.cpu(), batch.token.cpu()
-                for place, number in enumerate(batch.numbers):
-                    mine = response == place
+                # Tokens lie response by response.
+                counts = response.bincount(minlength=len(batch.numbers)).tolist()
+                for number, places, mine in zip(batch.numbers, token.split(counts), values.split(counts), strict=True):
                     row = found.setdefault(number, torch.full((lengths[number],), math.nan))
-                    row[token[mine]] = values[mine]
+                    row[places] = mine
                 return output.new_zeros(()), {}
 
             return collect
@@ -174,6 +190,16 @@ class PolicyModel:
 
     # -- update -----------------------------------------------------------------------------------------------------------------------------
 
+    def _fuses(self, objective: Objective) -> bool:
+        """Whether the head forms the objective's gradients in its forward pass; the same on every rank."""
+        if self.fused_head_loss == "off" or not can_fuse(objective):
+            return False
+        rows = padded_vocab(self.shape.vocab, self.layout.tensor, self.options.vocab_multiple) // self.layout.tensor
+        return (
+            self.fused_head_loss == "on"
+            or held_by_fused_head(rows, self.shape.hidden, self.options.dtype) <= FUSED_HELD_BYTES
+        )
+
     def gradients(
         self, micro_batches: Seq[Seq[Sequence]], objective: Objective
     ) -> tuple[dict[str, float], dict[str, float]]:
@@ -181,6 +207,7 @@ class PolicyModel:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        fused = self._fuses(objective)
 
         def loss_of(batch: MicroBatch):
             return make_loss(
@@ -189,12 +216,16 @@ class PolicyModel:
                 num_microbatches=len(micro_batches),
                 data_parallel_size=self.position.data_size,
                 context_group=self.position.context_group,
+                fused=fused,
             )
 
         for chunk in self.chunks:
             chunk.train()
         results = self._run(
-            micro_batches, loss_of if self.position.is_last_stage else lambda batch: None, forward_only=False
+            micro_batches,
+            loss_of if self.position.is_last_stage else lambda batch: None,
+            forward_only=False,
+            fused=fused,
         )
         return self._reduce(results)
 
@@ -202,10 +233,12 @@ class PolicyModel:
         """One optimizer step on one minibatch with learning rate ``lr``. A step whose gradient is not finite is left out and says so."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        sums, maxima = self.gradients(micro_batches, objective)
-        if not self._gradients_are_finite():
-            return UpdateResult(sums, maxima, math.nan, False, lr)
-        stepped, norm, _ = self.optimizer.step()
+        with self.span("forward_backward"):
+            sums, maxima = self.gradients(micro_batches, objective)
+        with self.span("optimizer"):
+            if not self._gradients_are_finite():
+                return UpdateResult(sums, maxima, math.nan, False, lr)
+            stepped, norm, _ = self.optimizer.step()
         return UpdateResult(sums, maxima, float(norm if norm is not None else math.nan), bool(stepped), lr)
 
     def _gradients_are_finite(self) -> bool:

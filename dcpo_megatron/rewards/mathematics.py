@@ -48,13 +48,18 @@ class MathJudge:
         check_lengths(responses, ground_truths)
         outcomes: list[Outcome | None] = []
         undecided: dict[tuple[str, str], list[int]] = {}
+        # The responses to one prompt share their gold, and most of them a few answers.
+        golds = {ground_truth: _bare(ground_truth) for ground_truth in set(ground_truths)}
+        verdicts: dict[tuple[str, str], bool | None] = {}
         for index, (response, ground_truth) in enumerate(zip(responses, ground_truths, strict=True)):
             answer = last_boxed(response)
-            gold = _bare(ground_truth)
+            gold = golds[ground_truth]
             if answer is None:
                 outcomes.append(Outcome(MALFORMED))
                 continue
-            verdict = quick_verdict(answer, gold)
+            if (answer, gold) not in verdicts:
+                verdicts[answer, gold] = quick_verdict(answer, gold)
+            verdict = verdicts[answer, gold]
             outcomes.append(None if verdict is None else Outcome(RIGHT if verdict else WRONG))
             if verdict is None:
                 undecided.setdefault((clean(answer), clean(gold)), []).append(index)

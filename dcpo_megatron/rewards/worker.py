@@ -17,11 +17,13 @@ import signal
 import sys
 
 from dcpo_megatron.rewards.function import RewardError, load_reward_function
+from dcpo_megatron.rewards.worker_client import FOR_THE_TRAINER
 
 
 def main(lifeline: int) -> None:
     """Serves requests from standard input until it closes."""
     _die_with_client(lifeline)
+    _outlive_stop_signals()
     # The function may print or read: give it /dev/null and standard error, and keep the two pipes for the protocol.
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -74,6 +76,20 @@ def _die_with_client(lifeline: int) -> None:
     os.set_inheritable(lifeline, False)
     if select.select([lifeline], [], [], 0)[0]:  # the client died before the signal was armed
         sys.exit(1)
+
+
+def _outlive_stop_signals() -> None:
+    worker = os.getpid()
+
+    def ignore(number: int, frame: object) -> None:
+        if os.getpid() != worker:  # a process that the function forked, and may want to end
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    # Handlers, not SIG_IGN and not the mask that came with the start: programs that the function starts would inherit those.
+    for number in FOR_THE_TRAINER:
+        signal.signal(number, ignore)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FOR_THE_TRAINER)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ from dcpo_megatron.rewards.function import RewardError
 START_TIMEOUT = 60.0  # seconds; importing math-verify takes one, a user's module may take many
 _START_ATTEMPTS = 2
 _REPLY_LIMIT = 1 << 20  # bytes
+# Asks a trainer to stop. A scheduler sends them to every process of a job, and the worker is needed until the step under way ends.
+FOR_THE_TRAINER = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Outcome(NamedTuple):
@@ -126,6 +128,8 @@ class Worker:
         # The worker sees the modules that this process sees. -P keeps its working directory from coming first.
         search_path = os.pathsep.join(path or os.getcwd() for path in sys.path)
         lifeline_of_worker, self._lifeline = os.pipe()
+        # The worker inherits the mask, so that no signal ends it before it can say that it leaves them to its client.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_TRAINER)
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "dcpo_megatron.rewards.worker", str(lifeline_of_worker)],
@@ -137,6 +141,7 @@ class Worker:
                 start_new_session=True,  # the terminal's interrupt is for the trainer; and a group of its own to kill
             )
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             os.close(lifeline_of_worker)
         os.set_blocking(self._process.stdin.fileno(), False)
         os.set_blocking(self._process.stdout.fileno(), False)

@@ -50,7 +50,7 @@ class EmbeddedEngine:
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """See :class:`RolloutEngine`. Raises RolloutError for an unknown name, another shape, or a weight that did not come."""
         self._usable = False
-        mine = dict(self._places())
+        mine = self._places()
         # With tied embeddings lm_head.weight is the embedding itself and need not come.
         waiting = set(mine) - ({"lm_head.weight"} if self.model.config.tie_word_embeddings else set())
         problem = None
@@ -77,19 +77,20 @@ class EmbeddedEngine:
         self.version = version
         self._usable = True
 
-    def _places(self):
-        """``(checkpoint name, tensor to fill)``. transformers holds a layer's experts in one tensor; checkpoints name each expert."""
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            base, _, part = name.rpartition(".experts.")
-            if part == "gate_up_proj":
-                for expert, (gate, up) in enumerate(matrix.chunk(2, dim=0) for matrix in parameter):
-                    yield f"{base}.experts.{expert}.gate_proj.weight", gate
-                    yield f"{base}.experts.{expert}.up_proj.weight", up
-            elif part == "down_proj":
-                for expert, matrix in enumerate(parameter):
-                    yield f"{base}.experts.{expert}.down_proj.weight", matrix
-            else:
-                yield name, parameter
+    def _places(self) -> dict[str, torch.Tensor]:
+        """Checkpoint name -> the tensor to fill. transformers holds a layer's experts in one tensor; checkpoints name each expert, and transformers says how."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        mine = {name: parameter.detach() for name, parameter in self.model.named_parameters(remove_duplicate=False)}
+        places = revert_weight_conversion(self.model, dict(mine))
+        storages = {tensor.untyped_storage().data_ptr() for tensor in mine.values()}
+        for name, place in places.items():
+            if place.untyped_storage().data_ptr() not in storages:
+                raise RolloutError(
+                    f"transformers gives {name!r} as a copy, not as a part of its model's weights: new weights would not reach "
+                    f"the rollout model of type {self.model.config.model_type}"
+                )
+        return places
 
     def generate(
         self,

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from dcpo_megatron.mcore.head_blocks import missing_for_triton
 from dcpo_megatron.mcore.hf_config import ModelShape, read_shape
 from dcpo_megatron.mcore.layout import ParallelLayout, alignment
 from dcpo_megatron.mcore.platform import Platform, find_apex, has_transformer_engine, select_platform
 from dcpo_megatron.objectives import Objective
 from dcpo_megatron.training.config import Config, ConfigError
+from dcpo_megatron.weights.conversion import hf_folder_of
+from dcpo_megatron.weights.megatron_names import MegatronTensors
+from dcpo_megatron.weights.torch_dist import TorchDistFolder, find_checkpoint
 
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """What the checks have read: the run can be built from these."""
+    """What the checks have read: the run can be built from these. ``hf_folder``: configuration and tokenizer; ``weights``: a checkpoint of either kind."""
 
     config: Config
     objective: Objective
@@ -21,6 +26,8 @@ class CheckedRun:
     layout: ParallelLayout
     platform: Platform
     world_size: int
+    hf_folder: Path
+    weights: Path
 
     @property
     def data_parallel(self) -> int:
@@ -33,13 +40,17 @@ def check_run(config: Config, world_size: int) -> CheckedRun:
     Raises:
         ConfigError: one line a reason, all of them at once.
         ModelConfigError: the model folder cannot be used at all.
+        CheckpointError: a Megatron checkpoint that cannot be read or is of another model.
     """
     objective = config.make_objective()
     try:
         platform = select_platform(config.training.platform)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    shape = read_shape(config.model.path)
+    hf_folder, weights = _model_folders(config)
+    shape = read_shape(hf_folder)
+    if find_checkpoint(weights) is not None:
+        MegatronTensors(TorchDistFolder(weights), shape)
     layout = ParallelLayout(**config.parallel.model_dump(exclude={"overlap_p2p"}))
     found = layout.problems(shape, world_size, config.parallel.overlap_p2p)
     found += _package_problems(config, platform)
@@ -48,7 +59,17 @@ def check_run(config: Config, world_size: int) -> CheckedRun:
     found += _length_problems(config, shape, layout)
     if found:
         raise ConfigError("\n".join(found))
-    return CheckedRun(config, objective, shape, layout, platform, world_size)
+    return CheckedRun(config, objective, shape, layout, platform, world_size, hf_folder, weights)
+
+
+def _model_folders(config: Config) -> tuple[Path, Path]:
+    """The folder with config.json and tokenizer, and the checkpoint with the weights."""
+    path, weights = Path(config.model.path), Path(config.model.weights or config.model.path)
+    if config.model.weights and not weights.is_dir():
+        raise ConfigError(
+            f"model.weights={weights} does not exist: give a Hugging Face folder or a Megatron checkpoint"
+        )
+    return (path if find_checkpoint(path) is None else hf_folder_of(path)), weights
 
 
 def _package_problems(config: Config, platform: Platform) -> list[str]:
@@ -61,6 +82,10 @@ def _package_problems(config: Config, platform: Platform) -> list[str]:
         found.append(
             "model.transformer_engine=on, but it does not import here on a GPU: install it, or set model.transformer_engine=auto"
         )
+    if config.model.head == "triton":
+        missing = missing_for_triton("cpu" if platform.is_cpu else "cuda")
+        if missing:
+            found.append(f"model.head=triton, but {missing}: set model.head=auto")
     if config.logging.wandb:
         import importlib.util
 

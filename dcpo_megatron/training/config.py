@@ -28,7 +28,13 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    path: str = Field(description="Hugging Face folder: config.json, safetensors weights, tokenizer")
+    path: str = Field(
+        description="Hugging Face folder (config.json, safetensors weights, tokenizer), or a Megatron checkpoint that carries one"
+    )
+    weights: str | None = Field(
+        None,
+        description="start from these weights instead: a Hugging Face folder or a Megatron checkpoint of the same model, in any layout",
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="of weights and activations; gradients and optimizer state are fp32"
     )
@@ -38,9 +44,17 @@ class ModelSection(Section):
     recompute: Literal["none", "full"] = Field(
         "none", description="recompute each layer's activations in the backward pass"
     )
-    head_chunk_tokens: int = Field(1024, ge=1, description="tokens whose logits exist at a time")
+    head: Literal["auto", "torch", "triton"] = Field(
+        "auto",
+        description="log-probs from hidden states: Triton kernels where Triton imports on a GPU, or plain PyTorch",
+    )
+    head_chunk_tokens: int = Field(1024, ge=1, description="tokens whose logits exist at a time, at most")
+    fused_head_loss: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="gradients formed in the head's forward pass where the objective has a ratio per token; auto: where that holds at most 1 GiB",
+    )
 
-    @field_validator("transformer_engine", mode="before")
+    @field_validator("transformer_engine", "fused_head_loss", mode="before")
     @classmethod
     def _words_of_yaml(cls, value: Any) -> Any:
         # YAML 1.1 reads a bare on and off as booleans.
@@ -51,6 +65,12 @@ class ParallelSection(Section):
     tensor: int = Field(1, ge=1, description="tensor-parallel ranks")
     pipeline: int = Field(1, ge=1, description="pipeline-parallel ranks")
     virtual_pipeline: int | None = Field(None, ge=1, description="model chunks a pipeline rank holds")
+    first_stage_layers: int | None = Field(
+        None, ge=1, description="layers of the first pipeline stage (default: as the other stages)"
+    )
+    last_stage_layers: int | None = Field(
+        None, ge=1, description="layers of the last pipeline stage (default: as the other stages)"
+    )
     context: int = Field(1, ge=1, description="context-parallel ranks")
     expert: int = Field(1, ge=1, description="expert-parallel ranks")
     expert_tensor: int | None = Field(None, ge=1, description="tensor-parallel ranks of an expert (default: tensor)")
@@ -129,9 +149,27 @@ class TrainingSection(Section):
         1800.0,
         gt=0,
         le=1e6,
-        description="deadline of every collective (whole minutes, rounded up, within a model's ranks)",
+        description="deadline of every phase of a step and of every collective (whole minutes, rounded up, within a model's ranks)",
+    )
+    max_bad_steps: int = Field(
+        5, ge=0, description="steps in a row with an update left out as not finite, after which the run stops; 0: never"
     )
     save_every: int = Field(0, ge=0, description="write a Hugging Face folder every N steps; 0: at the end only")
+
+
+class CheckpointSection(Section):
+    every: int = Field(
+        50,
+        ge=0,
+        description="write a checkpoint of the whole run every N steps, and at the end; 0: none, a killed run is lost",
+    )
+    keep_last: int = Field(2, ge=1, description="newest checkpoints that stay")
+    keep_every: int = Field(0, ge=0, description="checkpoints at multiples of N steps stay too; 0: none")
+    asynchronous: bool = Field(True, description="training goes on while a checkpoint is written")
+    timeout_seconds: float = Field(3600.0, gt=0, description="deadline of a checkpoint's writing")
+    allow_changed: list[str] = Field(
+        default_factory=list, description="keys that may differ from the configuration of the run that is resumed"
+    )
 
 
 class EvaluationSection(Section):
@@ -149,6 +187,9 @@ class LoggingSection(Section):
     wandb: bool = False
     wandb_project: str = "dcpo"
     report: bool = Field(True, description="report.png at the end")
+    prometheus_port: int | None = Field(
+        None, ge=1, le=65535, description="rank 0 serves the last metrics at http://127.0.0.1:PORT/metrics"
+    )
 
 
 class Config(Section):
@@ -165,6 +206,7 @@ class Config(Section):
     training: TrainingSection = Field(default_factory=TrainingSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     logging: LoggingSection = Field(default_factory=LoggingSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
 
     def make_objective(self) -> Objective:
         """The objective that the section asks for. Raises ConfigError."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ def evaluate(
     correct_at: float,
     seed: int,
     device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """``greedy``: share of prompts answered right at temperature 0; ``accuracy``: right answers over ``samples`` samples a prompt at ``temperature``;
     ``response_length``: mean tokens of the sampled ones; ``reward_failures``: responses on which the reward function failed. Collective over the default group: prompts are dealt over all ranks, the numbers are the same on each.
@@ -41,7 +42,7 @@ def evaluate(
         requests = [
             GenerateRequest(prompt.token_ids, stream_seed(seed, -1, 0, prompt.id, sample)) for prompt, sample in mine
         ]
-        generations = engine.generate(requests, sampling)
+        generations = engine.generate(requests, sampling, progress)
         texts = [tokenizer.decode(generation.token_ids, skip_special_tokens=True) for generation in generations]
         rewards = rewarder.score(texts, [prompt.ground_truth for prompt, _ in mine])
         counts[0 if greedy else 1] += sum(reward >= correct_at for reward in rewards)

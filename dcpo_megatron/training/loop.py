@@ -2,42 +2,50 @@
 
     prompts -> responses -> rewards -> advantages -> minibatches -> old log-probs -> updates -> new weights to the engine -> metrics
 
-:class:`Trainer` builds every part once (:meth:`Trainer.build`) and :meth:`Trainer.run` is the loop itself.
+:func:`~dcpo_megatron.training.build.build_trainer` makes every part once, and :meth:`Trainer.run` is the loop itself.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
 from rich.markup import escape
 
-from dcpo_megatron.advantages import RewardHistory
-from dcpo_megatron.data import DataError, PromptOptions, PromptSampler, PromptSet, Response, load_prompts
+from dcpo_megatron.advantages.history_file import load_history, save_history_state
+from dcpo_megatron.data import PromptSampler, PromptSet, Response
 from dcpo_megatron.data.packing import PackingOptions
 from dcpo_megatron.mcore import platform as platforms
-from dcpo_megatron.mcore.layout import alignment, make_groups, rank_position
-from dcpo_megatron.mcore.model import DTYPES, ModelOptions, OptimizerOptions
+from dcpo_megatron.mcore.random_state import random_state, set_random_state
 from dcpo_megatron.mcore.step import PolicyModel
-from dcpo_megatron.rewards import Rewarder
-from dcpo_megatron.rollout import EmbeddedEngine, RolloutEngine, SamplingParams
+from dcpo_megatron.mcore.training_state import take_snapshot
+from dcpo_megatron.rollout import RolloutEngine
+from dcpo_megatron.training.bad_steps import BadSteps
 from dcpo_megatron.training.checks import CheckedRun
-from dcpo_megatron.training.config import ConfigError, to_yaml
 from dcpo_megatron.training.evaluation import evaluate
 from dcpo_megatron.training.gpu import GpuMonitor
-from dcpo_megatron.training.metrics import update_metrics
+from dcpo_megatron.training.metrics import seconds_metrics, update_metrics
 from dcpo_megatron.training.minibatches import plan_minibatch, split_minibatches
 from dcpo_megatron.training.report import draw_report
+from dcpo_megatron.training.resume import (
+    HISTORY_FILE,
+    RUN_FILE,
+    Found,
+    RunState,
+    data_fingerprint,
+    layout_note,
+    versions,
+)
 from dcpo_megatron.training.rollout_phase import RolloutPhase, RolloutResult
+from dcpo_megatron.training.saver import CheckpointSaver
 from dcpo_megatron.training.sinks import Sinks
-from dcpo_megatron.training.tokenizer import load_tokenizer, stop_token_ids
+from dcpo_megatron.training.watchdog import Watchdog, WatchedTimeline
 from dcpo_megatron.weights.hf_folder import write_hf_folder
-from dcpo_megatron.weights.transfer import WeightGatherer, load_hf_weights
+from dcpo_megatron.weights.transfer import WeightGatherer
 
 
 @dataclass
@@ -58,177 +66,150 @@ class Trainer:
     packing: PackingOptions
     sinks: Sinks
     gpu: GpuMonitor
+    saver: CheckpointSaver
+    watchdog: Watchdog
+    timeline: WatchedTimeline
+    bad_steps: BadSteps
+    start_step: int = 0
     updates_done: int = 0
+    train_seconds: float = 0.0
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     history_of_metrics: list[dict[str, float]] = field(default_factory=list)
 
-    # -- building ---------------------------------------------------------------------------------------------------------------------------
+    def resume(self, found: Found) -> None:
+        """Takes over everything of a checkpoint but weights and optimizer, which are in place already."""
+        state = found.state
+        self.start_step, self.updates_done, self.train_seconds = state.step, state.updates_done, state.train_seconds
+        self.evaluations = {int(step): result for step, result in state.evaluations.items()}
+        self.history_of_metrics = [row for row in self.sinks.kept if "seconds" in row]
+        self.sampler.load_state_dict(state.sampler)
+        if self.phase.history is not None:
+            load_history(found.path / HISTORY_FILE, self.phase.history)
+        note = layout_note(state, self.run_.config, self._layout())
+        random_file = found.path / f"random-{dist.get_rank():05d}.json"
+        if note is None and random_file.is_file():
+            set_random_state(json.loads(random_file.read_text(encoding="utf-8")), self.run_.platform)
+        self.sinks.announce(
+            f"resumed from {found.path}: {state.step} of {self.run_.config.training.steps} steps are done"
+        )
+        if note is not None:
+            self.sinks.announce(note)
 
-    @classmethod
-    def build(cls, run_: CheckedRun) -> Trainer:
-        """Starts the process groups and builds data, model, optimizer and engine. Raises the errors of each part."""
-        config = run_.config
-        folder = _writable(Path(config.output))
-        tokenizer = load_tokenizer(config.model.path, run_.shape.vocab)
-        stops = stop_token_ids(config.model.path, tokenizer)
-        prompts = load_prompts(config.data.files, tokenizer, PromptOptions(**config.data.model_dump(exclude={"files"})))
-        held_out = None
-        if config.evaluation.files:
-            options = config.data.model_dump(exclude={"files"}) | {
-                "limit": config.evaluation.limit,
-                "on_duplicate_id": config.evaluation.on_duplicate_id,
-            }
-            try:
-                held_out = load_prompts(config.evaluation.files, tokenizer, PromptOptions(**options))
-            except DataError as error:
-                raise DataError(f"evaluation.files: {error}") from None
-        rewarder = Rewarder(
-            config.reward.function, config.reward.timeout_seconds, config.reward.failure_reward, config.reward.workers
-        )
-        sampler = PromptSampler(len(prompts), config.training.seed)
-        if config.rollout.prompts_per_step > len(prompts):
-            raise ConfigError(
-                f"rollout.prompts_per_step={config.rollout.prompts_per_step}, but data.files hold {len(prompts)} usable prompts: "
-                "lower it or bring more prompts"
-            )
-
-        platforms.start(run_.platform, config.training.timeout_seconds)
-        make_groups(run_.layout, timeout_minutes=math.ceil(config.training.timeout_seconds / 60))
-        position = rank_position()
-        options = ModelOptions(
-            dtype=config.model.dtype,
-            transformer_engine=config.model.transformer_engine,
-            recompute=config.model.recompute,
-            overlap_p2p=config.parallel.overlap_p2p,
-        )
-
-        def model() -> PolicyModel:
-            made = PolicyModel.create(
-                run_.shape, run_.layout, options, run_.platform, position,
-                seed=config.training.seed,
-                temperature=config.rollout.temperature,
-                packed=config.training.packing == "packed",
-                head_chunk_tokens=config.model.head_chunk_tokens,
-            )  # fmt: skip
-            load_hf_weights(made, config.model.path)
-            return made
-
-        policy = model()
-        reference = model() if run_.objective.kl_coef else None
-        settings = config.optimizer.model_dump(exclude={"warmup_steps"})
-        policy.make_trainable(OptimizerOptions(**settings))
-        gatherer = WeightGatherer(policy)
-        engine = EmbeddedEngine(
-            config.model.path,
-            device=run_.platform.device,
-            dtype=DTYPES[config.model.dtype],
-            max_batch=config.rollout.batch_size,
-        )
-        sas = run_.objective.advantage == "sas"
-        phase = RolloutPhase(
-            engine=engine,
-            tokenizer=tokenizer,
-            rewarder=rewarder,
-            objective=run_.objective,
-            history=RewardHistory(run_.objective.std_ddof) if sas else None,
-            sampling=SamplingParams(
-                config.rollout.max_response_tokens,
-                config.rollout.temperature,
-                config.rollout.top_p,
-                config.rollout.top_k,
-                stops,
-            ),
-            group_size=config.rollout.group_size,
-            correct_at=config.reward.correct_at,
-            seed=config.training.seed,
-            device=run_.platform.device,
-        )
-        is_writer = dist.get_rank() == 0
-        if is_writer:
-            (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        sinks = Sinks(config, folder, is_writer, config.training.steps)
-        packing = PackingOptions(
-            max_tokens=config.training.micro_batch_tokens,
-            packed=policy.packed,
-            align=alignment(run_.layout.tensor, run_.layout.context, run_.layout.sequence_parallel),
-            attention_length=6 * run_.shape.hidden,
-        )
-        return cls(
-            run_, folder, tokenizer, prompts, held_out, sampler, policy, reference, gatherer, engine, phase, packing, sinks,
-            GpuMonitor(run_.platform),
-        )  # fmt: skip
+    def _layout(self) -> dict:
+        return {**asdict(self.run_.layout), "ranks": dist.get_world_size(), "platform": self.run_.platform.name}
 
     # -- the loop ---------------------------------------------------------------------------------------------------------------------------
 
-    def run(self) -> dict:
-        """Trains for ``training.steps`` steps; returns (and writes) the summary."""
+    def run(self, stop_requested: Callable[[], bool] = lambda: False) -> dict | None:
+        """Trains up to ``training.steps`` steps; returns (and writes) the summary.
+
+        ``stop_requested`` is asked at each step boundary: where any rank says yes, the run is saved and None is returned (start it again to go on).
+        """
         config = self.run_.config
+        last = config.training.steps
         self._introduce()
-        self._evaluate(0)
-        started = time.perf_counter()
-        for step in range(1, config.training.steps + 1):
+        if not self.start_step:
+            self._evaluate(0)
+        for step in range(self.start_step + 1, last + 1):
+            started = time.perf_counter()
             metrics = self.step(step)
             self.history_of_metrics.append(metrics)
             self.sinks.step(step, metrics)
-            every = config.evaluation.every
-            if every and step % every == 0 and step < config.training.steps:
+            self.train_seconds += time.perf_counter() - started
+            if step == last or (config.evaluation.every and step % config.evaluation.every == 0):
                 self._evaluate(step)
-            if config.training.save_every and step % config.training.save_every == 0 and step < config.training.steps:
+            if config.training.save_every and step % config.training.save_every == 0 and step < last:
                 self._save(f"step-{step}")
-        train_seconds = time.perf_counter() - started
-        if config.training.steps:
-            self._evaluate(config.training.steps)
+            if self._checkpoint(step, stop_requested()):
+                self.watchdog.close("stopped")
+                return None
         self._save("model")
-        return self._finish(train_seconds)
+        summary = self._finish(self.train_seconds)
+        self.watchdog.close("finished")
+        return summary
+
+    def _checkpoint(self, step: int, stop: bool) -> bool:
+        """At a step boundary: completes the checkpoint under way, begins one where it is time. Returns whether the run must stop here."""
+        settings, last = self.run_.config.checkpoint, step == self.run_.config.training.steps
+        self.watchdog.enter("save", step, settings.timeout_seconds + self.run_.config.training.timeout_seconds)
+        reports, stop = self.saver.poll(stop)
+        due = settings.every and (step % settings.every == 0 or last)
+        if due or (stop and settings.every):
+            clock = time.perf_counter()
+            reports += self.saver.finish()
+            self.saver.start(step, take_snapshot(self.policy), self._extras(step))
+            if stop or last or not settings.asynchronous:
+                reports += self.saver.finish()
+            waited = time.perf_counter() - clock
+            self.sinks.announce(f"checkpoint of step {step}: training waited {waited:.2f} s")
+        for report in reports:
+            if report.problem is None:
+                self.sinks.announce(f"checkpoint of step {report.step} is complete after {report.seconds:.2f} s")
+            else:
+                self.sinks.announce(
+                    f"checkpoint of step {report.step} could not be written: {report.problem}; training goes on, the next one tries again"
+                )
+        return stop and not last
+
+    def _extras(self, step: int) -> Callable[[Path], None]:
+        """What goes into a checkpoint beside weights and optimizer: copies are made now, and written by the function that is returned."""
+        rank, writer = dist.get_rank(), dist.get_rank() == 0
+        state = RunState(
+            step=step,
+            updates_done=self.updates_done,
+            sampler=self.sampler.state_dict(),
+            evaluations={str(at): result for at, result in self.evaluations.items()},
+            train_seconds=self.train_seconds,
+            config=self.run_.config.model_dump(mode="json"),
+            data=data_fingerprint(self.prompts),
+            layout=self._layout(),
+            versions=versions(),
+        ).to_json()
+        history = self.phase.history.state_dict() if writer and self.phase.history is not None else None
+        numbers = json.dumps(random_state(self.run_.platform))
+
+        def write(folder: Path) -> None:
+            (folder / f"random-{rank:05d}.json").write_text(numbers, encoding="utf-8")
+            if writer:
+                (folder / RUN_FILE).write_text(state, encoding="utf-8")
+                if history is not None:
+                    save_history_state(history, folder / HISTORY_FILE)
+
+        return write
 
     def step(self, step: int) -> dict[str, float]:
         """One step (numbered from 1). Returns its metrics: the same on every rank, but for seconds and GPU readings."""
-        config = self.run_.config
-        started = time.perf_counter()
-        rollout = self.phase.run(
-            lambda: [self.prompts.prompts[i] for i in self.sampler.next(config.rollout.prompts_per_step)],
-            step,
-            prompts_wanted=config.rollout.prompts_per_step,
-            max_rounds=config.rollout.max_sampling_rounds,
-            progress=self.sinks.progress,
-        )
-        responses = rollout.responses
-        minibatches = [
-            self._plan(responses, indices)
-            for indices in split_minibatches(responses, config.training.minibatch_prompts)
-        ]
+        config, span = self.run_.config, self.timeline.span
+        self.watchdog.enter("rollout", step)
+        with span("step"):
+            rollout = self.phase.run(
+                lambda: [self.prompts.prompts[i] for i in self.sampler.next(config.rollout.prompts_per_step)],
+                step,
+                prompts_wanted=config.rollout.prompts_per_step,
+                max_rounds=config.rollout.max_sampling_rounds,
+                progress=self._progress,
+            )
+            with span("packing"):
+                minibatches = [
+                    self._plan(rollout.responses, indices)
+                    for indices in split_minibatches(rollout.responses, config.training.minibatch_prompts)
+                ]
+            with span("old_logprobs"):
+                self._fill_old_logprobs(minibatches)
+            updates = []
+            for micro_batches in minibatches:
+                updates.append(self.policy.update(micro_batches, self.run_.objective, self._lr(step)))
+                self.updates_done += 1
+            with span("publish"):
+                self.engine.load_weights(self.gatherer.tensors(), version=step)
+            metrics = self._rollout_metrics(rollout) | update_metrics(updates) | self.gpu.read()
+        seconds = seconds_metrics(self.timeline.take())
+        self.bad_steps.note(step, rollout.responses, updates)
+        return metrics | seconds | {"tokens_per_second": rollout.totals["tokens"] / seconds["seconds"]}
 
-        clock = time.perf_counter()
-        self._fill_old_logprobs(minibatches)
-        seconds_old = time.perf_counter() - clock
-
-        clock = time.perf_counter()
-        updates = []
-        for micro_batches in minibatches:
-            updates.append(self.policy.update(micro_batches, self.run_.objective, self._lr(step)))
-            self.updates_done += 1
-        seconds_update = time.perf_counter() - clock
-
-        clock = time.perf_counter()
-        self.engine.load_weights(self.gatherer.tensors(), version=step)
-        seconds_publish = time.perf_counter() - clock
-
-        seconds = time.perf_counter() - started
-        return (
-            self._rollout_metrics(rollout)
-            | update_metrics(updates)
-            | {
-                "seconds": seconds,
-                "seconds_rollout": rollout.seconds["rollout"],
-                "seconds_reward": rollout.seconds["reward"],
-                "seconds_advantage": rollout.seconds["advantage"],
-                "seconds_old_logprobs": seconds_old,
-                "seconds_update": seconds_update,
-                "seconds_publish": seconds_publish,
-                "tokens_per_second": rollout.totals["tokens"] / seconds,
-            }
-            | self.gpu.read()
-        )
+    def _progress(self, finished: int, total: int) -> None:
+        self.watchdog.progress()
+        self.sinks.progress(finished, total)
 
     def _plan(self, responses: list[Response], indices: list[int]):
         position = self.policy.position
@@ -302,6 +283,7 @@ class Trainer:
         if self.held_out is None:
             return
         config = self.run_.config
+        self.watchdog.enter("evaluate", step)
         result = evaluate(
             self.engine,
             self.tokenizer,
@@ -314,15 +296,17 @@ class Trainer:
             correct_at=config.reward.correct_at,
             seed=config.training.seed,
             device=self.run_.platform.device,
+            progress=self.watchdog.progress,
         )
         self.evaluations[step] = result
         self.sinks.evaluation(step, result)
 
     def _save(self, name: str) -> None:
         """The current weights as a Hugging Face folder ``output/name``; collective."""
+        self.watchdog.enter("save", timeout_seconds=self.run_.config.checkpoint.timeout_seconds)
         tensors = self.gatherer.tensors()
         if dist.get_rank() == 0:
-            write_hf_folder(self.folder / name, tensors, self.run_.config.model.path)
+            write_hf_folder(self.folder / name, tensors, self.run_.hf_folder)
         for _ in tensors:
             pass
         dist.barrier()
@@ -331,7 +315,7 @@ class Trainer:
         config, steps = self.run_.config, self.history_of_metrics
 
         def mean(name: str) -> float | None:
-            values = [metrics[name] for metrics in steps if name in metrics]
+            values = [metrics[name] for metrics in steps if metrics.get(name) is not None]
             return sum(values) / len(values) if values else None
 
         summary = {
@@ -370,22 +354,10 @@ class Trainer:
 
     def close(self, groups: bool = True) -> None:
         """Ends reward processes, sinks and, with ``groups``, the process groups."""
+        self.watchdog.close()
         self.phase.rewarder.close()
         self.engine.close()
         self.sinks.close()
         self.gpu.close()
         if groups:
             platforms.stop()
-
-
-def _writable(folder: Path) -> Path:
-    """``folder``, made if need be. Raises ConfigError where it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"output={folder} cannot be made ({error.strerror}): name a folder that can be written"
-        ) from None
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"output={folder} is not writable: name a folder that can be written")
-    return folder

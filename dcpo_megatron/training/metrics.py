@@ -25,6 +25,19 @@ _TOKENS = "response tokens trained on in the step (each once)"
 _GENERATED = "responses generated in the step, also those that dynamic sampling threw away"
 _UPDATES = "updates of the step"
 
+# The spans of a step, in order.
+STEP_PARTS = (
+    "rollout",
+    "reward",
+    "rollout_wait",
+    "advantage",
+    "packing",
+    "old_logprobs",
+    "forward_backward",
+    "optimizer",
+    "publish",
+)
+
 METRICS: dict[str, Metric] = {
     "reward": Metric("reward before shaping, summed", _GENERATED),
     "accuracy": Metric("correct responses", _GENERATED),
@@ -70,11 +83,17 @@ METRICS: dict[str, Metric] = {
     "tokens_trained": Metric("response tokens trained on in the step"),
     "seconds": Metric("wall-clock seconds of the step"),
     "seconds_rollout": Metric("of which sampling"),
-    "seconds_reward": Metric("of which rewards"),
+    "seconds_rollout_wait": Metric("of which waiting until every rank has sampled and judged"),
+    "seconds_reward": Metric("of which texts and rewards"),
     "seconds_advantage": Metric("of which advantages and the exchange of responses"),
+    "seconds_packing": Metric("of which the plan of micro-batches and their tensors"),
     "seconds_old_logprobs": Metric("of which old and reference log-probs"),
-    "seconds_update": Metric("of which forward, backward and optimizer"),
+    "seconds_forward_backward": Metric(
+        "of which forward and backward passes of the updates, reduction of gradients included"
+    ),
+    "seconds_optimizer": Metric("of which clipping and the optimizer's step"),
     "seconds_publish": Metric("of which new weights to the rollout engine"),
+    "seconds_rest": Metric("of which everything else"),
     "tokens_per_second": Metric("response tokens generated", "wall-clock seconds of the step"),
     "gpu_utilization": Metric("share of time a kernel ran on rank 0's GPU, as NVML reports it (GPU only)"),
     "gpu_memory_bytes": Metric("memory in use on rank 0's GPU, as NVML reports it (GPU only)"),
@@ -123,9 +142,34 @@ def update_metrics(updates: Sequence[UpdateResult]) -> dict[str, float]:
     return metrics
 
 
+def seconds_metrics(seconds: dict[str, float]) -> dict[str, float]:
+    """``seconds`` of one step by span, nested spans taken out, as metrics: they add up to ``"seconds"``. The outermost span, ``"step"``, gives the rest."""
+    parts = dict.fromkeys(STEP_PARTS, 0.0) | seconds
+    rest = parts.pop("step")
+    return (
+        {"seconds": math.fsum(seconds.values())}
+        | {f"seconds_{name}": own for name, own in parts.items()}
+        | {"seconds_rest": rest}
+    )
+
+
 def check_declared(metrics: dict[str, float]) -> dict[str, float]:
     """Returns ``metrics``. Raises KeyError for a name that ``METRICS`` does not declare."""
     for name in metrics:
         if name not in METRICS:
             raise KeyError(f"metric {name!r} has no declared denominator: add it to METRICS")
     return metrics
+
+
+def read_rows(file: Path) -> list[dict]:
+    """The whole rows of a ``metrics.jsonl``, without one that a killed run left half-written or a living one is writing; none where there is no file."""
+    rows = []
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    return rows

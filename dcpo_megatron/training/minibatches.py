@@ -7,7 +7,9 @@ Every rank computes the whole plan from the same responses and keeps its data-pa
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from itertools import chain
 
+import numpy as np
 import torch
 
 from dcpo_megatron.data import Response
@@ -53,6 +55,10 @@ def plan_minibatch(
     trained = [(i, r, w) for i, r, w in zip(indices, members, weights, strict=True) if r.token_ids]
     lengths = [len(r.prompt_token_ids) + len(r.token_ids) for _, r, _ in trained]
     plan = plan_micro_batches(lengths, data_size, packing, multiple_of)[data_rank]
+    mine = [k for micro_batch in plan for k in micro_batch]
+    values = chain.from_iterable(trained[k][1].rollout_logprobs for k in mine)
+    logprobs = torch.from_numpy(np.fromiter(values, dtype=np.float32))
+    logprobs_of = dict(zip(mine, logprobs.split([len(trained[k][1].token_ids) for k in mine]), strict=True))
     return [
         [
             Sequence(
@@ -61,7 +67,7 @@ def plan_minibatch(
                 response_ids=trained[k][1].token_ids,
                 advantage=trained[k][1].advantage,
                 weight=trained[k][2],
-                rollout_logprobs=torch.tensor(trained[k][1].rollout_logprobs),
+                rollout_logprobs=logprobs_of[k],
             )
             for k in micro_batch
         ]

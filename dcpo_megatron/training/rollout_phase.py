@@ -7,7 +7,7 @@ sampled; advantages come from one all-reduce of statistics; then every rank gets
 from __future__ import annotations
 
 import hashlib
-import time
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +20,7 @@ from dcpo_megatron.mcore.collectives import all_gather_bytes
 from dcpo_megatron.objectives import Objective, soft_overlong_penalty
 from dcpo_megatron.rewards import Rewarder
 from dcpo_megatron.rollout import GenerateRequest, RolloutEngine, SamplingParams
+from dcpo_megatron.training.timeline import Timeline
 
 
 @dataclass
@@ -29,12 +30,12 @@ class RolloutResult:
     responses: list[Response]
     totals: dict[str, float]
     rounds: int
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class RolloutPhase:
-    """Samples and judges. ``group`` is the group of all ranks that sample; ``device`` carries its messages."""
+    """Samples and judges. ``group`` is the group of all ranks that sample; ``device`` carries its messages; ``timeline`` gets the spans rollout, reward,
+    rollout_wait and advantage."""
 
     engine: RolloutEngine
     tokenizer: object
@@ -47,6 +48,7 @@ class RolloutPhase:
     seed: int
     device: torch.device
     group: dist.ProcessGroup | None = None
+    timeline: Timeline = field(default_factory=Timeline)
 
     def run(
         self,
@@ -61,44 +63,40 @@ class RolloutPhase:
 
         With dynamic sampling it goes on, up to ``max_rounds`` times, until ``prompts_wanted`` prompts are kept; the surplus of the last round is left out.
         """
-        seconds = dict.fromkeys(("rollout", "reward", "advantage"), 0.0)
         kept: list[Response] = []
         order: list[str] = []
         totals: dict[str, float] = {}
         rounds = 0
         while rounds < max_rounds:
             prompts = next_prompts()
-            mine = self._sample(prompts, step, rounds, seconds, progress)
+            mine = self._sample(prompts, step, rounds, progress)
             rounds += 1
-            started = time.perf_counter()
             for name, value in self._totals(mine).items():
                 totals[name] = totals.get(name, 0.0) + value
             if not self.objective.dynamic_sampling:
                 kept, order = mine, [prompt.id for prompt in prompts]
-                seconds["advantage"] += time.perf_counter() - started
                 break
-            ids = [response.prompt_id for response in mine]
-            mask = keep_mixed_groups(
-                ids, torch.tensor([bool(r.correct) for r in mine], dtype=torch.bool), self._exchange_group()
-            )
-            kept_here = [response for response, keep in zip(mine, mask.tolist(), strict=True) if keep]
-            kept_ids = self._union(response.prompt_id for response in kept_here)
-            # A prompt that comes round again within the step stays the one visit that it was.
-            new = [prompt.id for prompt in prompts if prompt.id in kept_ids and prompt.id not in order]
-            new = new[: prompts_wanted - len(order)]
-            order += new
-            kept += [response for response in kept_here if response.prompt_id in new]
-            seconds["advantage"] += time.perf_counter() - started
+            with self.timeline.span("advantage"):
+                ids = [response.prompt_id for response in mine]
+                mask = keep_mixed_groups(
+                    ids, torch.tensor([bool(r.correct) for r in mine], dtype=torch.bool), self._exchange_group()
+                )
+                kept_here = [response for response, keep in zip(mine, mask.tolist(), strict=True) if keep]
+                kept_ids = self._union(response.prompt_id for response in kept_here)
+                # A prompt that comes round again within the step stays the one visit that it was.
+                new = [prompt.id for prompt in prompts if prompt.id in kept_ids and prompt.id not in order]
+                new = new[: prompts_wanted - len(order)]
+                order += new
+                kept += [response for response in kept_here if response.prompt_id in new]
             if len(order) >= prompts_wanted:
                 break
 
-        started = time.perf_counter()
-        self._fill_advantages(kept)
-        everyone = self._gather(kept)
-        place = {prompt_id: number for number, prompt_id in enumerate(order)}
-        everyone.sort(key=lambda response: (place[response.prompt_id], response.sample_index))
-        seconds["advantage"] += time.perf_counter() - started
-        return RolloutResult(everyone, totals, rounds, seconds)
+        with self.timeline.span("advantage"):
+            self._fill_advantages(kept)
+            everyone = self._gather(kept)
+            place = {prompt_id: number for number, prompt_id in enumerate(order)}
+            everyone.sort(key=lambda response: (place[response.prompt_id], response.sample_index))
+        return RolloutResult(everyone, totals, rounds)
 
     def _world(self) -> tuple[int, int]:
         return dist.get_rank(self.group), dist.get_world_size(self.group)
@@ -106,7 +104,7 @@ class RolloutPhase:
     def _exchange_group(self):
         return self.group if self.group is not None else dist.group.WORLD
 
-    def _sample(self, prompts, step, round_number, seconds, progress) -> list[Response]:
+    def _sample(self, prompts, step, round_number, progress) -> list[Response]:
         rank, world = self._world()
         jobs = [(prompt, sample) for prompt in prompts for sample in range(self.group_size)]
         jobs = share(jobs, rank, world)
@@ -114,9 +112,12 @@ class RolloutPhase:
             GenerateRequest(prompt.token_ids, stream_seed(self.seed, step, round_number, prompt.id, sample))
             for prompt, sample in jobs
         ]
-        started = time.perf_counter()
-        generations = self.engine.generate(requests, self.sampling, progress)
-        seconds["rollout"] += time.perf_counter() - started
+        with self.timeline.span("rollout"):
+            generations = self.engine.generate(requests, self.sampling, progress)
+        with self.timeline.span("reward"):
+            return self._judge(jobs, generations)
+
+    def _judge(self, jobs, generations) -> list[Response]:
         responses = [
             Response(
                 prompt_id=prompt.id,
@@ -132,7 +133,6 @@ class RolloutPhase:
             )
             for (prompt, sample), generation in zip(jobs, generations, strict=True)
         ]
-        started = time.perf_counter()
         rewards = self.rewarder.score([r.text for r in responses], [r.ground_truth for r in responses])
         for response, reward in zip(responses, rewards, strict=True):
             response.raw_reward = reward
@@ -143,30 +143,25 @@ class RolloutPhase:
             penalties = soft_overlong_penalty(lengths, self.sampling.max_new_tokens, self.objective.overlong_buffer)
             for response, penalty in zip(responses, penalties.tolist(), strict=True):
                 response.reward = response.raw_reward + penalty
-        seconds["reward"] += time.perf_counter() - started
         return responses
 
     def _totals(self, mine: list[Response]) -> dict[str, float]:
         failures = sum(self.rewarder.failures.values())
         self.rewarder.failures.clear()
         names = ("reward", "correct", "tokens", "truncated", "reward_failures", "generated")
-        values = torch.zeros(len(names), dtype=torch.float64)
-        for response in mine:
-            values += torch.tensor(
-                [
-                    response.raw_reward,
-                    response.correct,
-                    len(response.token_ids),
-                    response.finish_reason == "length",
-                    0,
-                    1,
-                ],
-                dtype=torch.float64,
-            )
-        values[4] = failures
-        values = values.to(self.device)
-        dist.all_reduce(values, group=self.group)
-        return dict(zip(names, values.tolist(), strict=True))
+        columns = (
+            (response.raw_reward for response in mine),
+            (response.correct for response in mine),
+            (len(response.token_ids) for response in mine),
+            (response.finish_reason == "length" for response in mine),
+        )
+        sums = [*(math.fsum(column) for column in columns), failures, len(mine)]
+        values = torch.tensor(sums, dtype=torch.float64, device=self.device)
+        # The first meeting after sampling: who is done early waits here for the slowest rank.
+        with self.timeline.span("rollout_wait"):
+            dist.all_reduce(values, group=self.group)
+            found = values.tolist()
+        return dict(zip(names, found, strict=True))
 
     def _fill_advantages(self, kept: list[Response]) -> None:
         ids = [response.prompt_id for response in kept]
@@ -182,7 +177,10 @@ class RolloutPhase:
 
     def _gather(self, responses: list[Response]) -> list[Response]:
         payloads = all_gather_bytes(encode_responses(responses), self._exchange_group(), self.device)
-        return [response for payload in payloads for response in decode_responses(payload)]
+        # What this rank sent it has already.
+        rank, _ = self._world()
+        parts = (responses if place == rank else decode_responses(payload) for place, payload in enumerate(payloads))
+        return [response for part in parts for response in part]
 
     def _union(self, ids) -> set[str]:
         payloads = all_gather_bytes(

@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import time
 from pathlib import Path
 
 from rich.markup import escape
 
 from dcpo_megatron.training.config import Config
-from dcpo_megatron.training.metrics import check_declared
+from dcpo_megatron.training.endpoint import MetricsEndpoint
+from dcpo_megatron.training.metrics import check_declared, read_rows
 
 
 class Sinks:
-    """Writes one step's metrics everywhere they were asked for. ``metrics.jsonl`` is always written."""
+    """Writes one step's metrics everywhere they were asked for. ``metrics.jsonl`` is always written.
 
-    def __init__(self, config: Config, folder: Path, is_writer: bool, total_steps: int):
+    ``resumed_at``: rows of later steps, which a killed run wrote after its last checkpoint, are dropped; ``kept`` has those that stay. None: a new run.
+    Where the disk is full, rows wait in memory and are written when there is room.
+    """
+
+    def __init__(self, config: Config, folder: Path, is_writer: bool, total_steps: int, resumed_at: int | None = None):
         self.is_writer = is_writer
+        self._from = resumed_at or 0
+        rows = [] if resumed_at is None else read_rows(folder / "metrics.jsonl")
+        self.kept = [row for row in rows if row["step"] <= resumed_at]
         self._total = total_steps
-        self._console = self._board = self._wandb = None
+        self._console = self._board = self._wandb = self._endpoint = None
         if not is_writer:
             return
-        self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        self._waiting: list[str] = []
+        work = folder / "metrics.jsonl.part"
+        work.write_text("".join(json.dumps(row) + "\n" for row in self.kept), encoding="utf-8")
+        work.rename(folder / "metrics.jsonl")
+        self._file = (folder / "metrics.jsonl").open("ab", buffering=0)
         if config.logging.console:
             from rich.console import Console
 
@@ -30,14 +43,29 @@ class Sinks:
         if config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=self._from + 1 if self._from else None)
         if config.logging.wandb:
             import wandb
 
             self._wandb = wandb.init(
-                project=config.logging.wandb_project, dir=str(folder), config=config.model_dump(mode="json")
+                project=config.logging.wandb_project,
+                dir=str(folder),
+                config=config.model_dump(mode="json"),
+                id=_run_id(folder, new=resumed_at is None),
+                resume="allow",
             )
         self._started: float | None = None
+        port = config.logging.prometheus_port
+        if port is not None:
+            try:
+                self._endpoint = MetricsEndpoint(port)
+            except OSError as error:
+                # Metrics have other ways out: no reason to lose the run.
+                self.announce(
+                    f"logging.prometheus_port={port} cannot be had ({error.strerror}): training goes on without the endpoint"
+                )
+            else:
+                self._endpoint.update({"step": self._from, "steps_wanted": total_steps})
 
     def say(self, text: str) -> None:
         """A line for people, on the writer's console."""
@@ -65,8 +93,9 @@ class Sinks:
             self._started = time.perf_counter() - metrics["seconds"]
         # JSON has no NaN: a value that is not finite is written as null.
         clean = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **clean}) + "\n")
-        self._file.flush()
+        self._row({"step": step, **clean})
+        if self._endpoint is not None:
+            self._endpoint.update({"step": step, "updated_unix_seconds": time.time(), **metrics})
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
@@ -79,8 +108,9 @@ class Sinks:
         """Logs an evaluation after ``step`` steps."""
         if not self.is_writer:
             return
-        self._file.write(json.dumps({"step": step, **{f"eval_{name}": value for name, value in result.items()}}) + "\n")
-        self._file.flush()
+        self._row({"step": step, **{f"eval_{name}": value for name, value in result.items()}})
+        if self._endpoint is not None:
+            self._endpoint.update({"step": step, **result}, "eval_")
         if self._board is not None:
             for name, value in result.items():
                 self._board.add_scalar(f"eval/{name}", value, step)
@@ -91,12 +121,31 @@ class Sinks:
             f"mean length {result['response_length']:.1f}"
         )
 
+    def _row(self, row: dict) -> None:
+        self._waiting.append(json.dumps(row) + "\n")
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        end = self._file.seek(0, 2)
+        data = "".join(self._waiting).encode()
+        try:
+            written = 0
+            while written < len(data):
+                written += self._file.write(data[written:])
+        except OSError as error:
+            if len(self._waiting) == 1:
+                self.announce(f"metrics.jsonl cannot be written ({error.strerror}): its rows wait in memory")
+            # No half of a row stays; cutting a file shorter needs no room.
+            self._file.truncate(end)
+            return
+        self._waiting.clear()
+
     def _line(self, step: int, m: dict[str, float]) -> str:
         def show(name: str, form: str) -> str:
             return format(m[name], form) if name in m else "-"
 
         done = step / self._total if self._total else 1.0
-        left = (time.perf_counter() - self._started) * (1 / done - 1) if step else 0.0
+        left = (time.perf_counter() - self._started) / (step - self._from) * (self._total - step)
         bar = "━" * round(10 * done) + "╌" * (10 - round(10 * done))
         return (
             f"[cyan]{bar}[/cyan] step [bold]{step:>4}/{self._total}[/bold]  reward {show('reward', '+.3f')}  acc {show('accuracy', '.3f')}  "
@@ -106,10 +155,24 @@ class Sinks:
 
     def close(self) -> None:
         """Flushes and closes; safe to call twice."""
-        if not self.is_writer:
+        if not self.is_writer or self._file.closed:
             return
+        if self._waiting:
+            self._write_waiting()
+        if self._waiting:
+            self.announce(f"{len(self._waiting)} rows of metrics.jsonl are lost: they could not be written to the end")
         self._file.close()
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+        if self._endpoint is not None:
+            self._endpoint.close()
+
+
+def _run_id(folder: Path, new: bool) -> str:
+    """The identity under which W&B knows the run, kept in its folder."""
+    file = folder / "wandb-id"
+    if new or not file.is_file():
+        file.write_text(secrets.token_hex(8))
+    return file.read_text().strip()

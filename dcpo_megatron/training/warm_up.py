@@ -31,7 +31,7 @@ def make_tokenizer():
 
 
 def make_model(
-    vocab: int, *, seed: int, layers: int = 2, hidden: int = 128, heads: int = 4, kv_heads: int = 2, positions: int = 64
+    vocab: int, *, seed: int, layers: int = 2, hidden: int = 320, heads: int = 4, kv_heads: int = 2, positions: int = 64
 ):
     """A Qwen2 model with random weights, fp32."""
     from transformers import Qwen2Config, Qwen2ForCausalLM

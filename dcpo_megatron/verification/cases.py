@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dcpo_megatron.mcore.families import FAMILIES
 from dcpo_megatron.objectives import Objective, get_preset
 
 TEMPERATURE = 0.8
@@ -46,7 +47,7 @@ class Layout:
 
 
 def _layout(name: str, packed: bool = True, model: str = "dense", micro_batches: int = 2) -> Layout:
-    """Reads names such as ``tp2-sp-pp2-vpp2-cp2-dp2-ep2-etp1``."""
+    """Reads names such as ``tp2-sp-pp2-vpp2-cp2-dp2-ep2-etp1``; ``first1`` and ``last1`` are the layers of the first and the last stage."""
     sizes = {"tp": 1, "pp": 1, "cp": 1, "dp": 1}
     parallel: dict = {}
     for word in name.split("-"):
@@ -63,8 +64,10 @@ def _layout(name: str, packed: bool = True, model: str = "dense", micro_batches:
             "vpp": "virtual_pipeline",
             "ep": "expert",
             "etp": "expert_tensor",
+            "first": "first_stage_layers",
+            "last": "last_stage_layers",
         }
-        if (key in full and size > 1) or key == "etp":
+        if (key in full and size > 1) or key in ("etp", "first", "last"):
             parallel[full[key]] = size
     world = sizes["tp"] * sizes["pp"] * sizes["cp"] * sizes["dp"]
     label = (
@@ -75,6 +78,14 @@ def _layout(name: str, packed: bool = True, model: str = "dense", micro_batches:
     )
     return Layout(label, world, parallel, packed, model, micro_batches)
 
+
+# Short names of models: the family, and what is changed in its small configuration.
+KINDS: dict[str, tuple[str, dict]] = {
+    "dense": ("qwen2", {}),
+    "tied": ("qwen2", {"tie_word_embeddings": True}),
+    "deep": ("qwen2", {"num_hidden_layers": 6}),
+    "moe": ("qwen3_moe", {}),
+}
 
 LAYOUTS: list[Layout] = [
     _layout("dp1"),
@@ -91,6 +102,10 @@ LAYOUTS: list[Layout] = [
     _layout("pp2", packed=False, micro_batches=4),
     _layout("pp2-vpp2"),
     _layout("pp2-vpp2", packed=False, micro_batches=4),
+    _layout("pp2-first1"),
+    _layout("pp2-last1-dp2", packed=False, micro_batches=4),
+    _layout("pp2-vpp2-first2", model="deep"),
+    _layout("pp4-first1-last1", model="deep"),
     _layout("cp2"),
     _layout("cp2", packed=False),
     _layout("tp2-dp2"),
@@ -133,12 +148,17 @@ LAYOUTS: list[Layout] = [
     _layout("cp2-dp2-ep2", model="moe"),
     _layout("tp2-sp-pp2-dp2-ep2-etp1", model="moe"),
 ]
+# A family that no layout above runs is run by one that cuts every kind of parameter.
+_RUN = {KINDS.get(layout.model, (layout.model,))[0] for layout in LAYOUTS}
+LAYOUTS += [_layout("tp2-sp-pp2", model=model_type) for model_type in FAMILIES if model_type not in _RUN]
 
 FAST = (
     "dp2",
     "dp1/padded",
     "tp2-sp",
     "pp2-vpp2",
+    "pp2-first1",
+    "pp2-vpp2-first2/deep",
     "cp2",
     "cp2/padded",
     "tp2-sp-cp2",
@@ -227,50 +247,25 @@ def attach_old_logprobs(items: list[Item], logprobs: list[torch.Tensor], seed: i
         )
 
 
-def make_model(kind: str, folder: str, seed: int = 0) -> None:
-    """Writes a small Hugging Face model: "dense" (Qwen2, untied), "tied" (Qwen2, tied), "qwen3", "llama", "moe" (Qwen3-MoE), weights large enough
-    that attention and router are far from uniform."""
-    import transformers
+def make_model(kind: str, folder: str, seed: int = 0, **changes) -> None:
+    """Writes a small Hugging Face model: a kind of ``KINDS`` or any family by its model_type, ``changes`` made to its configuration, and weights large enough
+    that attention and router are far from uniform.
 
+    Raises:
+        ValueError: an unknown kind, listing the known ones.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model_type, own = KINDS.get(kind, (kind, {}))
+    if model_type not in FAMILIES:
+        raise ValueError(f"unknown model {kind!r}: use {', '.join(KINDS)} or a family: {', '.join(FAMILIES)}")
     torch.manual_seed(seed)
-    common = dict(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=kind == "tied",
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=None,
-    )
-    if kind in ("dense", "tied"):
-        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**common))
-    elif kind == "qwen3":
-        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**common, head_dim=16))
-    elif kind == "llama":
-        rope = {
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        }
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**common, rope_parameters=rope))
-    elif kind == "moe":
-        config = transformers.Qwen3MoeConfig(
-            **common, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True
-        )
-        model = transformers.Qwen3MoeForCausalLM(config)
-    else:
-        raise ValueError(f"unknown model {kind!r}: use dense, tied, qwen3, llama or moe")
+    config = FAMILIES[model_type].tiny_config(**dict(vocab_size=VOCAB) | own | changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or "bias" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             else:
                 parameter.mul_(4.0)
-    model.float().save_pretrained(folder)
+    model.save_pretrained(folder)

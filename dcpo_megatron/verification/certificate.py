@@ -164,26 +164,16 @@ def _prepare(kind: str, folder: str, objectives: dict[str, Objective], seed: int
         for name, objective in objectives.items()
     }
     for result in references.values():
-        result.gradients = dict(checkpoint_form(result.gradients))
-    start = dict(checkpoint_form({name: parameter.detach().clone() for name, parameter in model.named_parameters()}))
+        result.gradients = _checkpoint_form(model, result.gradients)
+    start = _checkpoint_form(model, {name: parameter.detach().clone() for name, parameter in model.named_parameters()})
     return _Bundle(path, items, references, start)
 
 
-def checkpoint_form(tensors: dict[str, torch.Tensor]):
-    """transformers holds the experts of a layer in one tensor; checkpoints (and we) name each expert: yields the checkpoint's names."""
-    for name, tensor in tensors.items():
-        if name.endswith("mlp.experts.gate_up_proj"):
-            base = name.removesuffix("gate_up_proj")
-            for expert, matrix in enumerate(tensor):
-                gate, up = matrix.chunk(2, dim=0)
-                yield f"{base}{expert}.gate_proj.weight", gate
-                yield f"{base}{expert}.up_proj.weight", up
-        elif name.endswith("mlp.experts.down_proj"):
-            base = name.removesuffix("down_proj")
-            for expert, matrix in enumerate(tensor):
-                yield f"{base}{expert}.down_proj.weight", matrix
-        else:
-            yield name, tensor
+def _checkpoint_form(model, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Under a checkpoint's names, as transformers itself writes them: it holds the experts of a layer in one tensor, checkpoints name each expert."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, tensors)
 
 
 def _relative(measured: torch.Tensor, wanted: torch.Tensor, floor: float) -> float:

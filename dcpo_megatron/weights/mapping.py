@@ -1,101 +1,108 @@
-"""One table between Hugging Face names and Megatron-Core parameters, used by everything that moves weights.
+"""Weights between Hugging Face names and Megatron-Core parameters: the operations on the tables of :mod:`dcpo_megatron.mcore.families`.
 
-A :class:`Rule` says for one Megatron parameter which Hugging Face tensors it is made of and how:
+Everything that moves weights goes through here. For one Megatron parameter
 
-    plain     the same tensor                                                                   norms, router
-    column    rows split over tensor ranks (vocab: padded with zero rows first)                 embedding, output layer
-    row       columns split over tensor ranks                                                   attention output, feed-forward down
-    qkv       q, k, v interleaved by query group: [group: its q heads, its k head, its v head]  weight and bias
-    gated     gate and up stacked, each split over tensor ranks on its own                      feed-forward in
+    rule_for     its rule, with Hugging Face names filled in        hf_shapes, full_shape   the sizes of both sides
+    merge        Hugging Face tensors -> the full Megatron tensor   split                   back
+    shard        the full tensor -> one tensor-parallel part        unshard                 back
 
-``merge`` builds the full Megatron tensor from Hugging Face ones, ``split`` undoes it, ``shard`` and ``unshard`` cut and join tensor-parallel parts. All are
-pure and exact (no arithmetic), so a round trip is bit for bit.
+Merge, split, shard and unshard are pure and exact (no arithmetic), so a round trip is bit for bit.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
+from dcpo_megatron.mcore.families import FAMILIES
+from dcpo_megatron.mcore.families.base import FUSED_NORMS, SIZES, Rule
 from dcpo_megatron.mcore.hf_config import ModelShape
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How one Megatron parameter relates to Hugging Face tensors. ``expert``: it belongs to an expert (expert-parallel groups)."""
-
-    kind: str
-    hf_names: tuple[str, ...]
-    expert: bool = False
-    vocab: bool = False
-
-
-# Megatron name (layer number left out, {e} an expert) -> rule with {i} the layer. Transformer Engine fuses each norm into the linear layer after it.
-_LAYER_RULES: dict[str, Rule] = {
-    "input_layernorm.weight": Rule("plain", ("input_layernorm.weight",)),
-    "self_attention.linear_qkv.layer_norm_weight": Rule("plain", ("input_layernorm.weight",)),
-    "self_attention.linear_qkv.weight": Rule(
-        "qkv", ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
-    ),
-    "self_attention.linear_qkv.bias": Rule(
-        "qkv", ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")
-    ),
-    "self_attention.q_layernorm.weight": Rule("plain", ("self_attn.q_norm.weight",)),
-    "self_attention.k_layernorm.weight": Rule("plain", ("self_attn.k_norm.weight",)),
-    "self_attention.linear_proj.weight": Rule("row", ("self_attn.o_proj.weight",)),
-    "pre_mlp_layernorm.weight": Rule("plain", ("post_attention_layernorm.weight",)),
-    "mlp.linear_fc1.layer_norm_weight": Rule("plain", ("post_attention_layernorm.weight",)),
-    "mlp.linear_fc1.weight": Rule("gated", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
-    "mlp.linear_fc2.weight": Rule("row", ("mlp.down_proj.weight",)),
-    "mlp.router.weight": Rule("plain", ("mlp.gate.weight",)),
-    "mlp.experts.local_experts.{e}.linear_fc1.weight": Rule(
-        "gated", ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"), expert=True
-    ),
-    "mlp.experts.local_experts.{e}.linear_fc2.weight": Rule("row", ("mlp.experts.{e}.down_proj.weight",), expert=True),
-}
-
-_OUTER_RULES: dict[str, Rule] = {
-    "embedding.word_embeddings.weight": Rule("column", ("model.embed_tokens.weight",), vocab=True),
-    "decoder.final_layernorm.weight": Rule("plain", ("model.norm.weight",)),
-    "output_layer.weight": Rule("column", ("lm_head.weight",), vocab=True),
-}
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
+_EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 class UnknownParameter(ValueError):
-    """A Megatron parameter without a rule: the model has a part that the mapping does not know."""
+    """A Megatron parameter without a rule: the model has a part that its family's table does not know."""
 
 
-def rule_for(name: str, layer_offset: int = 0, expert_offset: int = 0, tied: bool = False) -> Rule:
-    """The rule of a Megatron parameter, with Hugging Face names filled in.
+def rule_for(name: str, shape: ModelShape, layer_offset: int = 0, expert_offset: int = 0) -> Rule:
+    """The rule of a Megatron parameter, with Hugging Face names filled in. A tied output layer has the embedding's rule.
 
     Args:
         name: as ``GPTModel.named_parameters()`` gives it (layer and expert numbers local to this rank).
         layer_offset: global number of this chunk's first layer.
         expert_offset: global number of this rank's first expert.
-        tied: the output layer shares the embedding's weights (the Hugging Face checkpoint has no ``lm_head.weight``).
 
     Raises:
-        UnknownParameter: no rule knows the name.
+        UnknownParameter: the table of the shape's family does not know the name.
     """
-    if name in _OUTER_RULES:
-        rule = _OUTER_RULES[name]
-        return _OUTER_RULES["embedding.word_embeddings.weight"] if tied and name == "output_layer.weight" else rule
+    family = FAMILIES[shape.model_type]
+    if name in family.outer:
+        return family.outer[_EMBEDDING if shape.tied_embeddings and name == _OUTPUT else name]
     match = _LAYER.match(name)
     if match:
         layer, part = int(match[1]) + layer_offset, match[2]
-        expert = _EXPERT.search("." + part)
-        key = part if expert is None else re.sub(r"local_experts\.\d+\.", "local_experts.{e}.", part)
-        rule = _LAYER_RULES.get(key)
+        expert = _EXPERT.search(part)
+        key = part if expert is None else part[: expert.start(1)] + "{e}" + part[expert.end(1) :]
+        rule = family.layer.get(FUSED_NORMS.get(key, key))
         if rule is not None:
+            prefix = family.layer_prefix.replace("{i}", str(layer))
             number = "" if expert is None else str(int(expert[1]) + expert_offset)
-            names = tuple(f"model.layers.{layer}." + hf.replace("{e}", number) for hf in rule.hf_names)
-            return Rule(rule.kind, names, rule.expert, rule.vocab)
-    raise UnknownParameter(f"Megatron parameter {name!r} has no Hugging Face counterpart in the mapping")
+            return replace(rule, hf_names=tuple(prefix + hf.replace("{e}", number) for hf in rule.hf_names))
+    raise UnknownParameter(
+        f"Megatron parameter {name!r} has no Hugging Face counterpart in the table of {shape.model_type}"
+    )
+
+
+def parameter_names(shape: ModelShape) -> list[str]:
+    """Every Megatron parameter of the whole model, with global layer and expert numbers, under the local layer spec's names.
+
+    In the order embedding, layers, final norm, output layer (left out when tied).
+    """
+    family = FAMILIES[shape.model_type]
+    names = [_EMBEDDING]
+    for layer in range(shape.layers):
+        prefix = f"decoder.layers.{layer}."
+        names += [prefix + part for part, rule in family.layer.items() if not rule.expert]
+        names += [
+            prefix + part.replace("{e}", str(expert))
+            for expert in range(shape.experts)
+            for part, rule in family.layer.items()
+            if rule.expert
+        ]
+    outer = [name for name in family.outer if name not in (_EMBEDDING, _OUTPUT)]
+    return names + outer + ([] if shape.tied_embeddings else [_OUTPUT])
+
+
+def hf_names(shape: ModelShape) -> list[str]:
+    """Every tensor name that a Hugging Face checkpoint of ``shape`` has, in the order of :func:`parameter_names`."""
+    return [hf for name in parameter_names(shape) for hf in rule_for(name, shape).hf_names]
+
+
+def hf_shapes(rule: Rule, shape: ModelShape) -> list[tuple[int, ...]]:
+    """Sizes of the rule's Hugging Face tensors, in the rule's order."""
+    return [tuple(SIZES[word](shape) for word in sizes) for sizes in rule.sizes]
+
+
+def full_shape(rule: Rule, name: str, shape: ModelShape, padded_rows: int) -> tuple[int, ...]:
+    """Sizes of the full Megatron tensor (not cut for tensor ranks) of parameter ``name``.
+
+    ``padded_rows``: rows of the vocabulary as Megatron-Core holds it (:func:`~dcpo_megatron.mcore.layout.padded_vocab`).
+
+    Raises:
+        ValueError: fewer rows than the vocabulary has.
+    """
+    parts = hf_shapes(rule, shape)
+    rows = sum(part[0] for part in parts)
+    if rule.vocab:
+        if padded_rows < rows:
+            raise ValueError(f"{name} would have {padded_rows} rows for a vocabulary of {rows}: pad up, not down")
+        rows = padded_rows
+    return (rows, *parts[0][1:])
 
 
 def merge(rule: Rule, tensors: list[torch.Tensor], shape: ModelShape, padded_rows: int | None = None) -> torch.Tensor:

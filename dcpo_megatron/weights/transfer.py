@@ -1,6 +1,6 @@
-"""Weights between a Hugging Face folder or engine and the sharded Megatron model of a running job.
+"""Weights between a checkpoint of either kind, or an engine, and the sharded Megatron model of a running job.
 
-:func:`load_hf_weights` fills this rank's chunks, each rank reading its own tensors. :class:`WeightGatherer` goes the other way: every rank walks the same global
+:func:`load_weights` fills this rank's chunks, each rank reading its own tensors. :class:`WeightGatherer` goes the other way: every rank walks the same global
 list of parameters, one at a time,
 
     tensor-parallel all-gather -> expert-parallel all-gather -> broadcast from its pipeline stage -> split into Hugging Face tensors
@@ -20,8 +20,12 @@ import torch.distributed as dist
 from dcpo_megatron.mcore.collectives import all_gather_bytes
 from dcpo_megatron.mcore.layout import RankPosition
 from dcpo_megatron.mcore.step import PolicyModel
-from dcpo_megatron.weights.hf_folder import CheckpointError, SafetensorsFolder
-from dcpo_megatron.weights.mapping import Rule, merge, rule_for, shard, split, unshard
+from dcpo_megatron.weights.conversion import padded_rows
+from dcpo_megatron.weights.fit import check_folder
+from dcpo_megatron.weights.hf_folder import SafetensorsFolder
+from dcpo_megatron.weights.mapping import Rule, full_shape, merge, rule_for, shard, split, unshard
+from dcpo_megatron.weights.megatron_names import MegatronTensors, global_name
+from dcpo_megatron.weights.torch_dist import TorchDistFolder, find_checkpoint
 
 
 def local_rules(model: PolicyModel) -> list[tuple[str, torch.nn.Parameter, Rule]]:
@@ -31,9 +35,18 @@ def local_rules(model: PolicyModel) -> list[tuple[str, torch.nn.Parameter, Rule]
     for number, chunk in enumerate(model.modules):
         offset = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
         for name, parameter in chunk.named_parameters():
-            found.append(
-                (f"chunk{number}.{name}", parameter, rule_for(name, offset, expert_offset, model.shape.tied_embeddings))
-            )
+            found.append((f"chunk{number}.{name}", parameter, rule_for(name, model.shape, offset, expert_offset)))
+    return found
+
+
+def global_names(model: PolicyModel) -> dict[str, str]:
+    """``{name as local_rules gives it: name with global layer and expert numbers, as the local layer spec has it}``."""
+    found = {}
+    expert_offset = model.position.expert_rank * (model.shape.experts // model.position.expert_size)
+    for number, chunk in enumerate(model.modules):
+        offset = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
+        for name, _ in chunk.named_parameters():
+            found[f"chunk{number}.{name}"] = global_name(name, model.shape, offset, expert_offset)
     return found
 
 
@@ -43,70 +56,66 @@ def _tensor_rank(position: RankPosition, rule: Rule) -> tuple[int, int, dist.Pro
     return position.tensor_rank, position.tensor_size, position.tensor_group
 
 
+def load_weights(model: PolicyModel, path) -> None:
+    """Fills the model's parameters from a Hugging Face folder or a Megatron checkpoint of any layout, before :meth:`PolicyModel.make_trainable`.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or is of another model than ``model.shape``.
+    """
+    if find_checkpoint(path) is not None:
+        load_megatron_weights(model, path)
+    else:
+        load_hf_weights(model, path)
+
+
+@torch.no_grad()
+def load_megatron_weights(model: PolicyModel, path) -> None:
+    """Fills the model's parameters from a ``torch_dist`` checkpoint; each rank reads its own part of each tensor.
+
+    Raises:
+        CheckpointError: as :func:`load_weights`.
+    """
+    source = MegatronTensors(TorchDistFolder(path), model.shape)
+    names = global_names(model)
+    for local, parameter, rule in local_rules(model):
+        rank, size, _ = _tensor_rank(model.position, rule)
+        parameter.copy_(_read_part(source, names[local], rule, model, rank, size, parameter.shape[0]))
+
+
+def _read_part(source: MegatronTensors, name: str, rule: Rule, model: PolicyModel, rank: int, size: int, rows: int):
+    sizes = full_shape(rule, name, model.shape, model.shape.vocab)
+    if rule.kind in ("plain", "row"):
+        return shard(rule, source.read(name, sizes), rank, size)
+    if rule.kind == "gated":
+        half, part = sizes[0] // 2, rows // 2
+        starts = (rank * part, half + rank * part)
+        return torch.cat([source.read(name, sizes, (start, start + part)) for start in starts])
+    first, last = rank * rows, (rank + 1) * rows
+    if rule.vocab:
+        return padded_rows(lambda a, b: source.read(name, sizes, (a, b)), first, last, model.shape.vocab)
+    return source.read(name, sizes, (first, last))
+
+
 @torch.no_grad()
 def load_hf_weights(model: PolicyModel, folder) -> None:
     """Fills the model's parameters from a Hugging Face folder, before :meth:`PolicyModel.make_trainable`.
 
     Raises:
-        CheckpointError: a tensor that is missing, has another shape than config.json says, or belongs to no part of the model.
+        CheckpointError: as :func:`check_folder`, before any weight is read.
     """
     source = SafetensorsFolder(folder)
+    check_folder(source, model.shape)
     for name, parameter, rule in local_rules(model):
-        tensors = [source.read(hf) for hf in rule.hf_names]
-        if rule.vocab and tensors[0].shape[0] != model.shape.vocab:
-            raise CheckpointError(
-                f"{folder}: {rule.hf_names[0]} has {tensors[0].shape[0]} rows, config.json says vocab_size {model.shape.vocab}: "
-                "the weights do not fit config.json"
-            )
         rank, size, _ = _tensor_rank(model.position, rule)
         rows = parameter.shape[0] * size if rule.vocab else None
-        try:
-            part = shard(rule, merge(rule, tensors, model.shape, rows), rank, size)
-        except RuntimeError as error:
-            shapes = ", ".join(f"{hf} {tuple(t.shape)}" for hf, t in zip(rule.hf_names, tensors, strict=True))
-            raise CheckpointError(
-                f"{folder}: {shapes} do not fit config.json ({error}): is it a checkpoint of another size?"
-            ) from None
+        full = merge(rule, [source.read(hf) for hf in rule.hf_names], model.shape, rows)
+        part = shard(rule, full, rank, size)
         if part.shape != parameter.shape:
-            raise CheckpointError(
-                f"{folder}: {' + '.join(rule.hf_names)} gives {tuple(part.shape)} for {name}, which has {tuple(parameter.shape)}: "
-                "the weights do not fit config.json"
+            raise RuntimeError(
+                f"{name} has {tuple(parameter.shape)}, its rule gives {tuple(part.shape)}: the table of "
+                f"{model.shape.model_type} does not describe the model that was built"
             )
         parameter.copy_(part)
-    # Some tied checkpoints carry a copy of the output layer, some old ones the rotary frequencies.
-    known = expected_hf_names(model.shape) | {"lm_head.weight"}
-    extra = sorted(n for n in source.names() if n not in known and not n.endswith("rotary_emb.inv_freq"))
-    if extra:
-        raise CheckpointError(
-            f"{folder} has tensor {extra[0]!r} ({len(extra)} such), which its config.json has no place for"
-        )
-
-
-def expected_hf_names(shape) -> set[str]:
-    """Every tensor name that a Hugging Face checkpoint of ``shape`` has."""
-    names = {"model.embed_tokens.weight", "model.norm.weight"}
-    if not shape.tied_embeddings:
-        names.add("lm_head.weight")
-    parts = [
-        "input_layernorm.weight",
-        "self_attention.linear_qkv.weight",
-        "self_attention.linear_proj.weight",
-        "pre_mlp_layernorm.weight",
-    ]
-    if shape.qkv_bias:
-        parts.append("self_attention.linear_qkv.bias")
-    if shape.qk_norm:
-        parts += ["self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"]
-    if shape.experts:
-        parts.append("mlp.router.weight")
-        for expert in range(shape.experts):
-            parts += [f"mlp.experts.local_experts.{expert}.linear_fc{n}.weight" for n in (1, 2)]
-    else:
-        parts += ["mlp.linear_fc1.weight", "mlp.linear_fc2.weight"]
-    for layer in range(shape.layers):
-        for part in parts:
-            names.update(rule_for(f"decoder.layers.{layer}.{part}").hf_names)
-    return names
 
 
 @dataclass(frozen=True)
@@ -128,31 +137,27 @@ class WeightGatherer:
         self.plan = self._make_plan()
 
     def _make_plan(self) -> list[_Entry]:
+        shape, experts = self.model.shape, self.position.expert_size
         mine = []
-        for name, parameter, rule in local_rules(self.model):
-            rules = [rule]
-            if rule.expert:
-                # Expert-parallel peers hold the same local names for other experts: their Hugging Face names are worked out, not exchanged.
-                per_rank = self.model.shape.experts // self.position.expert_size
-                bare = name.split(".", 1)[1]
-                chunk = self.model.modules[int(name.split(".", 1)[0].removeprefix("chunk"))]
-                offset = chunk.decoder.layers[0].layer_number - 1
-                rules = [rule_for(bare, offset, rank * per_rank) for rank in range(self.position.expert_size)]
-            mine.append((name, list(parameter.shape), str(parameter.dtype).removeprefix("torch."), rules))
-        encoded = json.dumps(
-            [[n, s, d, [[r.kind, list(r.hf_names), r.expert, r.vocab] for r in rules]] for n, s, d, rules in mine]
-        ).encode()
+        for name, parameter, _ in local_rules(self.model):
+            layers = self.model.modules[int(name.split(".", 1)[0].removeprefix("chunk"))].decoder.layers
+            offset = layers[0].layer_number - 1 if len(layers) else 0
+            mine.append([name, offset, list(parameter.shape), str(parameter.dtype).removeprefix("torch.")])
+        encoded = json.dumps(mine).encode()
         entries, seen = [], set()
         for stage, payload in enumerate(
             all_gather_bytes(encoded, self.position.pipeline_group, self.model.platform.device)
         ):
-            for name, shape, dtype, rules in json.loads(payload):
-                parsed = tuple(Rule(k, tuple(h), e, v) for k, h, e, v in rules)
+            for name, offset, size, dtype in json.loads(payload):
+                bare = name.split(".", 1)[1]
+                # Expert-parallel peers hold the same local names for other experts: their rules are worked out, not exchanged.
+                ranks = experts if rule_for(bare, shape, offset).expert else 1
+                rules = tuple(rule_for(bare, shape, offset, rank * (shape.experts // experts)) for rank in range(ranks))
                 # With tied embeddings the first and the last stage both hold the embedding: it is sent once.
-                if parsed[0].hf_names in seen:
+                if rules[0].hf_names in seen:
                     continue
-                seen.add(parsed[0].hf_names)
-                entries.append(_Entry(stage, name, tuple(shape), getattr(torch, dtype), parsed))
+                seen.add(rules[0].hf_names)
+                entries.append(_Entry(stage, name, tuple(size), getattr(torch, dtype), rules))
         return entries
 
     @torch.no_grad()

@@ -68,6 +68,17 @@ def test_alignment_pads_each_packed_sequence_and_each_row():
     assert make(sequences, align=4, packed=False).input_ids.shape == (2, 8)
 
 
+def test_a_rows_alignment_pads_the_last_packed_sequence_alone():
+    sequences = [sequence(3, 2, 3), sequence(7, 1, 2)]
+    packed = make(sequences, align=2, row_align=4)
+    assert packed.packed.plan.lengths == [6, 6]
+    assert packed.input_ids.tolist() == [[3000, 3001, 3002, 3003, 3004, PAD, 7000, 7001, 7002, PAD, PAD, PAD]]
+    assert packed.positions.tolist() == [1, 2, 3, 6, 7]
+    assert make(sequences, row_align=8).packed.plan.lengths == [5, 3]
+    assert make(sequences, align=2, row_align=4, packed=False).input_ids.shape == (2, 8)
+    assert make([], align=2, row_align=4).input_ids.shape == (1, 4)
+
+
 def test_logprobs_lie_beside_the_token_they_are_of():
     batch = make([with_logprobs(1, 2, 3), with_logprobs(2, 4, 1)], align=4)
     assert batch.old_logprobs.tolist() == [-1.0, -1.0625, -1.125, -2.0]

@@ -182,3 +182,25 @@ def test_a_gpu_already_in_use_is_not_redirected(monkeypatch):
     with pytest.raises(RuntimeError, match="after CUDA was initialised in this process"):
         cpu_standins.install()
     assert torch.zeros is zeros
+
+
+@pytest.fixture(scope="module")
+def pool():
+    from dcpo_megatron.verification.ranks import RankPool
+
+    with RankPool(3) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("noncontiguous", [False, True])
+def test_parts_of_different_sizes_are_gathered_as_nccl_does(pool, noncontiguous):
+    wanted = torch.tensor([[0.0], [1], [2], [20], [21], [22], [23], [24]]).expand(-1, 2)
+    for whole in pool.run("tests.mcore.jobs:gather_parts_of_different_sizes", 3, noncontiguous):
+        assert torch.equal(whole, wanted)
+
+
+def test_parts_of_different_sizes_are_reduced_and_scattered_as_nccl_does(pool):
+    found = pool.run("tests.mcore.jobs:reduce_scatter_parts_of_different_sizes", 3)
+    wanted = torch.arange(8.0)[:, None].expand(-1, 2) * 3 + 3
+    assert torch.equal(torch.cat([mine for mine, _ in found]), wanted)
+    assert all(unchanged for _, unchanged in found)

@@ -243,3 +243,46 @@ def test_importing_the_rewards_imports_neither_torch_nor_sympy():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_that_asks_the_trainer_to_stop_ends_no_call_under_way_but_still_ends_what_the_function_started(
+    tmp_path, number
+):
+    file = tmp_path / "slow.py"
+    file.write_text(
+        textwrap.dedent("""\
+        import multiprocessing, os, subprocess, time
+
+        def stand(ready):
+            ready.set()
+            time.sleep(60)
+
+        def reward(response, ground_truth):
+            with open(ground_truth, "w") as file:
+                file.write(str(os.getpid()))
+            time.sleep(0.5)
+            program = subprocess.Popen(["sleep", "60"])
+            ready = multiprocessing.get_context("fork").Event()
+            forked = multiprocessing.get_context("fork").Process(target=stand, args=(ready,))
+            forked.start()
+            ready.wait(10)
+            for process in (program, forked):
+                os.kill(process.pid, int(response))
+            forked.join(10)
+            return float(program.wait(10) == forked.exitcode == -int(response))
+        """)
+    )
+    note = tmp_path / "pid"
+    worker, found = Worker(f"{file}:reward"), []
+    # The first call starts the process: the signal may come at any time of it.
+    call = threading.Thread(target=lambda: found.append(worker.call(str(int(number)), str(note), 30.0)))
+    call.start()
+    deadline = time.monotonic() + 30
+    while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
+        if worker._process is not None:
+            os.kill(worker._process.pid, number)
+        time.sleep(0.005)
+    os.kill(int(note.read_text()), number)
+    call.join(60)
+    assert [(outcome.failure, outcome.value) for outcome in found] == [(None, 1.0)], found

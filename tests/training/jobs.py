@@ -6,12 +6,12 @@ def train(overrides: list[str]) -> list[dict]:
     import torch.distributed as dist
 
     from dcpo_megatron.mcore.platform import select_platform
+    from dcpo_megatron.training.build import build_trainer
     from dcpo_megatron.training.checks import check_run
     from dcpo_megatron.training.config import load_config
-    from dcpo_megatron.training.loop import Trainer
 
     assert select_platform("cpu").is_cpu
-    trainer = Trainer.build(check_run(load_config([], overrides), dist.get_world_size()))
+    trainer = build_trainer(check_run(load_config([], overrides), dist.get_world_size()))
     try:
         trainer.run()
         return trainer.history_of_metrics

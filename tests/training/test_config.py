@@ -346,6 +346,14 @@ def test_a_run_that_fits_gives_its_shape_layout_and_data_ranks(config_of):
             3,
             ["parallel.pipeline x virtual_pipeline = 3 does not divide the model's 4 layers"],
         ),
+        (
+            ["parallel.pipeline=2", "parallel.first_stage_layers=4"],
+            2,
+            [
+                "parallel.first_stage_layers=4 of the model's 4 layers leave 0 for the other 1 pipeline stages: "
+                "they need at least one each, and equally many"
+            ],
+        ),
         (["parallel.sequence_parallel=true"], 1, ["parallel.sequence_parallel=true needs parallel.tensor of at least 2"]),
         (["parallel.expert=2"], 2, ["parallel.expert=2, but qwen2 has no experts"]),
         (

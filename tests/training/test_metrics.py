@@ -1,7 +1,9 @@
 """A metric is a sum over a declared denominator; nothing else is logged."""
 
 import math
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,10 +16,12 @@ from dcpo_megatron.mcore.layout import ParallelLayout
 from dcpo_megatron.mcore.loss import MAX_NAMES, SUM_NAMES
 from dcpo_megatron.mcore.step import UpdateResult
 from dcpo_megatron.objectives import get_preset
+from dcpo_megatron.training.bad_steps import BadSteps
 from dcpo_megatron.training.gpu import GpuMonitor
 from dcpo_megatron.training.loop import Trainer
-from dcpo_megatron.training.metrics import METRICS, check_declared, update_metrics
+from dcpo_megatron.training.metrics import METRICS, STEP_PARTS, check_declared, seconds_metrics, update_metrics
 from dcpo_megatron.training.rollout_phase import RolloutResult
+from dcpo_megatron.training.watchdog import Watchdog, WatchedTimeline
 
 TOKEN_SHARES = (
     "clipped_upper",
@@ -147,7 +151,7 @@ def two_prompts_of_two_responses():
 def trainer_of(responses, history=None):
     """A Trainer whose parts do nothing but answer: one step runs without a model."""
     totals = {"reward": 3.0, "correct": 3.0, "tokens": 16.0, "truncated": 1.0, "reward_failures": 2.0, "generated": 8.0}
-    rollout = RolloutResult(responses, totals, 2, {"rollout": 0.1, "reward": 0.2, "advantage": 0.3})
+    rollout = RolloutResult(responses, totals, 2)
     section = SimpleNamespace
     config = section(
         rollout=section(prompts_per_step=2, max_sampling_rounds=2, max_response_tokens=4),
@@ -159,6 +163,7 @@ def trainer_of(responses, history=None):
         logprobs=lambda micro_batches: {},
         update=lambda micro_batches, objective, lr: update(tokens=4.0, mismatch_tokens=4.0, lr=lr),
     )
+    watchdog = Watchdog(Path("nowhere"), 0, 1, 60.0)  # not started: it writes nothing
     return Trainer(
         run_=section(config=config, objective=get_preset("dcpo-paper"), layout=ParallelLayout()),
         folder=None,
@@ -174,6 +179,10 @@ def trainer_of(responses, history=None):
         packing=PackingOptions(64),
         sinks=section(progress=None),
         gpu=section(read=lambda: {}),
+        saver=None,
+        watchdog=watchdog,
+        timeline=WatchedTimeline(watchdog),
+        bad_steps=BadSteps(Path("nowhere"), 5, False),
     )
 
 
@@ -198,6 +207,29 @@ def test_every_metric_of_a_step_is_declared_and_the_rollouts_divide_by_all_gener
         "prompt_visits": 3 / 2,
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+
+
+def test_the_parts_of_a_steps_seconds_add_up_to_them():
+    metrics = trainer_of(two_prompts_of_two_responses()).step(1)
+    parts = {name: value for name, value in metrics.items() if name.startswith("seconds_")}
+    assert set(parts) == {f"seconds_{part}" for part in (*STEP_PARTS, "rest")}
+    assert min(parts.values()) >= 0 and math.fsum(parts.values()) == pytest.approx(metrics["seconds"], rel=1e-9)
+    assert seconds_metrics({"step": 1.0, "rollout": 2.0, "publish": 4.0}) == {
+        "seconds": 7.0,
+        **dict.fromkeys((f"seconds_{part}" for part in STEP_PARTS), 0.0),
+        "seconds_rollout": 2.0,
+        "seconds_publish": 4.0,
+        "seconds_rest": 1.0,
+    }
+
+
+def test_the_documented_metrics_of_a_step_are_the_declared_ones():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", page, re.MULTILINE)
+    documented = {name: (of, of_what) for name, of, of_what in rows if name in METRICS}
+    plain = {name: (metric.of.replace("|", "\\|"), metric.denominator or "-") for name, metric in METRICS.items()}
+    assert documented == plain
+    assert [name for name, _, _ in rows if name.startswith("seconds") and name not in METRICS] == []
 
 
 def test_a_step_that_kept_no_response_gives_declared_metrics_alone():

@@ -69,19 +69,22 @@ def without_loss_mask():
 def without_vocabulary_padding():
     from dcpo_megatron.mcore import head
 
-    real = head.logprobs_from_hidden
-    return _replace(head, "logprobs_from_hidden", lambda *a, vocab, **k: real(*a, vocab=10**9, **k))
+    real = head.make_settings
+    return _replace(head, "make_settings", lambda *a, vocab, **k: real(*a, vocab=10**9, **k))
 
 
 def contiguous_instead_of_zigzag():
+    import numpy as np
+
     from dcpo_megatron.mcore import batch
 
-    def contiguous(length, context_size, context_rank):
-        part = length // context_size
-        middle = context_rank * part + part // 2
-        return slice(context_rank * part, middle), slice(middle, (context_rank + 1) * part)
+    def contiguous(sizes, begin, context_size, context_rank):
+        part = sizes // context_size
+        owner = np.repeat(np.arange(len(sizes)), part)
+        step = np.arange(len(owner)) - (np.cumsum(part) - part)[owner]
+        return begin[owner] + context_rank * part[owner] + step
 
-    return _replace(batch, "zigzag_slices", contiguous)
+    return _replace(batch, "_zigzag", contiguous)
 
 
 def batched_communication_with_vpp():

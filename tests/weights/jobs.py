@@ -27,6 +27,35 @@ def through_megatron(folder: str, parallel: dict) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in WeightGatherer(_policy(folder, parallel)).tensors()}
 
 
+def weights_and_parameters(folder: str, parallel: dict) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """As :func:`through_megatron`, and the names of all ranks' parameters with global layer numbers, each once."""
+    import torch.distributed as dist
+
+    from dcpo_megatron.weights.transfer import WeightGatherer
+
+    policy = _policy(folder, parallel)
+    names = set()
+    for chunk in policy.modules:
+        offset = chunk.decoder.layers[0].layer_number - 1
+        for name, _ in chunk.named_parameters():
+            rest = name.removeprefix("decoder.layers.")
+            number, _, part = rest.partition(".")
+            names.add(f"decoder.layers.{int(number) + offset}.{part}" if rest != name else name)
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, names)
+    tensors = {name: tensor.clone() for name, tensor in WeightGatherer(policy).tensors()}
+    return tensors, sorted(set().union(*everyone))
+
+
+def logprobs(folder: str, parallel: dict, tokens: list[int], prompt: int) -> torch.Tensor:
+    """Log-probs of the tokens after the first ``prompt`` ones, as the last pipeline stage sees them."""
+    from dcpo_megatron.mcore.batch import Sequence
+
+    blank = torch.zeros(len(tokens) - prompt)
+    sequence = Sequence(0, tokens[:prompt], tokens[prompt:], 1.0, 0.1, blank, blank)
+    return _policy(folder, parallel).logprobs([[sequence]])[0]
+
+
 def update_with_a_bad_number(folder: str, parallel: dict) -> tuple[bool, bool, list[bool]]:
     """A good update, then one with a NaN on the last rank's response alone: (stepped, stepped, weights unchanged by the second)."""
     import torch.distributed as dist

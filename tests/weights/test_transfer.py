@@ -15,7 +15,9 @@ def pool():
 
 
 @pytest.mark.parametrize(
-    "parallel", [{"tensor": 2}, {"pipeline": 2, "virtual_pipeline": 2}, {}], ids=["tp2", "pp2-vpp2", "dp2"]
+    "parallel",
+    [{"tensor": 2}, {"pipeline": 2, "virtual_pipeline": 2}, {"pipeline": 2, "first_stage_layers": 1}, {}],
+    ids=["tp2", "pp2-vpp2", "pp2-first1", "dp2"],
 )
 @pytest.mark.parametrize("kind", ["dense", "tied", "qwen3", "llama"])
 def test_weights_come_back_bit_for_bit_on_every_rank(pool, tmp_path, kind, parallel):

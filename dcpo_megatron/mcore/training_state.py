@@ -1,0 +1,177 @@
+"""Model and optimizer of a running job as pieces of a Megatron ``torch_dist`` checkpoint, and back.
+
+Megatron-Core's own sharded state dicts say which part of which global tensor each rank holds; the optimizer's come in the ``fully_reshardable`` format, where every
+state has its parameter's shape, so a checkpoint of one layout can be resumed in another. :func:`take_snapshot` copies what this rank must write to the host, which
+is all that training waits for; writing the copies is somebody else's work. :func:`restore` is stock ``dist_checkpointing.load``.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from dcpo_megatron.mcore import compat  # noqa: F401 - settles what differs between versions
+from dcpo_megatron.mcore.optimizer_shards import optimizer_pieces, optimizer_settings, parameter_places
+from dcpo_megatron.mcore.step import PolicyModel
+
+# `chained_optim_avoid_prefix`: dense and expert parameters have optimizers of their own; their states are told apart by their parameters' names.
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+@dataclass
+class SnapshotTensor:
+    """A chunk of a global tensor: ``key``, its global ``shape``, the chunk's ``offsets`` in it, and a copy of its numbers on the host."""
+
+    key: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    data: torch.Tensor
+
+
+@dataclass
+class Snapshot:
+    """What one rank writes: ``tensors``, ``objects`` (key, serialized), and ``common``, the same plain values on every rank."""
+
+    tensors: list[SnapshotTensor]
+    objects: list[tuple[str, bytes]]
+    common: dict
+
+    @property
+    def bytes(self) -> int:
+        return sum(piece.data.numel() * piece.data.itemsize for piece in self.tensors)
+
+
+def _sharded_model(policy: PolicyModel) -> dict:
+    return {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(policy.modules)}
+
+
+def _sharded(policy: PolicyModel, is_loading: bool) -> dict:
+    model = _sharded_model(policy)
+    state = dict(model)
+    if _has_state(policy.optimizer):
+        state["optimizer"] = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(METADATA))
+    return state
+
+
+def _parts(optimizer) -> list:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _has_state(optimizer) -> bool:
+    """Whether there is anything beyond the weights: plain SGD in fp32 has nothing."""
+    return not all(
+        isinstance(part.optimizer, torch.optim.SGD) and part.config.params_dtype == torch.float32
+        for part in _parts(optimizer)
+    )
+
+
+def take_snapshot(policy: PolicyModel) -> Snapshot:
+    """Copies this rank's part of weights and optimizer to the host.
+
+    A tensor that several data-parallel ranks hold is in the snapshot of one of them; they share the work by size.
+    """
+    _prepare(policy.optimizer)
+    tensors, objects = [], []
+    if all(isinstance(part, DistributedOptimizer) for part in _parts(policy.optimizer)):
+        state = _sharded_model(policy)
+        places = parameter_places(state)
+        for part in _parts(policy.optimizer):
+            for key, shape, offsets, data in optimizer_pieces(part, places):
+                tensors.append(SnapshotTensor(key, shape, offsets, _copied(data)))
+        state["optimizer"] = optimizer_settings(policy.optimizer)
+    else:
+        state = _sharded(policy, is_loading=False)
+    sharded, common = save_preprocess(state, False)
+    values = list(nested_values(sharded))
+    mine = _share(value for value in values if isinstance(value, ShardedTensor))
+    for value in values:
+        if isinstance(value, ShardedObject) and is_main_replica(value.replica_id):
+            buffer = io.BytesIO()
+            torch.save([value.data], buffer)
+            objects.append((value.unique_key, buffer.getvalue()))
+        elif id(value) in mine:
+            data = _copied(value.data).reshape(*(1 for _ in range(value.prepend_axis_num)), *value.local_shape)
+            tensors.append(SnapshotTensor(value.key, tuple(value.global_shape), tuple(value.global_offset), data))
+    return Snapshot(tensors, objects, common)
+
+
+def _copied(data: torch.Tensor) -> torch.Tensor:
+    return data.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _share(tensors: Iterable[ShardedTensor]) -> set[int]:
+    """Identities of the tensors that this rank writes.
+
+    The last number of a replica id is the rank in the (expert-)data-parallel group, whose ranks hold the same tensors in the same order: the largest tensor first,
+    each goes to the rank that has the least so far.
+    """
+    mine: set[int] = set()
+    groups: dict[bool, list[ShardedTensor]] = {False: [], True: []}
+    for tensor in tensors:
+        if not any(tensor.replica_id[:-1]):
+            groups[".experts." in tensor.key].append(tensor)
+    for expert, members in groups.items():
+        group = (
+            mpu.get_expert_data_parallel_group() if expert else mpu.get_data_parallel_group(with_context_parallel=True)
+        )
+        loads = [0] * dist.get_world_size(group)
+        for tensor in sorted(members, key=lambda t: -t.data.numel()):
+            writer = loads.index(min(loads))
+            loads[writer] += tensor.data.numel() * tensor.data.itemsize
+            if tensor.replica_id[-1] == writer:
+                mine.add(id(tensor))
+    return mine
+
+
+def restore(policy: PolicyModel, folder: str | os.PathLike) -> None:
+    """Loads weights and optimizer from a checkpoint of any layout. Collective.
+
+    Raises:
+        megatron.core.dist_checkpointing.core.CheckpointingException, KeyError: the checkpoint lacks a tensor, or holds another shape.
+    """
+    _prepare(policy.optimizer)
+    loaded = dist_checkpointing.load(_sharded(policy, is_loading=True), str(folder))
+    for number, chunk in enumerate(policy.modules):
+        chunk.load_state_dict(loaded[f"model{number}"])
+    if "optimizer" in loaded:
+        policy.optimizer.load_state_dict(loaded["optimizer"])
+        _own_steps(policy.optimizer)
+    else:
+        policy.optimizer.reload_model_params()
+
+
+def _prepare(optimizer) -> None:
+    """PyTorch's Adam makes its state in its first step; Megatron-Core asks for the state's step already when it saves or loads."""
+    for part in _parts(optimizer):
+        inner = part.optimizer
+        if getattr(part, "init_state_fn", False) is None:  # plain SGD, which has no state to make
+            part.init_state_fn = lambda *_: None
+        if not isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)):
+            continue
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                if parameter not in inner.state:
+                    inner.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+
+
+def _own_steps(optimizer) -> None:
+    """Megatron-Core gives all parameters of PyTorch's Adam one and the same step tensor, which each of them would then count up."""
+    for part in _parts(optimizer):
+        for state in part.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()

@@ -1,0 +1,178 @@
+"""Builds what one rank of a run holds: process groups, data, model, optimizer, engine, and what a checkpoint brings."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dcpo_megatron.advantages import RewardHistory
+from dcpo_megatron.data import DataError, PromptOptions, PromptSampler, load_prompts
+from dcpo_megatron.data.packing import PackingOptions
+from dcpo_megatron.mcore import platform as platforms
+from dcpo_megatron.mcore.layout import alignment, make_groups, rank_position, sequence_alignment
+from dcpo_megatron.mcore.model import DTYPES, ModelOptions, OptimizerOptions
+from dcpo_megatron.mcore.step import PolicyModel
+from dcpo_megatron.mcore.training_state import restore
+from dcpo_megatron.rewards import Rewarder
+from dcpo_megatron.rollout import EmbeddedEngine, SamplingParams
+from dcpo_megatron.training.bad_steps import BadSteps
+from dcpo_megatron.training.checks import CheckedRun
+from dcpo_megatron.training.config import ConfigError, to_yaml
+from dcpo_megatron.training.gpu import GpuMonitor
+from dcpo_megatron.training.loop import Trainer
+from dcpo_megatron.training.resume import (
+    data_fingerprint,
+    find_checkpoint,
+    refuse_another_run,
+)
+from dcpo_megatron.training.rollout_phase import RolloutPhase
+from dcpo_megatron.training.saver import CheckpointSaver
+from dcpo_megatron.training.sinks import Sinks
+from dcpo_megatron.training.tokenizer import load_tokenizer, stop_token_ids
+from dcpo_megatron.training.watchdog import Watchdog, WatchedTimeline, collective_timeout
+from dcpo_megatron.weights.transfer import WeightGatherer, load_weights
+
+
+def build_trainer(run_: CheckedRun) -> Trainer:
+    """Starts the process groups and builds data, model, optimizer and engine. Raises the errors of each part."""
+    config = run_.config
+    folder = _writable(Path(config.output))
+    refuse_another_run(folder, config)
+    tokenizer = load_tokenizer(run_.hf_folder, run_.shape.vocab)
+    stops = stop_token_ids(run_.hf_folder, tokenizer)
+    prompts = load_prompts(config.data.files, tokenizer, PromptOptions(**config.data.model_dump(exclude={"files"})))
+    held_out = None
+    if config.evaluation.files:
+        options = config.data.model_dump(exclude={"files"}) | {
+            "limit": config.evaluation.limit,
+            "on_duplicate_id": config.evaluation.on_duplicate_id,
+        }
+        try:
+            held_out = load_prompts(config.evaluation.files, tokenizer, PromptOptions(**options))
+        except DataError as error:
+            raise DataError(f"evaluation.files: {error}") from None
+    rewarder = Rewarder(
+        config.reward.function, config.reward.timeout_seconds, config.reward.failure_reward, config.reward.workers
+    )
+    sampler = PromptSampler(len(prompts), config.training.seed)
+    if config.rollout.prompts_per_step > len(prompts):
+        raise ConfigError(
+            f"rollout.prompts_per_step={config.rollout.prompts_per_step}, but data.files hold {len(prompts)} usable prompts: "
+            "lower it or bring more prompts"
+        )
+
+    timeout = collective_timeout(config.training.timeout_seconds)
+    platforms.start(run_.platform, timeout)
+    watchdog = Watchdog(folder, dist.get_rank(), dist.get_world_size(), config.training.timeout_seconds)
+    watchdog.start()
+    make_groups(run_.layout, timeout_minutes=math.ceil(timeout / 60))
+    position = rank_position()
+    found = find_checkpoint(folder, run_.platform.device)
+    if found.state is not None and found.state.data != data_fingerprint(prompts):
+        raise ConfigError(
+            f"output={folder} holds a run on other prompts than data.files now gives: bring the run's own data, or give another output"
+        )
+    options = ModelOptions(
+        dtype=config.model.dtype,
+        transformer_engine=config.model.transformer_engine,
+        recompute=config.model.recompute,
+        overlap_p2p=config.parallel.overlap_p2p,
+    )
+
+    def model(weights: bool) -> PolicyModel:
+        made = PolicyModel.create(
+            run_.shape, run_.layout, options, run_.platform, position,
+            seed=config.training.seed,
+            temperature=config.rollout.temperature,
+            packed=config.training.packing == "packed",
+            head_chunk_tokens=config.model.head_chunk_tokens,
+            head=config.model.head,
+            fused_head_loss=config.model.fused_head_loss,
+        )  # fmt: skip
+        if weights:
+            load_weights(made, run_.weights)
+        return made
+
+    policy = model(weights=found.path is None)
+    reference = model(weights=True) if run_.objective.kl_coef else None
+    settings = config.optimizer.model_dump(exclude={"warmup_steps"})
+    policy.make_trainable(OptimizerOptions(**settings))
+    if found.path is not None:
+        restore(policy, found.path)
+    gatherer = WeightGatherer(policy)
+    engine = EmbeddedEngine(
+        run_.hf_folder,
+        device=run_.platform.device,
+        dtype=DTYPES[config.model.dtype],
+        max_batch=config.rollout.batch_size,
+        load=found.path is None and run_.weights == run_.hf_folder,
+    )
+    if found.path is not None or run_.weights != run_.hf_folder:
+        engine.load_weights(gatherer.tensors(), version=found.state.step if found.state else 0)
+    timeline = WatchedTimeline(watchdog)
+    for held in filter(None, (policy, reference)):
+        held.span = timeline.span
+    sas = run_.objective.advantage == "sas"
+    phase = RolloutPhase(
+        engine=engine,
+        tokenizer=tokenizer,
+        rewarder=rewarder,
+        objective=run_.objective,
+        history=RewardHistory(run_.objective.std_ddof) if sas else None,
+        sampling=SamplingParams(
+            config.rollout.max_response_tokens,
+            config.rollout.temperature,
+            config.rollout.top_p,
+            config.rollout.top_k,
+            stops,
+        ),
+        group_size=config.rollout.group_size,
+        correct_at=config.reward.correct_at,
+        seed=config.training.seed,
+        device=run_.platform.device,
+        timeline=timeline,
+    )
+    is_writer = dist.get_rank() == 0
+    if is_writer:
+        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    sinks = Sinks(config, folder, is_writer, config.training.steps, found.state.step if found.state else None)
+    saver = CheckpointSaver(
+        folder / "checkpoints",
+        run_.hf_folder,
+        keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
+        device=run_.platform.device,
+        timeout=config.checkpoint.timeout_seconds,
+    )
+    packing = PackingOptions(
+        max_tokens=config.training.micro_batch_tokens,
+        packed=policy.packed,
+        align=sequence_alignment(run_.layout.context),
+        attention_length=6 * run_.shape.hidden,
+        row_align=alignment(run_.layout.tensor, run_.layout.context, run_.layout.sequence_parallel),
+    )
+    trainer = Trainer(
+        run_, folder, tokenizer, prompts, held_out, sampler, policy, reference, gatherer, engine, phase, packing, sinks,
+        GpuMonitor(run_.platform), saver, watchdog, timeline, BadSteps(folder, config.training.max_bad_steps, is_writer),
+    )  # fmt: skip
+    for note in found.notes:
+        sinks.announce(note)
+    if found.path is not None:
+        trainer.resume(found)
+    return trainer
+
+
+def _writable(folder: Path) -> Path:
+    """``folder``, made if need be. Raises ConfigError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output={folder} cannot be made ({error.strerror}): name a folder that can be written"
+        ) from None
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"output={folder} is not writable: name a folder that can be written")
+    return folder

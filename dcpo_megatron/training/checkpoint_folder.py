@@ -1,0 +1,165 @@
+"""The checkpoints of a run on disk: which there are, which are whole, and which may go.
+
+    OUTPUT/checkpoints/
+        step-000040/                 complete: it got this name when everything in it was on the disk
+            .metadata __R_0.distcp common.pt metadata.json     weights and optimizer, a Megatron torch_dist checkpoint
+            huggingface/                                       configuration and tokenizer of the model
+            run.json history.safetensors rng-R.safetensors     everything else
+            manifest.json                                      size and checksum of every file above
+        step-000060.incomplete/      being written, or left by a run that was killed
+        step-000020.damaged/         set aside because its files are not what its manifest says
+        latest                       the name of the newest complete one
+
+Pure file work: no process group, no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+INCOMPLETE = ".incomplete"
+DAMAGED = ".damaged"
+_NAME = re.compile(r"^step-(\d+)$")
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after ``step`` steps."""
+    return f"step-{step:06d}"
+
+
+def checksum(path: Path) -> str:
+    """BLAKE2b of a file, 16 bytes in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """Size in bytes and checksum of one file."""
+
+    size: int
+    checksum: str
+
+
+def facts_of(path: Path) -> FileFacts:
+    return FileFacts(path.stat().st_size, checksum(path))
+
+
+def write_manifest(folder: Path, known: dict[str, FileFacts]) -> None:
+    """Writes the manifest of every file in ``folder``; ``known`` gives those that their writers have summed up already."""
+    files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    entries = {}
+    for name in files:
+        facts = known.get(name) or facts_of(folder / name)
+        entries[name] = [facts.size, facts.checksum]
+    write_text(folder / MANIFEST, json.dumps({"version": 1, "files": entries}, indent=1))
+
+
+def read_manifest(folder: Path) -> dict[str, FileFacts] | None:
+    """The manifest's entries; None where there is none that can be read."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return {name: FileFacts(int(size), str(digest)) for name, (size, digest) in content["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def problem_of(folder: Path, names: Iterable[str] | None = None) -> str | None:
+    """What is wrong with a complete-looking checkpoint, in words; None where all is well.
+
+    ``names``: the files whose contents are summed up again (ranks share that work); sizes are looked at for all.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return f"{MANIFEST} is missing or cannot be read"
+    for name, facts in manifest.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != facts.size:
+            return f"{name} has {file.stat().st_size} bytes instead of {facts.size}"
+    for name in manifest if names is None else names:
+        if checksum(folder / name) != manifest[name].checksum:
+            return f"the contents of {name} have changed"
+    return None
+
+
+def complete_steps(root: Path) -> list[int]:
+    """Steps of the checkpoints under their final names, oldest first."""
+    if not root.is_dir():
+        return []
+    return sorted(int(m[1]) for p in root.iterdir() if p.is_dir() and (m := _NAME.match(p.name)))
+
+
+def remove_leftovers(root: Path) -> None:
+    """Removes what a killed run left half-written."""
+    if root.is_dir():
+        for path in root.iterdir():
+            if path.name.endswith((INCOMPLETE, ".part", ".removing")):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def set_aside(folder: Path) -> Path:
+    """Renames a damaged checkpoint, so that it is not taken for a good one again; returns where it is now."""
+    target = folder.with_name(folder.name + DAMAGED)
+    if target.exists():
+        shutil.rmtree(target)
+    folder.rename(target)
+    return target
+
+
+def publish(work: Path, root: Path, step: int) -> Path:
+    """Gives a finished folder its final name, and then ``latest`` its name."""
+    target = root / checkpoint_name(step)
+    _sync_folder(work)
+    if target.exists():  # an older one of the same step, from before a resume further back
+        _remove(target)
+    work.rename(target)
+    _sync_folder(root)
+    write_text(root / LATEST, target.name + "\n")
+    return target
+
+
+def prune(root: Path, keep_last: int, keep_every: int) -> list[int]:
+    """Removes complete checkpoints but the newest ``keep_last`` and every multiple of ``keep_every`` (0: none); returns the steps removed."""
+    steps = complete_steps(root)
+    gone = [s for s in steps[: -max(keep_last, 1)] if not (keep_every and s % keep_every == 0)]
+    for step in gone:
+        _remove(root / checkpoint_name(step))
+    return gone
+
+
+def _remove(folder: Path) -> None:
+    # Under another name first: a removal that is interrupted must not leave half a checkpoint that looks whole.
+    doomed = folder.with_name(folder.name + ".removing")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file so that it is whole or not there."""
+    work = path.with_name(path.name + ".part")
+    with open(work, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    work.rename(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

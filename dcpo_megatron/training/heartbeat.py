@@ -1,0 +1,137 @@
+"""What every rank leaves in ``OUTPUT/health`` about itself, and what can be read from it: who is behind, who is gone.
+
+    health/rank-00000.json    {"rank": 0, "host": "a", "pid": 123, "step": 12, "phase": "update", "since": 1732461108.1, "sequence": 85, "written": 1732461110.2, ...}
+    health/rank-00000.stacks  the stacks of its threads, where a watchdog ended it
+    health/verdict            the sentence with which a watchdog ended the run
+
+All ranks go through the same phases in the same order, so the one with the lowest sequence number is the one the others wait for. Pure file work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+VERDICT = "verdict"
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """One rank's last word. ``since`` (when the phase began), ``moved`` (its last progress) and ``written`` are Unix times in seconds; ``sequence`` counts
+    phases; ``period`` is the longest time between two writings while the process lives."""
+
+    rank: int
+    host: str
+    pid: int
+    step: int
+    phase: str
+    since: float
+    sequence: int
+    moved: float
+    written: float
+    period: float
+
+    def state(self, now: float) -> str:
+        """``"gone"`` (its process has ended), ``"stopped"`` (SIGSTOP), ``"silent"`` (no sign of life for long) or ``"alive"``."""
+        state = _process_state(self.pid) if self.host == socket.gethostname() else "alive"
+        return "silent" if state == "alive" and now - self.written > 4 * self.period else state
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on host {self.host}"
+
+
+def health_folder(run: Path) -> Path:
+    """The folder of heartbeats of the run in ``run``."""
+    return Path(run) / "health"
+
+
+def beat_file(health: Path, rank: int) -> Path:
+    return health / f"rank-{rank:05d}.json"
+
+
+def write_heartbeat(health: Path, beat: Heartbeat) -> None:
+    """Replaces the rank's file in one move."""
+    file = beat_file(health, beat.rank)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(asdict(beat)) + "\n", encoding="utf-8")
+    part.replace(file)
+
+
+def read_heartbeats(health: Path) -> dict[int, Heartbeat]:
+    """The heartbeats in a folder by rank; files that are no heartbeat are left out."""
+    found = {}
+    for file in sorted(health.glob("rank-*.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            beat = Heartbeat(**json.loads(file.read_text(encoding="utf-8")))
+            found[beat.rank] = beat
+    return found
+
+
+def most_behind(beats: Iterable[Heartbeat], now: float) -> Heartbeat:
+    """The rank that the others wait for: one that cannot run, else the one that came least far, else one that is silent, else the one longest there."""
+    order = {"gone": 0, "stopped": 1, "silent": 2, "alive": 2}
+
+    def key(beat: Heartbeat):
+        state = beat.state(now)
+        return order[state], beat.sequence, state != "silent", beat.moved
+
+    return min(beats, key=key)
+
+
+def describe_standstill(beats: dict[int, Heartbeat], world: int, deadline: float, now: float) -> str:
+    """One sentence: which rank of ``world`` is behind, where it stands, and where the others wait. ``beats`` holds at least one."""
+    missing = [rank for rank in range(world) if rank not in beats]
+    if missing:
+        return f"{_ranks(missing)} of {world} never began its first phase (deadline {deadline:g} s)"
+    worst = most_behind(beats.values(), now)
+    state = {
+        "gone": "; its process has ended",
+        "stopped": "; its process is stopped",
+        "silent": "; it gives no sign of life",
+    }
+    text = f"{worst} has stood in phase {worst.phase} of step {worst.step} for {now - worst.moved:.0f} s (deadline {deadline:g} s)"
+    text += state.get(worst.state(now), "")
+    places: dict[tuple[str, int], list[int]] = {}
+    for rank, beat in sorted(beats.items()):
+        if rank != worst.rank:
+            places.setdefault((beat.phase, beat.step), []).append(rank)
+    if places:
+        waits = [f"{_ranks(ranks)} in {phase} of step {step}" for (phase, step), ranks in places.items()]
+        text += f"; waiting: {', '.join(waits)}"
+    return text
+
+
+def _ranks(ranks: list[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+
+
+def _process_state(pid: int) -> str:
+    with contextlib.suppress(OSError, IndexError):
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return {"Z": "gone", "X": "gone", "T": "stopped"}.get(letter, "alive")
+    try:  # no /proc, or no such process
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return "gone"
+    except PermissionError:
+        return "alive"
+    return "alive"
+
+
+def wait_for_somebody_gone(health: Path, rank: int, seconds: float) -> dict[int, Heartbeat]:
+    """The heartbeats, once a rank other than ``rank`` is gone or ``seconds`` have passed: a connection closes a moment before its process is seen to end."""
+    deadline = time.monotonic() + seconds
+    while True:
+        beats = read_heartbeats(health)
+        now = time.time()
+        if any(beat.state(now) != "alive" for beat in beats.values() if beat.rank != rank):
+            return beats
+        if time.monotonic() > deadline:
+            return beats
+        time.sleep(0.1)

@@ -1,0 +1,177 @@
+"""Saves the whole run while training goes on.
+
+    start    every rank copies its part to the host (training waits for this), a thread of each rank writes it        step-N.incomplete/
+    poll     at each step boundary the ranks ask one another (one all-reduce) whether all have written                 -> index, manifest, final name, latest
+    finish   the same, but waits
+
+A save that fails (a full disk) is reported and its remains are removed; training goes on, and the next save tries anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dcpo_megatron.mcore.collectives import all_gather_bytes
+from dcpo_megatron.mcore.training_state import Snapshot
+from dcpo_megatron.training import checkpoint_folder as folders
+from dcpo_megatron.weights.conversion import write_index_with_companions
+from dcpo_megatron.weights.torch_dist import Record, write_records
+
+_IDLE, _WRITING, _DONE, _FAILED = range(4)
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """How a save ended: ``problem`` is None where the checkpoint is complete, else a sentence. ``seconds`` from its start."""
+
+    step: int
+    problem: str | None
+    seconds: float
+
+
+class CheckpointSaver:
+    """Writes checkpoints under ``root`` (a folder that every rank sees). All methods are collective.
+
+    Args:
+        hf_folder: configuration and tokenizer files that go into each checkpoint.
+        keep_last, keep_every: which complete checkpoints stay (see :func:`~dcpo_megatron.training.checkpoint_folder.prune`).
+        device: of the tensors that ranks exchange.
+        timeout: seconds that :meth:`finish` waits for the disk.
+    """
+
+    def __init__(self, root: Path, hf_folder: Path, *, keep_last: int, keep_every: int, device, timeout: float):
+        self.root, self.hf_folder = root, hf_folder
+        self.keep_last, self.keep_every = keep_last, keep_every
+        self.device, self.timeout = device, timeout
+        self._step: int | None = None
+        self._thread: threading.Thread | None = None
+        self._problem: str | None = None
+        self._common: dict = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way; the same on every rank."""
+        return self._step is not None
+
+    def start(self, step: int, snapshot: Snapshot, extras: Callable[[Path], None]) -> None:
+        """Begins to write the state after ``step`` steps.
+
+        Args:
+            extras: writes this rank's other files into the folder it is given; runs in the background, on copies of its own.
+
+        Raises:
+            RuntimeError: a save is under way (call :meth:`finish` first).
+        """
+        if self.busy:
+            raise RuntimeError(f"the save of step {self._step} is still under way")
+        self._step, self._problem, self._started = step, None, time.monotonic()
+        self._common = snapshot.common
+        work = self._work
+        try:
+            # An older attempt at the same step may have left files.
+            if dist.get_rank() == 0:
+                if work.exists():
+                    shutil.rmtree(work)
+                work.mkdir(parents=True)
+        except OSError as error:
+            self._problem = f"{work}: {error.strerror or error}"
+        dist.barrier()
+        self._thread = threading.Thread(
+            target=self._write, args=(work, snapshot, extras), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def _work(self) -> Path:
+        return self.root / (folders.checkpoint_name(self._step) + folders.INCOMPLETE)
+
+    def _write(self, work: Path, snapshot: Snapshot, extras: Callable[[Path], None]) -> None:
+        rank = dist.get_rank()
+        # Training comes first where cores are short: the writer takes what the ranks leave.
+        with contextlib.suppress(OSError, AttributeError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        try:
+            file = work / f"__{rank}_0.distcp"
+            pieces = [(piece.key, piece.offsets, piece.data) for piece in snapshot.tensors]
+            records = write_records(file, [*pieces, *((key, None, data) for key, data in snapshot.objects)])
+            extras(work)
+            note = {
+                "records": [asdict(record) for record in records],
+                "tensors": {p.key: [list(p.shape), str(p.data.dtype).removeprefix("torch.")] for p in snapshot.tensors},
+                "file": asdict(folders.facts_of(file)),
+            }
+            folders.write_text(work / f"rank-{rank:05d}.json", json.dumps(note))
+        except Exception as error:  # whatever it is, it must not be lost in a thread
+            self._problem = f"rank {rank}: {getattr(error, 'strerror', None) or error} ({work})"
+
+    def poll(self, stop_requested: bool = False) -> tuple[list[SaveReport], bool]:
+        """At a step boundary: completes a save that every rank has written. Returns reports, and whether ANY rank was asked to stop."""
+        status = _IDLE
+        if self.busy:
+            status = _WRITING if self._thread.is_alive() else _FAILED if self._problem else _DONE
+        # Largest of: still writing (2), failed (1); a save is over where no rank is writing.
+        flags = torch.tensor(
+            [status == _WRITING, status == _FAILED, stop_requested], dtype=torch.int32, device=self.device
+        )
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        writing, failed, stop = (bool(flag) for flag in flags.tolist())
+        if not self.busy or writing:
+            return [], stop
+        return [self._complete(failed)], stop
+
+    def finish(self) -> list[SaveReport]:
+        """Waits for the save under way and completes it."""
+        reports: list[SaveReport] = []
+        while self.busy:
+            self._thread.join(self.timeout)
+            if self._thread.is_alive():
+                raise TimeoutError(
+                    f"the checkpoint of step {self._step} was not written within {self.timeout:.0f} s: is the disk of {self.root} reachable?"
+                )
+            reports += self.poll()[0]
+        return reports
+
+    def _complete(self, failed: bool) -> SaveReport:
+        step, work = self._step, self._work
+        problem = None
+        if failed:
+            messages = all_gather_bytes((self._problem or "").encode(), dist.group.WORLD, self.device)
+            problem = next(message.decode() for message in messages if message)
+        if dist.get_rank() == 0:
+            try:
+                if not failed:
+                    self._index(work)
+                    folders.publish(work, self.root, step)
+                    folders.prune(self.root, self.keep_last, self.keep_every)
+                else:
+                    shutil.rmtree(work, ignore_errors=True)
+            except OSError as error:
+                problem = f"{error.strerror or error} ({work})"
+                shutil.rmtree(work, ignore_errors=True)
+        (problem_bytes, *_) = all_gather_bytes((problem or "").encode(), dist.group.WORLD, self.device)
+        self._step, self._thread, self._common = None, None, {}
+        return SaveReport(step, problem_bytes.decode() or None, time.monotonic() - self._started)
+
+    def _index(self, work: Path) -> None:
+        records, tensors, known = [], {}, {}
+        for rank in range(dist.get_world_size()):
+            note_file = work / f"rank-{rank:05d}.json"
+            note = json.loads(note_file.read_text(encoding="utf-8"))
+            for fields in note["records"]:
+                records.append(Record(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}))
+            tensors |= {key: (tuple(shape), getattr(torch, dtype)) for key, (shape, dtype) in note["tensors"].items()}
+            known[f"__{rank}_0.distcp"] = folders.FileFacts(**note["file"])
+            note_file.unlink()
+        write_index_with_companions(work, tensors, records, self._common, self.hf_folder)
+        folders.write_manifest(work, known)

@@ -1,0 +1,58 @@
+"""Asked to stop: SIGTERM (schedulers, ``docker stop``, the launcher) and SIGUSR1 (a scheduler's warning that time runs out) are noted, and the run decides when.
+
+A handler only sets a flag. The loop asks for it where a step ends, all ranks agree, a checkpoint is written, and every rank ends with exit code 75:
+"start me again", EX_TEMPFAIL of sysexits.h.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+START_AGAIN = 75
+STOOD_STILL = 70  # EX_SOFTWARE: a watchdog ended the rank
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Notes SIGTERM and SIGUSR1 from now until :meth:`restore`; a context manager too.
+
+    Python runs handlers in the main thread, between two of its instructions: a signal that comes while a collective waits is noted when that returns. Outside the
+    main thread no handler can be installed, and nothing is noted.
+
+    Args:
+        announce: say so on standard error when the first signal arrives. One rank's line is enough.
+    """
+
+    def __init__(self, announce: bool = True) -> None:
+        self._announce = announce
+        self._requested: str | None = None
+        self._previous: dict[int, object] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+
+    @property
+    def requested(self) -> str | None:
+        """The first signal that arrived, such as "SIGTERM"; None so far."""
+        return self._requested
+
+    def restore(self) -> None:
+        """Puts back the handlers that were there before; safe to call twice."""
+        previous, self._previous = self._previous, {}
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def __enter__(self) -> StopRequest:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.restore()
+
+    def _note(self, number: int, frame: object) -> None:
+        if self._requested is not None:
+            return
+        self._requested = signal.Signals(number).name
+        if self._announce:
+            # Not print: the handler may have interrupted one.
+            os.write(2, f"dcpo: {self._requested}: this run stops where the step under way ends\n".encode())

@@ -1,0 +1,78 @@
+"""Functions that run on the ranks of a pool: a policy trained, saved as pieces, and restored."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def _policy(hf: str, parallel: dict, optimizer: str, dtype: str, load: bool):
+    from dcpo_megatron.mcore.hf_config import read_shape
+    from dcpo_megatron.mcore.layout import ParallelLayout, make_groups, rank_position
+    from dcpo_megatron.mcore.model import ModelOptions, OptimizerOptions
+    from dcpo_megatron.mcore.platform import select_platform
+    from dcpo_megatron.mcore.step import PolicyModel
+    from dcpo_megatron.weights.transfer import load_weights
+
+    layout = ParallelLayout(**parallel)
+    make_groups(layout)
+    policy = PolicyModel.create(
+        read_shape(hf), layout, ModelOptions(dtype=dtype), select_platform("cpu"), rank_position()
+    )
+    if load:
+        load_weights(policy, hf)
+    else:
+        for module in policy.modules:
+            for parameter in module.parameters():
+                parameter.data.fill_(float("nan"))
+    policy.make_trainable(OptimizerOptions(lr=1e-2, name=optimizer))
+    return policy
+
+
+def _steps(policy, numbers) -> list[float]:
+    from dcpo_megatron.mcore.batch import Sequence
+    from dcpo_megatron.objectives import get_preset
+
+    old = torch.full((3,), -2.0)
+    # The same eight responses in any layout, dealt to the data-parallel ranks.
+    rank, size = policy.position.data_rank, policy.position.data_size
+    norms = []
+    for step in numbers:
+        mine = [Sequence(n, [1, 2 + step], [3, 4 + n, 5], 1.0, 0.1, old, old) for n in range(8) if n % size == rank]
+        half = len(mine) // 2
+        norms.append(policy.update([mine[:half], mine[half:]], get_preset("dcpo-paper"), 1e-2).gradient_norm)
+    return norms
+
+
+def _weights(policy) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for module in policy.modules for parameter in module.parameters()]
+
+
+def train_and_save(hf: str, parallel: dict, folder: str, optimizer: str, dtype: str):
+    """Two steps, a checkpoint, three steps: gradient norms of the three and this rank's weights after them."""
+    from dcpo_megatron.mcore.training_state import take_snapshot
+    from dcpo_megatron.weights.torch_dist import write_index, write_records
+
+    policy = _policy(hf, parallel, optimizer, dtype, load=True)
+    _steps(policy, range(2))
+    snapshot = take_snapshot(policy)
+    target = Path(folder)
+    target.mkdir(exist_ok=True, parents=True)
+    pieces = [(p.key, p.offsets, p.data) for p in snapshot.tensors] + [(k, None, b) for k, b in snapshot.objects]
+    records = write_records(target / f"__{dist.get_rank()}_0.distcp", pieces)
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (records, {p.key: (p.shape, p.data.dtype) for p in snapshot.tensors}))
+    if dist.get_rank() == 0:
+        tensors = {key: entry for _, table in gathered for key, entry in table.items()}
+        write_index(target, tensors, [record for found, _ in gathered for record in found], snapshot.common)
+    dist.barrier()
+    return _steps(policy, range(2, 5)), _weights(policy), snapshot.bytes
+
+
+def restore_and_train(hf: str, parallel: dict, folder: str, optimizer: str, dtype: str):
+    """The checkpoint, three steps."""
+    from dcpo_megatron.mcore.training_state import restore
+
+    policy = _policy(hf, parallel, optimizer, dtype, load=False)
+    restore(policy, folder)
+    return _steps(policy, range(2, 5)), _weights(policy)
