@@ -3,8 +3,8 @@
     undisturbed:  start ------------------------------------------------> end
     disturbed:    start ----- kill -9   start -- kill -9   start ... ----> end       the same command each time
 
-A kill waits for a phase (sampling, a checkpoint half-written, weights on their way to the engine) or for a random moment, and takes launcher and ranks at once. Compared
-are every metric of every step but times, every weight of the model at the end, and every file of the last checkpoint that has no time in it.
+The run's steps are shared out among the kills. A kill waits for a step of its share, then for a phase (sampling, a checkpoint half-written, weights on their way to the
+engine) or a random moment, and takes launcher and ranks at once; where the phase does not show within the share, the moment is the end of the share. Compared are every metric of every step but times, every weight of the model at the end, and every file of the last checkpoint that has no time in it.
 """
 
 from __future__ import annotations
@@ -91,32 +91,36 @@ def kill_all(process: subprocess.Popen) -> None:
 
 def steps_done(run: Path) -> int:
     """The last step that metrics.jsonl knows."""
-    from dcpo_megatron.training.metrics import read_rows
+    from dcpo_megatron.training.metrics_file import read_rows
 
     return max((row["step"] for row in read_rows(run / "metrics.jsonl")), default=0)
 
 
 def wait_for(
-    moment: str, run: Path, process: subprocess.Popen, seen: int, chance: random.Random, deadline: float
-) -> bool:
-    """Waits until the run is at ``moment``, having done a step beyond ``seen``. False where it ended before."""
+    moment: str, run: Path, process: subprocess.Popen, share: range, chance: random.Random, deadline: float
+) -> str | None:
+    """Waits until the run has done a step of ``share`` and is at ``moment``. Returns what it met, None where the run ended before."""
     until = time.monotonic() + deadline
-    while steps_done(run) <= seen or not _resumed(run):
-        if process.poll() is not None or time.monotonic() > until:
-            return False
-        time.sleep(0.02)
-    if moment == "anywhere":
-        time.sleep(chance.uniform(0, 1.5))
-        return process.poll() is None
-    while process.poll() is None and time.monotonic() < until:
-        if moment == "save" and list((run / "checkpoints").glob("*.incomplete")):
-            time.sleep(chance.uniform(0, 0.02))
-            return True
-        if moment != "save" and _phase(run) == moment:
-            time.sleep(chance.uniform(0, 0.01))
-            return True
-        time.sleep(0.001)
-    return False
+
+    def running() -> bool:
+        return process.poll() is None and time.monotonic() < until
+
+    while running() and (steps_done(run) < share.start or not _resumed(run)):
+        time.sleep(0.01)
+    started, first = time.monotonic(), steps_done(run)
+    wait = chance.uniform(0, 1.5)
+    while running() and steps_done(run) < share.stop - 1:
+        if moment == "anywhere" and time.monotonic() - started > wait:
+            return moment
+        # A step of this start must have been done: the files of the one before still tell of its last phase.
+        if steps_done(run) > first:
+            if moment == "save" and list((run / "checkpoints").glob("*.incomplete")):
+                time.sleep(chance.uniform(0, 0.02))
+                return moment
+            if moment in MOMENTS[1:] and _phase(run) == moment:
+                return moment
+        time.sleep(0.0001)  # publishing to an engine in the same process takes little more than a millisecond
+    return "anywhere" if running() else None
 
 
 def _resumed(run: Path) -> bool:
@@ -206,20 +210,20 @@ def verify(folder: Path, *, kills: int, ranks: int, steps: int, seed: int, say=p
     say(f"undisturbed: {steps} steps on {ranks} ranks")
     log, done = folder / "disturbed.log", 0
     arguments = [*task, f"output={disturbed}"]
+    # The first steps end in no checkpoint, the last ones leave nothing to resume for.
+    edges = [2 + round(number * (steps - 4) / kills) for number in range(kills + 1)]
     for number in range(kills):
-        # The later kills need steps to fall into: what is left is shared out.
         moment = MOMENTS[number % len(MOMENTS)]
-        seen = steps_done(disturbed)
         process = start(arguments, ranks, log)
         try:
-            hit = wait_for(moment, disturbed, process, min(seen, steps - 2), chance, deadline)
+            met = wait_for(moment, disturbed, process, range(edges[number], edges[number + 1]), chance, deadline)
         finally:
             phase = _phase(disturbed)
             kill_all(process)
-        if hit:
+        if met:
             done += 1
         say(
-            f"kill {number + 1} ({moment}): {'in ' + str(phase) if hit else 'the run had ended'} after step {steps_done(disturbed)}"
+            f"kill {number + 1} ({moment}): {f'met {met} in {phase}' if met else 'the run had ended'} after step {steps_done(disturbed)}"
         )
         if process.returncode not in (0, -signal.SIGKILL):
             raise RuntimeError(f"the run failed by itself ({process.returncode}):\n{log.read_text()[-2000:]}")

@@ -7,7 +7,6 @@ summary.json         written when it is finished
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from dcpo_megatron.training.heartbeat import VERDICT, Heartbeat, health_folder, read_heartbeats
-from dcpo_megatron.training.metrics import read_rows
+from dcpo_megatron.training.metrics_file import read_rows
 
 RATE_STEPS = 20
 _AT_REST = ("finished", "stopped")

@@ -12,7 +12,8 @@ from rich.markup import escape
 
 from dcpo_megatron.training.config import Config
 from dcpo_megatron.training.endpoint import MetricsEndpoint
-from dcpo_megatron.training.metrics import check_declared, read_rows
+from dcpo_megatron.training.metrics import check_declared
+from dcpo_megatron.training.metrics_file import read_rows
 
 
 class Sinks:
