@@ -24,6 +24,7 @@ setup(
         "einops>=0.8",
         "transformers>=5.0",
         "safetensors>=0.5",
+        "httpx>=0.27",
         "psutil>=5.9",
         "numpy>=1.26",
         "pyarrow>=15",

@@ -1,0 +1,163 @@
+"""One SGLang server, spoken to over HTTP: small control requests, one at a time from any thread. Sampling has a client of its own.
+
+    Server(url).post("/pause_generation", {"mode": "retract"})      a dict, or ServerError: what happened, at which server, in which request, what to do
+
+Nothing here retries: whoever asks knows whether asking twice is harmless. Every request has a deadline.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import httpx
+
+from dcpo_megatron.rollout.protocol import RolloutError
+
+# Below uvicorn's own 5 s, so that no request goes out on a connection which the server is closing.
+KEEPALIVE_SECONDS = 2.0
+
+
+class ServerError(RolloutError):
+    """A server refused a request or did not answer it. ``url``: the server; ``path``: the request; ``status``: the HTTP status, None without an answer."""
+
+    def __init__(self, message: str, url: str, path: str, status: int | None = None):
+        super().__init__(message)
+        self.url, self.path, self.status = url, path, status
+
+
+class Server:
+    """An SGLang server at ``url``. Thread-safe; keeps its connections.
+
+    Args:
+        url: ``http://host:port``.
+        api_key: what the server was started with (``--api-key``); sent as a bearer token.
+        timeout: seconds a request may take where the call does not say otherwise.
+
+    Raises:
+        ValueError: ``url`` is not an http(s) address.
+    """
+
+    def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 60.0):
+        self.url = url.rstrip("/")
+        parsed = httpx.URL(self.url)
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise ValueError(f"server address {url!r} is not of the form http://host:port")
+        self.api_key = api_key
+        self.timeout = timeout
+        # trust_env off: a proxy of the machine must not stand between the trainer and its servers.
+        self._client = httpx.Client(
+            base_url=self.url,
+            headers=headers(api_key),
+            trust_env=False,
+            limits=httpx.Limits(keepalive_expiry=KEEPALIVE_SECONDS),
+        )
+        self._paths: frozenset[str] | None = None
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"Server({self.url!r})"
+
+    def get(self, path: str, *, timeout: float | None = None) -> dict:
+        """The JSON answer to GET ``path``. Raises ServerError as :meth:`post` does."""
+        return self._request("GET", path, None, timeout)
+
+    def post(self, path: str, body: dict | None = None, *, timeout: float | None = None) -> dict:
+        """The JSON answer to POST ``path`` ({} for an empty one, {"message": text} for plain text).
+
+        Raises:
+            ServerError: no connection, no answer within ``timeout`` seconds, an HTTP error, or an answer with ``"success": false``.
+        """
+        return self._request("POST", path, body if body is not None else {}, timeout)
+
+    def offers(self, path: str) -> bool:
+        """Whether this server's version has the request ``path``; read from ``/openapi.json`` once in a server's life. Raises ServerError."""
+        with self._lock:
+            paths = self._paths
+        if paths is None:
+            paths = frozenset(self.get("/openapi.json").get("paths", {}))
+            with self._lock:
+                self._paths = paths
+        return path in paths
+
+    def alive(self, timeout: float = 5.0) -> bool:
+        """Whether the server's HTTP process answers, paused or not. (SGLang's own ``/health`` samples a token, and waits 20 s for it while paused.)"""
+        try:
+            self.get("/model_info", timeout=timeout)
+        except ServerError:
+            return False
+        return True
+
+    def generates(self, timeout: float = 30.0) -> bool:
+        """Whether the server samples a token within ``timeout`` seconds; false while it is starting or paused."""
+        try:
+            self.get("/health_generate", timeout=timeout)
+        except ServerError:
+            return False
+        return True
+
+    def weight_version(self) -> str:
+        """The tag of the weights that the server holds now. Raises ServerError."""
+        return str(self.get("/model_info")["weight_version"])
+
+    def pause(self, mode: str = "abort", timeout: float | None = None) -> None:
+        """Stops sampling: ``abort`` ends what is running, ``in_place`` keeps its cache, ``retract`` lets it recompute its cache on resuming. Raises ServerError."""
+        self.post("/pause_generation", {"mode": mode}, timeout=timeout)
+
+    def resume(self, timeout: float | None = None) -> None:
+        """Undoes :meth:`pause`; harmless where nothing is paused. Raises ServerError."""
+        self.post("/continue_generation", {}, timeout=timeout)
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._client.close()
+
+    def _request(self, method: str, path: str, body: dict | None, timeout: float | None) -> dict:
+        seconds = self.timeout if timeout is None else timeout
+        what = f"{method} {self.url}{path}"
+        try:
+            response = self._client.request(method, path, json=body, timeout=seconds)
+        except httpx.TimeoutException as error:
+            raise ServerError(
+                f"{what} was not answered within {seconds:g} s: the server hangs or is overloaded; look at its log",
+                self.url,
+                path,
+            ) from error
+        except httpx.TransportError as error:
+            with self._lock:
+                self._paths = None  # whoever answers next may be another version
+            raise ServerError(
+                f"{what} failed ({type(error).__name__}: {error}): the server is down or not reachable from here; restart it or correct its address",
+                self.url,
+                path,
+            ) from error
+        if response.status_code >= 400:
+            raise ServerError(
+                f"{what} was refused with status {response.status_code}: {refusal(response.content)}",
+                self.url,
+                path,
+                response.status_code,
+            )
+        answer = _decode(response)
+        if answer.get("success") is False:
+            raise ServerError(f"{what} failed: {refusal(response.content)}", self.url, path, response.status_code)
+        return answer
+
+
+def headers(api_key: str | None) -> dict[str, str]:
+    """What every request to a server with ``api_key`` carries."""
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def refusal(content: bytes) -> str:
+    """The server's own words in an error answer, one line, at most 500 characters."""
+    text = content.decode("utf-8", errors="replace")
+    return " ".join(text.split())[:500] or "no reason given"
+
+
+def _decode(response: httpx.Response) -> dict:
+    if not response.content:
+        return {}
+    if "json" not in response.headers.get("content-type", ""):
+        return {"message": response.text}
+    answer = response.json()
+    return answer if isinstance(answer, dict) else {"answer": answer}
