@@ -1,6 +1,7 @@
 """Shared by all tests: one thread a process (ranks share the cores), small models, the folder with real data."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,6 +23,15 @@ def demo_start(tmp_path_factory) -> Path:
     model = make_model(len(tokenizer), seed=0, layers=2, hidden=32)
     save(model, tokenizer, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sglang_server(demo_start, tmp_path_factory) -> Iterator[str]:
+    """The address of a real SGLang server of the model in ``demo_start``, shared by all tests: whoever pauses it or changes its weights puts it right again."""
+    from tests.sglang_servers import serve
+
+    with serve(demo_start, logs=tmp_path_factory.mktemp("servers")) as running:
+        yield running.urls[0]
 
 
 @pytest.fixture(scope="session")

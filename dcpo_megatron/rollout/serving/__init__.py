@@ -1,0 +1,71 @@
+"""Starts stock SGLang servers from an environment of their own, and looks after them.
+
+command.py          the command line: defaults for reinforcement learning      (pure)
+sglang_server.py    what the server environment's Python runs                  (no import of the project)
+process.py          one server as a process group
+supervisor.py       several: health, restarts, the end of all
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from dcpo_megatron.rollout.serving.command import UNPUBLISHED, ServerPlan, default_command
+from dcpo_megatron.rollout.serving.gpus import gpus_of
+from dcpo_megatron.rollout.serving.supervisor import Servers, ServingError, free_ports
+
+__all__ = ["UNPUBLISHED", "ServerPlan", "Servers", "ServingError", "start_servers"]
+
+
+def start_servers(
+    model: str | Path,
+    servers: int = 1,
+    *,
+    command: Sequence[str] | None = None,
+    device: str = "auto",
+    tp: int = 1,
+    colocated: bool = False,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    api_key: str | None = None,
+    arguments: Sequence[str] = (),
+    python_path: str | None = None,
+    logs: Path | None = None,
+    **watching,
+) -> Servers:
+    """``with start_servers(MODEL, servers=2) as running: running.urls``. Nothing is started before ``with`` (or ``.start()``).
+
+    Args:
+        command: the server environment's interpreter (default: the checkout's ``.venv-sglang``), or a container's command that ends with one.
+        device: "auto" (cuda where this host shows a GPU), "cuda", "cpu".
+        port: of the first server, the others follow (default: free ports).
+        logs: folder (default: a new temporary one).
+        arguments: more of SGLang's own.
+        watching: ``start_seconds``, ``hung_seconds``, ``advertise``, ``address_file``, ``say`` of :class:`Servers`; the other arguments are those of :class:`ServerPlan`.
+
+    Raises:
+        ServingError: no server environment, too few GPUs, a port in use, or a host other than loopback without a key; on starting, a server that dies or is not ready in time.
+    """
+    command = tuple(command or default_command() or ())
+    if not command:
+        raise ServingError(
+            "there is no server environment: run `make .venv-sglang/.installed`, or name its interpreter (--python)"
+        )
+    model = Path(model)
+    if not (model / "config.json").is_file() and (model.exists() or model.is_absolute()):
+        raise ServingError(f"no model in {model}: a Hugging Face folder with config.json is needed")
+    if servers < 1 or tp < 1:
+        raise ServingError(f"--servers {servers} and --tp {tp} must be at least 1")
+    gpus = gpus_of(device)
+    if gpus is not None and gpus < servers * tp:
+        raise ServingError(
+            f"{servers} servers of {tp} GPUs need {servers * tp}, this host shows {gpus}: give fewer --servers or --tp"
+        )
+    plan = ServerPlan(
+        str(model), command, "cpu" if gpus is None else "cuda", host, tp, colocated, tuple(arguments), api_key, python_path
+    )  # fmt: skip
+    ports = free_ports(servers) if port is None else list(range(port, port + servers))
+    logs = Path(tempfile.mkdtemp(prefix="dcpo-servers-")) if logs is None else Path(logs)
+    return Servers(plan, ports, logs, **watching)

@@ -1,0 +1,162 @@
+"""What the server environment's Python runs, by this file's path: stock SGLang, with three things around it that the project needs.
+
+    launcher -- pipe --> standard input: one line of JSON, {"api_key": ...}; then nothing, until the launcher is gone
+                            |                 end of file --> the guardian ends them all
+    guardian (a fork) ------+
+    sglang.launch_server: HTTP in this process, scheduler and detokenizer in spawned ones
+
+1. The API key comes through the pipe: neither `ps` nor the log shows it.
+2. However the launcher ends, the server ends: a killed launcher closes the pipe too. This also reaches through ssh and into containers, where a parent-death signal does not.
+3. On a CPU, inert stand-ins for the two imports that have nothing behind them there. They stand in the module's body because spawned processes run it too.
+
+Only the standard library and SGLang are imported: dcpo_megatron is not installed in the server environment.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import logging
+import os
+import signal
+import stat
+import sys
+import time
+import types
+
+# Python puts a script's folder first on the import path; the modules beside this one are not meant for the server.
+sys.path[:] = [
+    entry for entry in sys.path if os.path.abspath(entry or ".") != os.path.dirname(os.path.abspath(__file__))
+]
+
+# `sgl_kernel` has CUDA kernels; SGLang 0.5.20 imports nothing from it on a CPU, 0.5.23 one function that torch_native attention never calls. torchvision's wheels
+# need a CUDA build of torch; SGLang imports it for pictures.
+STAND_INS = ("sgl_kernel", "torchvision")
+TRACKER_SECONDS = 1.0
+
+
+class _Nothing:
+    """Any value of a stand-in: has every attribute, and fails with a sentence when it is called."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str):
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        return _Nothing(f"{self._name}.{attribute}")
+
+    def __call__(self, *args, **kwargs):
+        raise RuntimeError(f"{self._name} does not exist on a CPU; text models do not need it")
+
+
+class _StandIn(types.ModuleType):
+    def __getattr__(self, attribute: str):
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        return _Nothing(f"{self.__name__}.{attribute}")
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the stand-ins and every module below them."""
+
+    def __init__(self, names: list[str]):
+        self._names = names
+
+    def find_spec(self, name: str, path=None, target=None):
+        if name.partition(".")[0] in self._names:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        return _StandIn(spec.name)
+
+    def exec_module(self, module) -> None:
+        pass
+
+
+def put_stand_ins() -> None:
+    """Makes ``STAND_INS`` importable where nothing real is installed."""
+    # transformers asks once whether torchvision is there, and would import more of it: it asks while it is absent. It then offers a dummy of this class, which
+    # SGLang registers its own processors with.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    import transformers  # isort: skip -- the import above may replace this module by another object
+
+    transformers.AutoImageProcessor = AutoImageProcessor
+    sys.meta_path.append(_Finder([name for name in STAND_INS if importlib.util.find_spec(name) is None]))
+
+
+def read_api_key() -> str | None:
+    """The key from the launcher's line on standard input. Ends the process where standard input is not the launcher's pipe."""
+    if not stat.S_ISFIFO(os.fstat(0).st_mode) and not stat.S_ISSOCK(os.fstat(0).st_mode):
+        sys.exit("standard input is not the launcher's pipe: a container's command must pass it on (docker run -i)")
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(0, 1)  # not more: what follows is for the guardian
+        if not byte:
+            sys.exit("the launcher has gone before it said how to start")
+        line += byte
+    return json.loads(line)["api_key"]
+
+
+def fork_guardian() -> None:
+    """A small process that waits for the end of standard input and then ends the server. Call it before there are threads.
+
+    The server's own children die with it (SGLang asks the kernel for that), and multiprocessing's tracker then removes what they left in /dev/shm. What is still in the
+    process group after ``TRACKER_SECONDS`` is killed, the guardian with it.
+    """
+    parent = os.getpid()
+    if os.fork() == 0:
+        # The launcher's polite signals are for SGLang alone.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        while os.read(0, 4096):
+            pass
+        if os.getppid() == parent:
+            os.kill(parent, signal.SIGKILL)
+        time.sleep(TRACKER_SECONDS)
+        os.killpg(0, signal.SIGKILL)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+
+
+def keep_out_of_the_log(secret: str) -> None:
+    """SGLang logs its arguments, the key among them."""
+    make = logging.getLogRecordFactory()
+
+    def record(*args, **kwargs) -> logging.LogRecord:
+        made = make(*args, **kwargs)
+        text = made.getMessage()
+        if secret in text:
+            made.msg, made.args = text.replace(secret, "(hidden)"), ()
+        return made
+
+    logging.setLogRecordFactory(record)
+
+
+def main() -> None:
+    api_key = read_api_key()
+    fork_guardian()
+    arguments = sys.argv[1:]
+    if api_key:
+        keep_out_of_the_log(api_key)
+        arguments += ["--api-key", api_key]
+    if ON_CPU:
+        put_stand_ins()
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+
+    load_plugins()
+    run_server(prepare_server_args(arguments))
+
+
+ON_CPU = os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
+if __name__ == "__main__":
+    main()
+elif ON_CPU:
+    put_stand_ins()

@@ -1,0 +1,261 @@
+"""Several servers on this host: started together, waited for, restarted when they die, ended together.
+
+    with start_servers(MODEL, servers=2) as servers:        healthy, or a ServingError that says which and why
+        servers.urls                                        what the trainer is given
+    ...                                                     none is left, also after kill -9 of this process
+
+A restarted server holds the model's own weights again, under the tag "unpublished": the client does not use it until the trainer has published to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import random
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dcpo_megatron.rollout.protocol import RolloutError
+from dcpo_megatron.rollout.serving.command import ServerPlan, command_line, environment
+from dcpo_megatron.rollout.serving.process import ServerProcess
+
+WIDE = {"0.0.0.0", "::", ""}
+LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+POLL_SECONDS = 0.25
+LINE_SECONDS = 10.0
+ANSWER_EVERY = 10.0
+# Deaths of one server within the window until it is left alone.
+DEATHS, WINDOW_SECONDS = 3, 600.0
+
+
+class ServingError(RolloutError):
+    """Servers cannot be started or kept; the message says which, why, and what to do."""
+
+
+class Servers:
+    """The servers of one host; see :func:`dcpo_megatron.rollout.serving.start_servers`.
+
+    Args:
+        plan: what each of them is.
+        ports: one a server.
+        logs: folder for ``server-PORT.log``.
+        start_seconds: each must be healthy that many seconds after a start.
+        hung_seconds: a server whose HTTP process does not answer for so long counts as dead.
+        advertise: the name under which other hosts reach this one (default: ``plan.host``, or this host's name where that is every interface).
+        address_file: gets the JSON list of the URLs once all are healthy; removed on stopping.
+        say: takes one line of progress.
+
+    Raises:
+        ServingError: a host other than loopback without a key, or a port in use.
+    """
+
+    def __init__(
+        self,
+        plan: ServerPlan,
+        ports: Sequence[int],
+        logs: Path,
+        *,
+        start_seconds: float = 600.0,
+        hung_seconds: float = 120.0,
+        advertise: str | None = None,
+        address_file: Path | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ):
+        if plan.host not in LOOPBACK and not plan.api_key:
+            raise ServingError(
+                f"--host {plan.host} lets other machines in: give a key with --api-key-file or DCPO_SGLANG_API_KEY, or listen on 127.0.0.1"
+            )
+        for port in ports:
+            _refuse_taken(plan.host, port)
+        name = advertise or (socket.gethostname() if plan.host in WIDE else plan.host)
+        name = f"[{name}]" if ":" in name else name
+        self.urls = [f"http://{name}:{port}" for port in ports]
+        self._start_seconds, self._hung_seconds = start_seconds, hung_seconds
+        self._address_file, self._say = address_file, say
+        env = environment(plan, len(ports))
+        self._servers = [
+            _Watched(
+                ServerProcess(command_line(plan, number, port), env, url, plan.api_key, logs / f"server-{port}.log")
+            )
+            for number, (port, url) in enumerate(zip(ports, self.urls))
+        ]
+        self._stopping = threading.Event()
+        self._watcher: threading.Thread | None = None
+
+    @property
+    def processes(self) -> list[ServerProcess]:
+        """In the order of ``urls``."""
+        return [watched.process for watched in self._servers]
+
+    @property
+    def given_up(self) -> list[str]:
+        """The URLs of servers that are not started any more."""
+        return [watched.process.url for watched in self._servers if watched.given_up]
+
+    def start(self) -> None:
+        """Starts all and returns when all are healthy; watches them from then on. Raises ServingError, with none left, where one is not."""
+        try:
+            for watched in self._servers:
+                watched.start()
+            self._wait_for_all()
+            if self._address_file is not None:
+                _write(self._address_file, self.urls)
+        except OSError as error:
+            self.stop()
+            raise ServingError(f"servers cannot be started: {error}") from error
+        except BaseException:
+            self.stop()
+            raise
+        self._watcher = threading.Thread(target=self._watch, name="server-watch", daemon=True)
+        self._watcher.start()
+
+    def stop(self) -> None:
+        """Ends all of them; returns when nothing is left of them. Harmless when called again."""
+        self._stopping.set()
+        if self._watcher is not None:
+            self._watcher.join()
+        if self._address_file is not None:
+            self._address_file.unlink(missing_ok=True)
+        for watched in self._servers:
+            watched.process.end()
+
+    def __enter__(self) -> Servers:
+        self.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.stop()
+
+    def _wait_for_all(self) -> None:
+        started = said = time.monotonic()
+        while waiting := [watched for watched in self._servers if not watched.healthy]:
+            for watched in waiting:
+                process = watched.process
+                if (code := process.exit_code()) is not None:
+                    raise ServingError(_story(process, f"ended with {_code(code)} while it started"))
+                if watched.check_start():
+                    self._say(f"{process.url} is ready after {time.monotonic() - started:.0f} s")
+                elif time.monotonic() > watched.started + self._start_seconds:
+                    raise ServingError(
+                        _story(process, f"was not ready {self._start_seconds:g} s after its start (--start-timeout)")
+                    )
+            if time.monotonic() - said >= LINE_SECONDS:
+                said = time.monotonic()
+                names = ", ".join(watched.process.url for watched in waiting if not watched.healthy)
+                if names:
+                    self._say(f"waiting for {names}: {said - started:.0f} s of {self._start_seconds:g} s")
+            time.sleep(POLL_SECONDS)
+
+    def _watch(self) -> None:
+        while not self._stopping.wait(POLL_SECONDS):
+            for watched in self._servers:
+                if not watched.given_up and not self._stopping.is_set() and (reason := self._trouble(watched)):
+                    self._restart(watched, reason)
+
+    def _trouble(self, watched: _Watched) -> str | None:
+        now = time.monotonic()
+        if (code := watched.process.exit_code()) is not None:
+            return f"ended with {_code(code)}"
+        if not watched.healthy:
+            if watched.check_start():
+                self._say(f"{watched.process.url} is ready again after {now - watched.started:.0f} s")
+            elif now > watched.started + self._start_seconds:
+                return f"was not ready {self._start_seconds:g} s after its restart"
+        elif now >= watched.answered + ANSWER_EVERY and now >= watched.asked + ANSWER_EVERY:
+            watched.asked = now
+            if watched.process.answers():
+                watched.answered = time.monotonic()
+            elif time.monotonic() > watched.answered + self._hung_seconds:
+                return f"has not answered for {self._hung_seconds:g} s"
+        return None
+
+    def _restart(self, watched: _Watched, reason: str) -> None:
+        process = watched.process
+        process.end()
+        now = time.monotonic()
+        watched.deaths.append(now)
+        recent = [death for death in watched.deaths if death > now - WINDOW_SECONDS]
+        if len(recent) >= DEATHS:
+            watched.given_up = True
+            self._say(
+                _story(process, f"{reason}, for the {DEATHS}rd time within {WINDOW_SECONDS:g} s: not started again")
+            )
+            return
+        self._say(_story(process, f"{reason}: started again"))
+        try:
+            watched.start()
+        except OSError as error:
+            watched.given_up = True
+            self._say(f"{process.url} cannot be started again: {error}")
+
+
+class _Watched:
+    """A process with what its supervisor remembers of it. Times are of the monotonic clock, in seconds."""
+
+    def __init__(self, process: ServerProcess):
+        self.process = process
+        self.deaths: deque[float] = deque(maxlen=DEATHS)
+        self.given_up = self.healthy = False
+        self.started = self.answered = self.asked = 0.0
+
+    def start(self) -> None:
+        self.healthy = False
+        self.process.start()
+        self.started = time.monotonic()
+
+    def check_start(self) -> bool:
+        # While a server loads it does not listen, and the question costs nothing.
+        self.healthy = self.process.samples()
+        self.answered = self.asked = time.monotonic()
+        return self.healthy
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback interface that nobody listens on, below those that the kernel gives to outgoing connections: they are still free a little later."""
+    found: list[int] = []
+    for port in random.sample(range(20000, 30000), 500):
+        if len(found) < count and not _taken("127.0.0.1", port):
+            found.append(port)
+    return found
+
+
+def _taken(host: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return True
+            raise ServingError(f"this host cannot listen on {host}:{port}: {error.strerror}") from error
+    return False
+
+
+def _refuse_taken(host: str, port: int) -> None:
+    if _taken(host, port):
+        raise ServingError(f"port {port} is in use on {host}: give another with --port")
+
+
+def _write(file: Path, urls: list[str]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")  # a reader of the folder takes *.json
+    part.write_text(json.dumps(urls) + "\n", encoding="utf-8")
+    os.replace(part, file)
+
+
+def _code(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else f"signal {-code}"
+
+
+def _story(process: ServerProcess, what: str) -> str:
+    lines = ""
+    with contextlib.suppress(OSError):
+        lines = f"; the end of its log {process.log}:\n{process.last_lines()}"
+    return f"server {process.url} {what}{lines}"

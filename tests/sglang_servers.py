@@ -1,0 +1,28 @@
+"""Real SGLang servers for tests, on the CPU, from the environment that `make .venv-sglang/.installed` builds.
+
+DCPO_TEST_SGLANG: `required` (set by `make test`) fails where that environment is missing, and a test would otherwise skip; `latest` is that, with the newest SGLang.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dcpo_megatron.rollout.serving import Servers, start_servers
+from dcpo_megatron.rollout.serving.command import default_command
+
+LATEST = Path(__file__).resolve().parents[1] / ".venv-sglang" / "sglang-0.5.23"
+
+
+def serve(model: Path, servers: int = 1, *, arguments: tuple[str, ...] = (), **options) -> Servers:
+    """Small servers of ``model``: ``with serve(folder) as running: running.urls``. A start takes some 20 s of one core; servers started together share the wait."""
+    wanted = os.environ.get("DCPO_TEST_SGLANG", "")
+    latest = str(LATEST) if wanted == "latest" else None
+    missing = default_command() is None or (latest and not LATEST.is_dir())
+    if missing:
+        refuse = pytest.fail if wanted else pytest.skip
+        refuse("no server environment: run `make .venv-sglang/.installed` (`make test-sglang-latest` for the newest)")
+    small = ("--max-running-requests", "16", *arguments)
+    return start_servers(
+        model, servers, device="cpu", arguments=small, python_path=latest, start_seconds=180, **options
+    )
