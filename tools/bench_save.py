@@ -4,8 +4,9 @@
     synchronous    |step|---------- copy, write, sync, index, name ----------|step|
     asynchronous   |step|copy|step (while threads write)|step|...
 
-**delay** is what the step that starts a save takes longer than a step without one: the copy to the host, and what the writing slows the step itself down by. Kinds take
-turns, so that noise meets all alike; medians are shown.
+**delay** is what the step that starts a save takes longer than the steps before and after it: the copy to the host, and what the writing slows the step itself down by.
+Kinds take turns, so that noise meets all alike; medians are shown. **written after**: from the start of the save to its final name; after its first step an asynchronous
+save is waited for, with no step beside it.
 """
 
 import argparse
@@ -29,8 +30,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--hidden", type=int, default=512, help="width of the model")
     result.add_argument("--layers", type=int, default=8)
     result.add_argument("--vocab", type=int, default=8192)
-    result.add_argument("--tokens", type=int, default=2048, help="tokens a rank trains on in one step")
-    result.add_argument("--repeats", type=int, default=5)
+    result.add_argument("--tokens", type=int, default=512, help="tokens a rank trains on in one step")
+    result.add_argument("--repeats", type=int, default=7)
     result.add_argument("--folder", type=Path, default=None, help="disk to write to (default: a temporary folder)")
     result.add_argument("--json", type=Path, default=None, metavar="FILE")
     return result
@@ -42,6 +43,9 @@ def bench_rank(args, folder: Path) -> None:
     import torch.distributed as dist
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
+    from dcpo_megatron.cli.quiet import quiet_libraries
+
+    quiet_libraries()
     from dcpo_megatron.mcore import platform as platforms
     from dcpo_megatron.mcore.batch import Sequence
     from dcpo_megatron.mcore.hf_config import read_shape
@@ -83,7 +87,7 @@ def bench_rank(args, folder: Path) -> None:
     objective, number, times = (
         get_preset("dcpo-paper"),
         0,
-        {"step": [], "synchronous": [], "asynchronous": [], "write": []},
+        {"step": [], "synchronous": [], "asynchronous": [], "written synchronous": [], "written asynchronous": []},
     )
 
     def step() -> None:
@@ -96,33 +100,34 @@ def bench_rank(args, folder: Path) -> None:
         dist.barrier()
         return time.perf_counter() - started
 
-    def save(wait: bool) -> None:
+    def save(kind: str) -> None:
         nonlocal number
         number += 1
-        saver.start(number, take_snapshot(policy), lambda work: None)
-        if wait:
-            check(saver.finish())
+        alone = kind == "synchronous"
+        saver.start(number, take_snapshot(policy, saver.memory), lambda work: None, beside_training=not alone)
+        if alone:
+            finish(kind)
         step()
 
-    def check(reports) -> None:
-        problems = [report.problem for report in reports if report.problem]
-        if problems:
-            raise OSError(problems[0])
-        times["write"] += [report.seconds for report in reports]
+    def finish(kind: str) -> None:
+        for report in saver.finish():
+            if report.problem:
+                raise OSError(report.problem)
+            times["written " + kind].append(report.seconds)
 
     step()
-    save(wait=True)
-    times["write"].clear()
+    save("synchronous")
+    times["written synchronous"].clear()
     for _ in range(args.repeats):
         times["step"].append(timed(step))
-        times["synchronous"].append(timed(lambda: save(wait=True)))
+        times["synchronous"].append(timed(lambda: save("synchronous")))
         times["step"].append(timed(step))
-        times["asynchronous"].append(timed(lambda: save(wait=False)))
-        check(saver.finish())
+        times["asynchronous"].append(timed(lambda: save("asynchronous")))
+        finish("asynchronous")
+    times["step"].append(timed(step))
     if rank == 0:
         size = sum(f.stat().st_size for f in (folder / "checkpoints").rglob("*") if f.is_file())
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        (folder / "result.json").write_text(json.dumps({"bytes": size, **medians}))
+        (folder / "result.json").write_text(json.dumps({"bytes": size, **times}))
     platforms.stop()
 
 
@@ -144,26 +149,38 @@ def main() -> int:
         if code:
             return code
         found = json.loads((Path(folder) / "result.json").read_text())
-    step, whole = found["step"], found["synchronous"] - found["step"]
-    rows = [
-        ("a step without a save", step, None),
-        ("synchronous save", found["synchronous"], whole),
-        ("asynchronous save", found["asynchronous"], found["asynchronous"] - step),
-    ]
+    delays = delays_of(found)
     table = Table(title=f"{args.ranks} ranks, checkpoint of {found['bytes'] / 1e6:.0f} MB, medians of {args.repeats}")
-    for name in ("what", "step, seconds", "delay, seconds", "delay / synchronous"):
+    for name in ("what", "step, seconds", "delay, seconds (least to most)", "delay / synchronous", "written after"):
         table.add_column(name, justify="left" if name == "what" else "right")
-    for name, seconds, delay in rows:
+    table.add_row("a step without a save", f"{statistics.median(found['step']):.3f}")
+    for name, values in delays.items():
         table.add_row(
-            name,
-            f"{seconds:.3f}",
-            "" if delay is None else f"{delay:.3f}",
-            "" if delay is None else f"{delay / whole:.2f}",
+            f"{name} save",
+            f"{statistics.median(found[name]):.3f}",
+            f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})",
+            f"{statistics.median(values) / statistics.median(delays['synchronous']):.2f}",
+            f"{statistics.median(found['written ' + name]):.3f} s",
         )
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 110)
+    console.print(table)
     if args.json:
-        args.json.write_text(json.dumps(found | {"delay_ratio": (found["asynchronous"] - step) / whole}, indent=1))
+        ratio = statistics.median(delays["asynchronous"]) / statistics.median(delays["synchronous"])
+        args.json.write_text(json.dumps(found | {"delays": delays, "delay_ratio": ratio}, indent=1))
     return 0
+
+
+def delays_of(found: dict[str, list[float]]) -> dict[str, list[float]]:
+    """By kind: what each step with a save took longer than the mean of the steps before and after it, in seconds."""
+    steps = found["step"]
+    return {
+        kind: [
+            seconds - (steps[2 * number + first] + steps[2 * number + first + 1]) / 2
+            for number, seconds in enumerate(found[kind])
+        ]
+        for first, kind in enumerate(("synchronous", "asynchronous"))
+    }
 
 
 def _alone(args, folder: Path) -> int:

@@ -3,13 +3,17 @@
     undisturbed:  start ------------------------------------------------> end
     disturbed:    start ----- kill -9   start -- kill -9   start ... ----> end       the same command each time
 
-The run's steps are shared out among the kills. A kill waits for a step of its share, then for a phase (sampling, a checkpoint half-written, weights on their way to the
-engine) or a random moment, and takes launcher and ranks at once; where the phase does not show within the share, the moment is the end of the share. Compared are every metric of every step but times, every weight of the model at the end, and every file of the last checkpoint that has no time in it.
+What is left of the run's steps is shared out among the kills that are left. A kill waits for a step of its start, then for a phase (sampling, a checkpoint half-written,
+weights on their way to the engine) or a random moment, and takes launcher and ranks at once; where the phase does not show within the share, the moment is the end of the
+share. Where a run comes to its end before its kills, on a machine that is busy with other work, another disturbed run has the rest of them.
+
+Compared are every metric of every step but times, every weight of the model at the end, and every file of the last checkpoint that has no time in it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -23,9 +27,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from dcpo_megatron.training.checkpoint_folder import INCOMPLETE
+from dcpo_megatron.training.metrics_file import read_rows
+
 ROOT = Path(__file__).resolve().parents[2]
-# How a kill chooses its moment.
-MOMENTS = ("anywhere", "rollout", "save", "publish", "update")
+# How a kill chooses its moment. "start" is before the first step of a start, also in the middle of loading a checkpoint.
+MOMENTS = ("anywhere", "rollout", "save", "publish", "update", "start")
+# Steps of a run for each kill: most phases are so short that they show in one step of ten.
+STEPS_A_KILL = 15
+# Disturbed runs, where the first does not last for all kills.
+ATTEMPTS = 5
 
 
 class Difference(AssertionError):
@@ -68,71 +79,103 @@ def start(arguments: list[str], ranks: int, log: Path) -> subprocess.Popen:
         return subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
 
 
-def descendants(pid: int) -> list[int]:
-    """Process ids of a process and all below it."""
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL to the launcher and every rank and worker below it, at once; returns when they are gone."""
     import psutil
 
     try:
-        process = psutil.Process(pid)
-        return [child.pid for child in process.children(recursive=True)] + [pid]
+        launcher = psutil.Process(process.pid)
+        below = launcher.children(recursive=True)
     except psutil.NoSuchProcess:
-        return []
-
-
-def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL to the launcher and every rank and worker below it, at once."""
-    for pid in descendants(process.pid):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        below = []
+    # The launcher first: it must not see a rank die and end by itself.
+    process.kill()
+    for child in below:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
     process.wait(30)
+    psutil.wait_procs(below, timeout=30)
+
+
+def wait_for_the_end(process: subprocess.Popen, deadline: float, log: Path, what: str) -> None:
+    """Raises RuntimeError, with the end of ``log``, where ``what`` fails or takes longer than ``deadline`` seconds; nothing of it is left then."""
+    try:
+        code = process.wait(deadline)
+        problem = f"failed ({code})" if code else None
+    except subprocess.TimeoutExpired:
+        problem = f"did not end within {deadline:.0f} s"
+    finally:
+        kill_all(process)
+    if problem:
+        raise RuntimeError(f"{what} {problem}:\n{log.read_text()[-2000:]}")
+
+
+class Watch:
+    """What the files of a run tell, read again only where they have changed."""
+
+    def __init__(self, run: Path):
+        self._rows, self._health = run / "metrics.jsonl", run / "health" / "rank-00000.json"
+        self._checkpoints = run / "checkpoints"
+        self._seen: dict[Path, tuple] = {}
+        self._steps, self._phase = 0, None
+
+    def _changed(self, file: Path) -> bool:
+        try:
+            found = file.stat()
+        except OSError:
+            return False
+        mark = (found.st_ino, found.st_size, found.st_mtime_ns)
+        changed = self._seen.get(file) != mark
+        self._seen[file] = mark
+        return changed
+
+    @property
+    def steps(self) -> int:
+        """The last step that metrics.jsonl knows."""
+        if self._changed(self._rows):
+            self._steps = max((row["step"] for row in read_rows(self._rows)), default=0)
+        return self._steps
+
+    @property
+    def phase(self) -> str | None:
+        """Where rank 0 is."""
+        if self._changed(self._health):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                self._phase = json.loads(self._health.read_text())["phase"]
+        return self._phase
+
+    @property
+    def saving(self) -> bool:
+        return any(self._checkpoints.glob("*" + INCOMPLETE))
 
 
 def steps_done(run: Path) -> int:
     """The last step that metrics.jsonl knows."""
-    from dcpo_megatron.training.metrics_file import read_rows
-
-    return max((row["step"] for row in read_rows(run / "metrics.jsonl")), default=0)
+    return Watch(run).steps
 
 
 def wait_for(
-    moment: str, run: Path, process: subprocess.Popen, share: range, chance: random.Random, deadline: float
-) -> str | None:
-    """Waits until the run has done a step of ``share`` and is at ``moment``. Returns what it met, None where the run ended before."""
+    moment: str, watch: Watch, process: subprocess.Popen, last: int, chance: random.Random, deadline: float
+) -> str:
+    """Waits until the run is at ``moment``, or has done step ``last``, or has ended. Returns what it met."""
     until = time.monotonic() + deadline
-
-    def running() -> bool:
-        return process.poll() is None and time.monotonic() < until
-
-    while running() and (steps_done(run) < share.start or not _resumed(run)):
-        time.sleep(0.01)
-    started, first = time.monotonic(), steps_done(run)
-    wait = chance.uniform(0, 1.5)
-    while running() and steps_done(run) < share.stop - 1:
-        if moment == "anywhere" and time.monotonic() - started > wait:
+    first = watch.steps
+    wait = time.monotonic() + chance.uniform(1, 8)
+    while watch.steps == first:
+        if process.poll() is not None or time.monotonic() > until or (moment == "start" and time.monotonic() > wait):
+            return "start"
+        time.sleep(0.005)
+    if moment == "start":
+        return moment
+    wait = time.monotonic() + chance.uniform(0, 1.5)
+    while process.poll() is None and time.monotonic() < until and watch.steps < last:
+        if moment == "save" and watch.saving:
+            time.sleep(chance.uniform(0, 0.02))
             return moment
-        # A step of this start must have been done: the files of the one before still tell of its last phase.
-        if steps_done(run) > first:
-            if moment == "save" and list((run / "checkpoints").glob("*.incomplete")):
-                time.sleep(chance.uniform(0, 0.02))
-                return moment
-            if moment in MOMENTS[1:] and _phase(run) == moment:
-                return moment
-        time.sleep(0.0001)  # publishing to an engine in the same process takes little more than a millisecond
-    return "anywhere" if running() else None
-
-
-def _resumed(run: Path) -> bool:
-    # A kill before the first checkpoint of a run proves little; one after it proves that it is found.
-    return any((run / "checkpoints").glob("step-*"))
-
-
-def _phase(run: Path) -> str | None:
-    try:
-        return json.loads((run / "health" / "rank-00000.json").read_text())["phase"]
-    except (OSError, ValueError, KeyError):
-        return None
+        if moment == watch.phase or (moment == "anywhere" and time.monotonic() > wait):
+            return moment
+        time.sleep(0.0002)  # publishing to an engine in the same process takes little more than a millisecond
+    return "anywhere"
 
 
 # -- comparing ----------------------------------------------------------------------------------------------------------------------------------
@@ -204,35 +247,41 @@ def verify(folder: Path, *, kills: int, ranks: int, steps: int, seed: int, say=p
     chance = random.Random(seed)
     task = make_task(folder, steps=steps)
     undisturbed, disturbed = folder / "undisturbed", folder / "disturbed"
-    process = start([*task, f"output={undisturbed}"], ranks, folder / "undisturbed.log")
-    if process.wait(deadline * 2) != 0:
-        raise RuntimeError(f"the undisturbed run failed:\n{(folder / 'undisturbed.log').read_text()[-2000:]}")
+    log = folder / "undisturbed.log"
+    wait_for_the_end(start([*task, f"output={undisturbed}"], ranks, log), deadline * 2, log, "the undisturbed run")
     say(f"undisturbed: {steps} steps on {ranks} ranks")
-    log, done = folder / "disturbed.log", 0
-    arguments = [*task, f"output={disturbed}"]
-    # The first steps end in no checkpoint, the last ones leave nothing to resume for.
-    edges = [2 + round(number * (steps - 4) / kills) for number in range(kills + 1)]
-    for number in range(kills):
-        moment = MOMENTS[number % len(MOMENTS)]
+    met = 0
+    for attempt in range(ATTEMPTS):
+        run = disturbed if not attempt else folder / f"disturbed-{attempt + 1}"
+        met += _disturb([*task, f"output={run}"], run, ranks, steps, met, kills, chance, say, deadline)
+        equal = compare(undisturbed, run)
+        if met == kills:
+            say(equal)
+            return
+        say(f"the run came to its end before {kills - met} of its kills: another one has them")
+    raise RuntimeError(f"only {met} of {kills} kills met a running run: give more --steps")
+
+
+def _disturb(arguments, run: Path, ranks: int, steps: int, met: int, kills: int, chance, say, deadline: float) -> int:
+    """One disturbed run from its first start to its end, with the kills from ``met`` to ``kills``; returns how many met it running."""
+    before, log, watch = met, run.with_suffix(".log"), Watch(run)
+    while met < kills and watch.steps < steps:
+        moment = MOMENTS[met % len(MOMENTS)]
+        # The last steps leave nothing to resume for.
+        last = watch.steps + max(2, (steps - 4 - watch.steps) // (kills - met))
         process = start(arguments, ranks, log)
         try:
-            met = wait_for(moment, disturbed, process, range(edges[number], edges[number + 1]), chance, deadline)
+            found = wait_for(moment, watch, process, last, chance, deadline)
         finally:
-            phase = _phase(disturbed)
             kill_all(process)
-        if met:
-            done += 1
-        say(
-            f"kill {number + 1} ({moment}): {f'met {met} in {phase}' if met else 'the run had ended'} after step {steps_done(disturbed)}"
-        )
         if process.returncode not in (0, -signal.SIGKILL):
             raise RuntimeError(f"the run failed by itself ({process.returncode}):\n{log.read_text()[-2000:]}")
-    process = start(arguments, ranks, log)
-    if process.wait(deadline * 2) != 0:
-        raise RuntimeError(f"the last start failed:\n{log.read_text()[-2000:]}")
-    say(compare(undisturbed, disturbed))
-    if done < kills:
-        raise RuntimeError(f"only {done} of {kills} kills met a running run: give more --steps")
+        if process.returncode == 0:
+            break
+        met += 1
+        say(f"kill {met} ({moment}): met {found} in {watch.phase} after step {watch.steps}")
+    wait_for_the_end(start(arguments, ranks, log), deadline * 2, log, "the last start")
+    return met - before
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -247,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, default=None, help="keep everything there (default: a temporary folder)")
     args = parser.parse_args(argv)
-    steps = args.steps if args.steps is not None else 10 + 3 * args.kills
+    steps = args.steps if args.steps is not None else 10 + STEPS_A_KILL * args.kills
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from dcpo_megatron.mcore.collectives import all_gather_bytes
-from dcpo_megatron.mcore.training_state import Snapshot
+from dcpo_megatron.mcore.training_state import HostMemory, Snapshot
 from dcpo_megatron.training import checkpoint_folder as folders
 from dcpo_megatron.weights.conversion import write_index_with_companions
 from dcpo_megatron.weights.torch_dist import Record, write_records
@@ -48,12 +48,15 @@ class CheckpointSaver:
         keep_last, keep_every: which complete checkpoints stay (see :func:`~dcpo_megatron.training.checkpoint_folder.prune`).
         device: of the tensors that ranks exchange.
         timeout: seconds that :meth:`finish` waits for the disk.
+
+    ``memory``: what snapshots should be copied into; free whenever no save is under way.
     """
 
     def __init__(self, root: Path, hf_folder: Path, *, keep_last: int, keep_every: int, device, timeout: float):
         self.root, self.hf_folder = root, hf_folder
         self.keep_last, self.keep_every = keep_last, keep_every
         self.device, self.timeout = device, timeout
+        self.memory = HostMemory()
         self._step: int | None = None
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
@@ -64,11 +67,14 @@ class CheckpointSaver:
         """Whether a save is under way; the same on every rank."""
         return self._step is not None
 
-    def start(self, step: int, snapshot: Snapshot, extras: Callable[[Path], None]) -> None:
+    def start(
+        self, step: int, snapshot: Snapshot, extras: Callable[[Path], None], *, beside_training: bool = True
+    ) -> None:
         """Begins to write the state after ``step`` steps.
 
         Args:
             extras: writes this rank's other files into the folder it is given; runs in the background, on copies of its own.
+            beside_training: the writer takes what processor time the ranks leave; False where nothing else goes on until it is done.
 
         Raises:
             RuntimeError: a save is under way (call :meth:`finish` first).
@@ -88,7 +94,7 @@ class CheckpointSaver:
             self._problem = f"{work}: {error.strerror or error}"
         dist.barrier()
         self._thread = threading.Thread(
-            target=self._write, args=(work, snapshot, extras), name="checkpoint", daemon=True
+            target=self._write, args=(work, snapshot, extras, beside_training), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -96,11 +102,10 @@ class CheckpointSaver:
     def _work(self) -> Path:
         return self.root / (folders.checkpoint_name(self._step) + folders.INCOMPLETE)
 
-    def _write(self, work: Path, snapshot: Snapshot, extras: Callable[[Path], None]) -> None:
+    def _write(self, work: Path, snapshot: Snapshot, extras: Callable[[Path], None], beside_training: bool) -> None:
         rank = dist.get_rank()
-        # Training comes first where cores are short: the writer takes what the ranks leave.
-        with contextlib.suppress(OSError, AttributeError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        if beside_training:
+            _give_way()
         try:
             file = work / f"__{rank}_0.distcp"
             pieces = [(piece.key, piece.offsets, piece.data) for piece in snapshot.tensors]
@@ -175,3 +180,9 @@ class CheckpointSaver:
             note_file.unlink()
         write_index_with_companions(work, tensors, records, self._common, self.hf_folder)
         folders.write_manifest(work, known)
+
+
+def _give_way() -> None:
+    """This thread gets what processor time the others leave. Without it ranks that fill the cores would share them with their writers."""
+    with contextlib.suppress(OSError, AttributeError):  # a system without it
+        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
