@@ -10,71 +10,103 @@ import importlib.metadata
 import platform as python_platform
 import sys
 import time
+from pathlib import Path
 
 from dcpo_megatron.cli.quiet import quiet_libraries
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the certificate; returns the exit code."""
-    from dcpo_megatron.verification import cases, certificate
-
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
         prog="dcpo verify",
         allow_abbrev=False,
         description="Compares loss, gradients and one optimizer step of every parallel layout with a dense single-process reference.",
     )
-    parser.add_argument("--layouts", default="all", help="all, fast, or names separated by commas (--list shows them)")
-    parser.add_argument(
-        "--preset", default="all", help="objectives: all, or names separated by commas (--list shows them)"
+    result.add_argument(
+        "--layouts",
+        default="all",
+        help="all, fast, or names separated by commas: those of --list, or any like tp2-sp-cp2/padded/moe/m4",
     )
-    parser.add_argument(
+    result.add_argument(
+        "--preset",
+        default="all",
+        help="objectives: all, or names separated by commas: those of --list, or any preset, with switches like dapo+kl",
+    )
+    result.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="cpu with gloo, or cuda with nccl (a GPU a rank)"
     )
-    parser.add_argument(
+    result.add_argument(
         "--layers",
         choices=("local", "transformer-engine"),
         default="local",
         help="which layers to certify (the second needs GPUs)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and data")
-    parser.add_argument("--max-ranks", type=int, default=None, help="leave out layouts of more ranks")
-    parser.add_argument(
+    result.add_argument("--seed", type=int, default=0, help="of weights and data")
+    result.add_argument("--max-ranks", type=int, default=None, help="leave out layouts of more ranks")
+    result.add_argument(
         "--megatron-path", default=None, metavar="DIR", help="folder with another megatron package to certify"
     )
-    parser.add_argument("--json", default=None, metavar="FILE", help="write every verdict there")
-    parser.add_argument("--markdown", default=None, metavar="FILE", help="write the table there")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds a layout may take")
-    parser.add_argument("--list", action="store_true", help="list layouts and objectives, and stop")
-    args = parser.parse_args(argv)
+    result.add_argument("--json", default=None, metavar="FILE", help="write every verdict there")
+    result.add_argument("--markdown", default=None, metavar="FILE", help="write the table there")
+    result.add_argument("--timeout", type=float, default=600.0, help="seconds a layout may take")
+    result.add_argument("--list", action="store_true", help="list layouts and objectives, and stop")
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the certificate; returns the exit code."""
+    args = parser().parse_args(argv)
+    quiet_libraries()
+    from dcpo_megatron.verification import cases
+    from dcpo_megatron.verification.layouts import FAST, NAMES, find_layouts
+
     if args.list:
-        print("layouts:    " + ", ".join(layout.name for layout in cases.LAYOUTS))
-        print("fast:       " + ", ".join(cases.FAST))
+        print("layouts:    " + ", ".join(NAMES))
+        print("fast:       " + ", ".join(FAST))
         print("objectives: " + ", ".join(cases.OBJECTIVES))
         return 0
     try:
-        layouts = cases.find_layouts(args.layouts)
-        objectives = _objectives(args.preset, cases.OBJECTIVES)
+        layouts = find_layouts(args.layouts)
+        objectives = cases.find_objectives(args.preset)
+        if args.max_ranks is not None:
+            layouts = [layout for layout in layouts if layout.world <= args.max_ranks]
+        _check(args, layouts)
     except ValueError as error:
         print(f"dcpo: error: {error}", file=sys.stderr)
         return 2
-    if args.max_ranks is not None:
-        layouts = [layout for layout in layouts if layout.world <= args.max_ranks]
+    return _run(args, layouts, objectives)
+
+
+def _check(args: argparse.Namespace, layouts: list) -> None:
+    """Raises ValueError for everything that would be known wrong only after minutes."""
     if not layouts:
-        print("dcpo: error: no layout is left: raise --max-ranks", file=sys.stderr)
-        return 2
+        raise ValueError("no layout is left: raise --max-ranks")
+    for file in filter(None, (args.json, args.markdown)):
+        folder = Path(file).absolute().parent
+        if not folder.is_dir() or Path(file).is_dir():
+            raise ValueError(f"{file} cannot be written: {folder} is no folder, or the file is one")
+    if args.megatron_path and not (Path(args.megatron_path) / "megatron" / "core").is_dir():
+        raise ValueError(
+            f"--megatron-path {args.megatron_path} has no megatron/core: unpack a wheel of megatron-core there"
+        )
+    if args.device == "cpu" and args.layers == "transformer-engine":
+        raise ValueError("--layers transformer-engine needs GPUs: add --device cuda")
     if args.device == "cuda":
         import torch
 
         needed = max(layout.world for layout in layouts)
         if torch.cuda.device_count() < needed:
-            print(
-                f"dcpo: error: these layouts need {needed} GPUs and {torch.cuda.device_count()} are visible: lower --max-ranks, or --device cpu",
-                file=sys.stderr,
+            raise ValueError(
+                f"these layouts need {needed} GPUs and {torch.cuda.device_count()} are visible: lower --max-ranks, or --device cpu"
             )
-            return 2
+
+
+def _run(args: argparse.Namespace, layouts: list, objectives: dict) -> int:
+    import torch
     from rich.console import Console
 
-    quiet_libraries()
+    from dcpo_megatron.verification import certificate
+
     console = Console(highlight=False)
     facts = versions(args.device, args.megatron_path) | {"layers": args.layers}
     console.print(", ".join(f"{name} {value}" for name, value in facts.items()))
@@ -89,8 +121,6 @@ def main(argv: list[str] | None = None) -> int:
         if len(pending) == len(objectives):
             _print_layout(console, pending)
             pending.clear()
-
-    import torch
 
     torch.set_num_threads(1)  # the ranks need the cores, and the reference is small
     verdicts = certificate.certify(
@@ -114,17 +144,6 @@ def main(argv: list[str] | None = None) -> int:
         + (f"; failed: {', '.join(failed)}" if failed else "")
     )
     return 1 if failed else 0
-
-
-def _objectives(names: str, known: dict) -> dict:
-    if names == "all":
-        return dict(known)
-    found = {}
-    for name in names.split(","):
-        if name not in known:
-            raise ValueError(f"unknown objective {name!r}; the known ones are: all, {', '.join(known)}")
-        found[name] = known[name]
-    return found
 
 
 def _print_layout(console, verdicts) -> None:

@@ -1,4 +1,4 @@
-"""What the certificate runs: layouts, small models, data that hurts, objectives.
+"""What the certificate runs on: small models, data that hurts, objectives. The layouts are in :mod:`~dcpo_megatron.verification.layouts`.
 
 Everything is made from a seed; nothing here needs Megatron-Core.
 """
@@ -6,12 +6,12 @@ Everything is made from a seed; nothing here needs Megatron-Core.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from dcpo_megatron.mcore.families import FAMILIES
-from dcpo_megatron.objectives import Objective, get_preset
+from dcpo_megatron.objectives import PRESETS, Objective, get_preset
 
 TEMPERATURE = 0.8
 
@@ -29,56 +29,6 @@ class Item:
     reference_logprobs: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A parallel layout by name, on ``world`` ranks: the fields of ParallelLayout, packed or padded rows, and the model it runs."""
-
-    name: str
-    world: int
-    parallel: dict = field(default_factory=dict)
-    packed: bool = True
-    model: str = "dense"
-    micro_batches: int = 2
-
-    @property
-    def data_parallel(self) -> int:
-        p = self.parallel
-        return self.world // (p.get("tensor", 1) * p.get("pipeline", 1) * p.get("context", 1))
-
-
-def _layout(name: str, packed: bool = True, model: str = "dense", micro_batches: int = 2) -> Layout:
-    """Reads names such as ``tp2-sp-pp2-vpp2-cp2-dp2-ep2-etp1``; ``first1`` and ``last1`` are the layers of the first and the last stage."""
-    sizes = {"tp": 1, "pp": 1, "cp": 1, "dp": 1}
-    parallel: dict = {}
-    for word in name.split("-"):
-        if word == "sp":
-            parallel["sequence_parallel"] = True
-            continue
-        key, size = word.rstrip("0123456789"), int(word.lstrip("abcdefghijklmnopqrstuvwxyz"))
-        if key in sizes:
-            sizes[key] = size
-        full = {
-            "tp": "tensor",
-            "pp": "pipeline",
-            "cp": "context",
-            "vpp": "virtual_pipeline",
-            "ep": "expert",
-            "etp": "expert_tensor",
-            "first": "first_stage_layers",
-            "last": "last_stage_layers",
-        }
-        if (key in full and size > 1) or key in ("etp", "first", "last"):
-            parallel[full[key]] = size
-    world = sizes["tp"] * sizes["pp"] * sizes["cp"] * sizes["dp"]
-    label = (
-        name
-        + ("" if packed else "/padded")
-        + (f"/{model}" if model != "dense" else "")
-        + (f"/m{micro_batches}" if micro_batches != 2 else "")
-    )
-    return Layout(label, world, parallel, packed, model, micro_batches)
-
-
 # Short names of models: the family, and what is changed in its small configuration.
 KINDS: dict[str, tuple[str, dict]] = {
     "dense": ("qwen2", {}),
@@ -87,103 +37,20 @@ KINDS: dict[str, tuple[str, dict]] = {
     "moe": ("qwen3_moe", {}),
 }
 
-LAYOUTS: list[Layout] = [
-    _layout("dp1"),
-    _layout("dp1", packed=False),
-    _layout("dp1", micro_batches=1),
-    _layout("dp1", packed=False, micro_batches=16),
-    _layout("dp2"),
-    _layout("dp2", packed=False),
-    _layout("dp2", micro_batches=5),
-    _layout("tp2"),
-    _layout("tp2", packed=False),
-    _layout("tp2-sp"),
-    _layout("pp2"),
-    _layout("pp2", packed=False, micro_batches=4),
-    _layout("pp2-vpp2"),
-    _layout("pp2-vpp2", packed=False, micro_batches=4),
-    _layout("pp2-first1"),
-    _layout("pp2-last1-dp2", packed=False, micro_batches=4),
-    _layout("pp2-vpp2-first2", model="deep"),
-    _layout("pp4-first1-last1", model="deep"),
-    _layout("cp2"),
-    _layout("cp2", packed=False),
-    _layout("tp2-dp2"),
-    _layout("pp2-dp2"),
-    _layout("pp2-dp2", micro_batches=4),
-    _layout("cp2-dp2"),
-    _layout("cp2-dp2", micro_batches=4),
-    _layout("tp2-sp", micro_batches=4),
-    _layout("cp2-dp2", packed=False),
-    _layout("tp2-pp2"),
-    _layout("tp2-sp-pp2"),
-    _layout("tp2-cp2"),
-    _layout("tp2-sp-cp2"),
-    _layout("pp2-cp2"),
-    _layout("pp2-vpp2-cp2"),
-    _layout("pp2-vpp2-cp2", micro_batches=4),
-    _layout("pp2-vpp2-dp2"),
-    _layout("tp2-sp-pp2-vpp2"),
-    _layout("tp2-pp2-dp2"),
-    _layout("tp2-sp-cp2-dp2"),
-    _layout("pp2-cp2-dp2"),
-    _layout("tp2-sp-pp2-cp2"),
-    _layout("tp2-sp-pp2-vpp2-dp2"),
-    _layout("dp1", model="tied"),
-    _layout("tp2", model="tied"),
-    _layout("pp2", model="tied"),
-    _layout("tp2-sp-pp2-vpp2-dp2", model="tied"),
-    _layout("tp2-sp-pp2-cp2", model="tied"),
-    _layout("tp2", model="qwen3"),
-    _layout("tp2-sp-cp2", model="qwen3"),
-    _layout("tp2", model="llama"),
-    _layout("pp2-vpp2-cp2", model="llama"),
-    _layout("dp1", model="moe"),
-    _layout("dp2-ep2", model="moe"),
-    _layout("dp2-ep2-etp1", model="moe", packed=False),
-    _layout("tp2-sp-dp2-ep2-etp1", model="moe"),
-    _layout("tp2-sp-dp2-ep2-etp2", model="moe"),
-    _layout("dp2-ep2", model="moe", micro_batches=4),
-    _layout("pp2-dp2-ep2", model="moe"),
-    _layout("cp2-dp2-ep2", model="moe"),
-    _layout("tp2-sp-pp2-dp2-ep2-etp1", model="moe"),
-]
-# A family that no layout above runs is run by one that cuts every kind of parameter.
-_RUN = {KINDS.get(layout.model, (layout.model,))[0] for layout in LAYOUTS}
-LAYOUTS += [_layout("tp2-sp-pp2", model=model_type) for model_type in FAMILIES if model_type not in _RUN]
 
-FAST = (
-    "dp2",
-    "dp1/padded",
-    "tp2-sp",
-    "pp2-vpp2",
-    "pp2-first1",
-    "pp2-vpp2-first2/deep",
-    "cp2",
-    "cp2/padded",
-    "tp2-sp-cp2",
-    "dp2-ep2/moe",
-    "pp2/tied",
-    "tp2/qwen3",
-    "tp2/llama",
-)
+def tiny_config(kind: str, **changes):
+    """The transformers configuration of a kind of :data:`KINDS` or of any family by its model_type.
+
+    Raises:
+        ValueError: an unknown kind, listing the known ones.
+    """
+    model_type, own = KINDS.get(kind, (kind, {}))
+    if model_type not in FAMILIES:
+        raise ValueError(f"unknown model {kind!r}: use {', '.join(KINDS)} or a family: {', '.join(FAMILIES)}")
+    return FAMILIES[model_type].tiny_config(**dict(vocab_size=VOCAB) | own | changes)
 
 
-def find_layouts(names: str) -> list[Layout]:
-    """``all``, ``fast``, or names separated by commas. Raises ValueError for an unknown one, listing the known."""
-    known = {layout.name: layout for layout in LAYOUTS}
-    if names == "all":
-        return LAYOUTS
-    if names == "fast":
-        return [known[name] for name in FAST]
-    found = []
-    for name in names.split(","):
-        if name not in known:
-            raise ValueError(f"unknown layout {name!r}; the known ones are: fast, all, {', '.join(known)}")
-        found.append(known[name])
-    return found
-
-
+# The named ones; gspo's own bounds are so narrow that every token would be clipped.
 OBJECTIVES: dict[str, Objective] = {
     "dcpo-paper": get_preset("dcpo-paper"),
     "dcpo-official-code": get_preset("dcpo-official-code"),
@@ -196,6 +63,38 @@ OBJECTIVES: dict[str, Objective] = {
         get_preset("grpo"), correction="icepop", correction_low=0.8, correction_high=1.3
     ),
 }
+
+# What may be added to any preset's name: ``gspo+entropy``.
+SWITCHES: dict[str, dict] = {
+    "kl": {"kl_coef": 0.1},
+    "entropy": {"entropy_coef": 0.05},
+    "tis": {"correction": "tis", "correction_cap": 1.2},
+    "mis": {"correction": "mis", "correction_cap": 1.2},
+    "icepop": {"correction": "icepop", "correction_low": 0.8, "correction_high": 1.3},
+}
+
+
+def find_objectives(names: str) -> dict[str, Objective]:
+    """``all`` of :data:`OBJECTIVES`, or names separated by commas: one of those, or any preset with any of :data:`SWITCHES` added.
+
+    Raises:
+        ValueError: an unknown name or switch, listing the known ones.
+    """
+    if names == "all":
+        return dict(OBJECTIVES)
+    found = {}
+    for name in map(str.strip, names.split(",")):
+        preset, *switches = name.split("+")
+        if name not in OBJECTIVES and (preset not in PRESETS or not SWITCHES.keys() >= set(switches)):
+            raise ValueError(
+                f"unknown objective {name!r}; the known ones are: all, {', '.join(OBJECTIVES)}, and the presets "
+                f"{', '.join(PRESETS)} with any of +{', +'.join(SWITCHES)}"
+            )
+        changes = {field: value for switch in switches for field, value in SWITCHES.get(switch, {}).items()}
+        base = OBJECTIVES.get(preset) or PRESETS.get(preset)
+        found[name] = OBJECTIVES.get(name) or dataclasses.replace(base, **changes)
+    return found
+
 
 # Response lengths of 4 prompts x 4 responses: 1 to 40 tokens, and one prompt whose advantages are all 0.
 LENGTHS = ((1, 40, 2, 7), (3, 3, 21, 5), (13, 2, 6, 30), (4, 9, 2, 17))
@@ -248,19 +147,11 @@ def attach_old_logprobs(items: list[Item], logprobs: list[torch.Tensor], seed: i
 
 
 def make_model(kind: str, folder: str, seed: int = 0, **changes) -> None:
-    """Writes a small Hugging Face model: a kind of ``KINDS`` or any family by its model_type, ``changes`` made to its configuration, and weights large enough
-    that attention and router are far from uniform.
-
-    Raises:
-        ValueError: an unknown kind, listing the known ones.
-    """
+    """Writes a small Hugging Face model of :func:`tiny_config`, with weights large enough that attention and router are far from uniform."""
     from transformers import AutoModelForCausalLM
 
-    model_type, own = KINDS.get(kind, (kind, {}))
-    if model_type not in FAMILIES:
-        raise ValueError(f"unknown model {kind!r}: use {', '.join(KINDS)} or a family: {', '.join(FAMILIES)}")
     torch.manual_seed(seed)
-    config = FAMILIES[model_type].tiny_config(**dict(vocab_size=VOCAB) | own | changes)
+    config = tiny_config(kind, **changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import tempfile
 import time
@@ -24,6 +25,7 @@ import torch
 from dcpo_megatron.advantages import RewardHistory
 from dcpo_megatron.objectives import Objective
 from dcpo_megatron.verification import cases
+from dcpo_megatron.verification.layouts import Layout
 from dcpo_megatron.verification.measure import objective_settings
 from dcpo_megatron.verification.ranks import RankFailure, RankPool
 
@@ -76,7 +78,7 @@ class Verdict:
 
 
 def certify(
-    layouts: Sequence[cases.Layout],
+    layouts: Sequence[Layout],
     objectives: dict[str, Objective],
     *,
     device: str = "cpu",
@@ -192,7 +194,7 @@ def _worst(measured: dict, wanted: dict) -> tuple[float, str]:
     return errors[name], name
 
 
-def _compare(layout: cases.Layout, bundle: _Bundle, measured: dict, objectives: dict) -> list[Verdict]:
+def _compare(layout: Layout, bundle: _Bundle, measured: dict, objectives: dict) -> list[Verdict]:
     found = []
     for name in objectives:
         reference = bundle.references[name]
@@ -268,8 +270,11 @@ def _largest(values) -> float:
 def write_json(verdicts: Sequence[Verdict], path: str | os.PathLike, facts: dict) -> None:
     """All verdicts with the versions they were measured with."""
     rows = [dataclasses.asdict(verdict) | {"passed": verdict.passed} for verdict in verdicts]
-    # JSON has no NaN.
-    rows = [{key: None if value != value else value for key, value in row.items()} for row in rows]
+    # JSON has neither NaN nor infinity.
+    rows = [
+        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        for row in rows
+    ]
     Path(path).write_text(json.dumps({**facts, "verdicts": rows}, indent=1) + "\n", encoding="utf-8")
 
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from dcpo_megatron.advantages import RewardHistory
 from dcpo_megatron.objectives import Objective, aggregation_weights
-from dcpo_megatron.verification.cases import TEMPERATURE, VISITS, ZERO_PROMPT, Item, Layout, visit_rewards
+from dcpo_megatron.verification.cases import TEMPERATURE, VISITS, ZERO_PROMPT, Item, visit_rewards
+from dcpo_megatron.verification.layouts import Layout
 
 
 def measure(

@@ -3,15 +3,16 @@
 import pytest
 
 from dcpo_megatron.verification import cases, certificate
+from dcpo_megatron.verification.layouts import FAST, find_layouts
 from dcpo_megatron.verification.ranks import RankFailure, RankPool
 
 
 @pytest.fixture(scope="module")
 def verdicts():
-    return certificate.certify(cases.find_layouts("fast"), cases.OBJECTIVES, timeout=240)
+    return certificate.certify(find_layouts("fast"), cases.OBJECTIVES, timeout=240)
 
 
-@pytest.mark.parametrize("layout", cases.FAST)
+@pytest.mark.parametrize("layout", FAST)
 def test_a_layout_gives_the_gradient_of_one_process_under_every_objective(verdicts, layout):
     mine = [verdict for verdict in verdicts if verdict.layout == layout]
     assert len(mine) == len(cases.OBJECTIVES)
@@ -55,7 +56,7 @@ def test_the_certificate_fails_when_one_factor_is_broken(pools, name):
     # Stages whose shapes travel with the tensors do not even finish a step there: the deadline ends it.
     hangs = name == "batched_communication_with_vpp"
     found = certificate.certify(
-        cases.find_layouts(SABOTAGE[name]),
+        find_layouts(SABOTAGE[name]),
         {objective: cases.OBJECTIVES[objective]},
         sabotage=f"tests.verification.sabotage:{name}",
         pool=pools(),
