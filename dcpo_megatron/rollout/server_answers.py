@@ -1,0 +1,173 @@
+"""What is posted to an SGLang server's ``/generate`` for the samples of one prompt, and what its answers mean. Pure.
+
+posted      one request for the G samples of a prompt: the server finds the shared prefix, and one connection carries them all
+answered    an event a sample, when it is finished: a server that dies later takes only the unfinished ones with it
+
+{"index": 3, "output_ids": [...], "meta_info": {"output_token_logprobs": [[logprob, token, null], ...],
+ "finish_reason": {"type": "stop" | "length" | "abort"}, "weight_versions": [{"version": tag, "start": 0, "end": 9}, ...]}}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dcpo_megatron.rollout.protocol import GenerateRequest, Generation, RolloutError, SamplingParams
+
+# Tokens between two events of a sample: more than any response has, so that a sample is sent once, whole (and once with its first token).
+_ONE_EVENT = 2**31 - 1
+_DATA = "data:"
+
+
+class BadAnswer(Exception):
+    """A server answered something that no healthy SGLang server answers."""
+
+
+class ForeignWeights(Exception):
+    """Tokens were sampled from weights that are not this run's, or older than allowed."""
+
+
+class Unsure(Exception):
+    """Nothing says which weights some of the tokens are from; the server may be as healthy as any."""
+
+
+class Refused(Exception):
+    """The server will not do this, at another time or place neither."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
+class Failed(Exception):
+    """The server could not do this now."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one prompt that are posted together. ``places``: their positions among the caller's requests; ``attempts``: how often some of them were posted before."""
+
+    prompt_token_ids: tuple[int, ...]
+    places: tuple[int, ...]
+    attempts: int = 0
+
+
+def batches_of(requests: Sequence[GenerateRequest]) -> list[Batch]:
+    """One batch a distinct prompt, in the order in which the prompts come."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for place, request in enumerate(requests):
+        places.setdefault(request.prompt_token_ids, []).append(place)
+    return [Batch(prompt, tuple(found)) for prompt, found in places.items()]
+
+
+def body(batch: Batch, requests: Sequence[GenerateRequest], sampling: SamplingParams, rids: Sequence[str]) -> dict:
+    """The JSON for ``/generate``. ``rids`` name the samples, for ``/abort_request``."""
+    common = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        # It would switch stop_token_ids off as well; without any, nothing but the length ends a response.
+        "ignore_eos": not sampling.stop_token_ids,
+        "stream_interval": _ONE_EVENT,
+    }
+    return {
+        "rid": list(rids),
+        "input_ids": [list(batch.prompt_token_ids)] * len(batch.places),
+        "sampling_params": [common | {"sampling_seed": requests[place].seed % 2**63} for place in batch.places],
+        "return_logprob": True,
+        "stream": True,
+    }
+
+
+def event_of(line: str) -> dict | None:
+    """The event in a line of the answer; None for a line without one.
+
+    Raises:
+        Refused: the server says that the request is wrong.
+        Failed: the server says that it could not.
+        BadAnswer: not what SGLang sends.
+    """
+    if not line.startswith(_DATA):
+        return None
+    text = line[len(_DATA) :].strip()
+    if text == "[DONE]":
+        return None
+    try:
+        event = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadAnswer(f"an event that is not JSON ({error}): {text[:80]!r}") from None
+    if not isinstance(event, dict):
+        raise BadAnswer(f"an event that is not a JSON object: {text[:80]!r}")
+    if "error" in event:
+        raise refusal_or_failure(event["error"])
+    return event
+
+
+def refusal_or_failure(error: object, status: int | None = None) -> Exception:
+    """What an error answer means: statuses below 500 are the request's fault, all others the server's."""
+    if isinstance(error, dict):
+        status = error.get("code", status)
+        error = error.get("message", error)
+    text = " ".join(str(error).split())[:500]
+    if isinstance(status, int) and 400 <= status < 500:
+        return Refused(text, status)
+    return Failed(f"status {status}: {text}")
+
+
+def read(
+    event: dict, sampling: SamplingParams, version_of: Callable[[str], int | None], oldest: int, constant: bool
+) -> tuple[int, Generation | None]:
+    """Which sample of the batch this event finishes, and with what: None for one under way, or ended before its time by a pause or an abort.
+
+    Args:
+        version_of: tag -> version, None where the weights are not ours.
+        oldest: the oldest version allowed.
+        constant: the weights have not changed since the request was posted, as far as we know.
+
+    Raises:
+        ForeignWeights, Unsure, BadAnswer: see there.
+        RolloutError: the server ended a response before ``max_new_tokens`` for want of room.
+    """
+    try:
+        index, tokens, meta = event["index"], event["output_ids"], event["meta_info"]
+        reason = meta["finish_reason"]
+        if reason is None or reason["type"] == "abort":
+            return index, None
+        logprobs, ids = (
+            [pair[0] for pair in meta["output_token_logprobs"]],
+            [pair[1] for pair in meta["output_token_logprobs"]],
+        )
+        spans = meta.get("weight_versions") or [
+            {"version": meta["weight_version"], "start": 0, "end": len(tokens), "whole": False}
+        ]
+        parts = [(span["version"], span["start"], span["end"]) for span in spans]
+    except (KeyError, TypeError, IndexError) as error:
+        raise BadAnswer(f"a response without {error}") from None
+    if not tokens or ids != tokens or not all(isinstance(x, float) and math.isfinite(x) for x in logprobs):
+        raise BadAnswer(f"a response of {len(tokens)} tokens with {len(logprobs)} log-probs that do not belong to them")
+    if reason["type"] == "length" and len(tokens) < sampling.max_new_tokens:
+        raise RolloutError(
+            f"the server ended a response after {len(tokens)} of max_new_tokens={sampling.max_new_tokens}: start it with a larger "
+            "--max-total-tokens or --context-length"
+        )
+    if not meta.get("weight_versions") and not constant:
+        raise Unsure(
+            "weights changed while it was sampled, and the server (SGLang before 0.5.20) does not tell which token is from which"
+        )
+    versions: list[int] = []
+    for tag, start, end in parts:
+        version = version_of(tag)
+        if version is None:
+            raise ForeignWeights(f"it sampled from weights {tag!r}, which are not this run's")
+        if version < oldest:
+            raise ForeignWeights(f"it sampled from weights of version {version}; {oldest} is the oldest allowed")
+        if start != len(versions) or end < start:
+            raise BadAnswer(f"weight versions with a gap or an overlap at token {start}")
+        versions += [version] * (end - start)
+    if len(versions) != len(tokens):
+        raise BadAnswer(f"weight versions of {len(versions)} tokens for a response of {len(tokens)}")
+    return index, Generation(tokens, logprobs, "stop" if reason["type"] == "stop" else "length", versions)
