@@ -1,4 +1,4 @@
-"""What the server environment's Python runs, by this file's path: stock SGLang, with three things around it that the project needs.
+"""What the server environment's Python runs, by this file's path: stock SGLang, with four things around it that the project needs.
 
     launcher -- pipe --> standard input: one line of JSON, {"api_key": ...}; then nothing, until the launcher is gone
                             |                 end of file --> the guardian ends them all
@@ -8,6 +8,7 @@
 1. The API key comes through the pipe: neither `ps` nor the log shows it.
 2. However the launcher ends, the server ends: a killed launcher closes the pipe too. This also reaches through ssh and into containers, where a parent-death signal does not.
 3. On a CPU, inert stand-ins for the two imports that have nothing behind them there. They stand in the module's body because spawned processes run it too.
+4. On a CPU, what SGLang lacks there for sampling by each request's own seed (``--enable-deterministic-inference``).
 
 Only the standard library and SGLang are imported: dcpo_megatron is not installed in the server environment.
 """
@@ -35,6 +36,7 @@ sys.path[:] = [
 # need a CUDA build of torch; SGLang imports it for pictures.
 STAND_INS = ("sgl_kernel", "torchvision")
 TRACKER_SECONDS = 1.0
+_kept: list = []
 
 
 class _Nothing:
@@ -87,6 +89,49 @@ def put_stand_ins() -> None:
 
     transformers.AutoImageProcessor = AutoImageProcessor
     sys.meta_path.append(_Finder([name for name in STAND_INS if importlib.util.find_spec(name) is None]))
+
+
+def make_seeds_work() -> None:
+    """Lets ``--enable-deterministic-inference`` start on a CPU: then each request's ``sampling_seed`` decides its tokens, in whatever company it is sampled.
+
+    SGLang has three things for it on accelerators only: attention backends that it calls deterministic (torch_native attends to one sequence at a time, so that no other one
+    can matter), kernels whose sums do not depend on the batch (on a CPU matrix products do, by some 1e-7), and the hash of seed and position.
+    """
+    import sglang.srt.batch_invariant_ops as batch_invariant_ops
+    import torch
+    from sglang.srt.arg_groups import choices
+
+    choices.add_deterministic_attention_backend_choices(["torch_native"])
+    choices.add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
+    batch_invariant_ops.enable_batch_invariant_mode = lambda *args, **kwargs: None
+    if not hasattr(torch.ops.sgl_kernel, "murmur_hash32_cpu"):
+        library = torch.library.Library("sgl_kernel", "FRAGMENT")
+        library.define("murmur_hash32_cpu(Tensor seed, Tensor positions, Tensor columns) -> Tensor")
+        library.impl("murmur_hash32_cpu", murmur_hash32, "CPU")
+        _kept.append(library)  # it takes its operators along when it is deleted
+
+
+def murmur_hash32(seed, positions, columns):
+    """MurmurHash3 of (64-bit ``seed`` [n], 32-bit ``positions`` [n], 32-bit ``columns`` [m]) -> uint32 [n, m], as SGLang's Triton kernel computes it."""
+    import torch
+
+    mask = 0xFFFFFFFF
+
+    def mix(state, block):
+        block = (block & mask) * 0xCC9E2D51 & mask
+        block = (block << 15 | block >> 17) & mask
+        state = state ^ (block * 0x1B873593 & mask)
+        state = (state << 13 | state >> 19) & mask
+        return (state * 5 + 0xE6546B64) & mask
+
+    seed = seed.view(torch.int64)[:, None]
+    state = mix(torch.zeros_like(seed), seed)
+    state = mix(state, seed >> 32)
+    state = mix(state, positions.to(torch.int64)[:, None])
+    state = mix(state, columns.to(torch.int64)[None]) ^ 16
+    state = (state ^ state >> 16) * 0x85EBCA6B & mask
+    state = (state ^ state >> 13) * 0xC2B2AE35 & mask
+    return (state ^ state >> 16).to(torch.uint32)
 
 
 def read_api_key() -> str | None:
@@ -147,6 +192,7 @@ def main() -> None:
         arguments += ["--api-key", api_key]
     if ON_CPU:
         put_stand_ins()
+        make_seeds_work()
     from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import prepare_server_args
@@ -160,3 +206,4 @@ if __name__ == "__main__":
     main()
 elif ON_CPU:
     put_stand_ins()
+    make_seeds_work()
