@@ -86,7 +86,7 @@ def _say(text: str) -> None:
     print(f"dcpo: {text}", file=sys.stderr, flush=True)
 
 
-def _die_with_parent(parent: int):
+def die_with_parent(parent: int):
     """What a rank does between fork and exec: asks the kernel for SIGKILL when the launcher is gone."""
     if not sys.platform.startswith("linux"):
         return None
@@ -140,7 +140,7 @@ class _Ranks:
             stdin=subprocess.DEVNULL,
             # The terminal's interrupt is for the launcher alone: it passes it on.
             start_new_session=True,
-            preexec_fn=_die_with_parent(os.getpid()),
+            preexec_fn=die_with_parent(os.getpid()),
         )
 
     def _note(self, number: int, frame) -> None:

@@ -8,6 +8,8 @@ import sys
 COMMANDS = {
     "train": "train a model: dcpo train --config FILE.yaml key.sub=value ...",
     "demo": "a small run from nothing to a better model, on a CPU, in minutes",
+    "compare": "several methods on equal terms, several seeds: dcpo compare PLAN.yaml",
+    "serve": "SGLang servers for the rollouts, on this host: dcpo serve MODEL --servers N",
     "status": "how far a run is, and whether it is well: dcpo status RUN [--json]",
     "convert": "Hugging Face folders to Megatron checkpoints, back, and between layouts",
     "verify": "every parallel layout against one process, on its own ranks",

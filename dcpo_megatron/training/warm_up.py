@@ -17,14 +17,14 @@ _BOX = "\\boxed{"
 _CHARACTERS = "0123456789+=}"
 
 
-def make_tokenizer():
-    """A Qwen2 tokenizer (byte-level, as ``AutoTokenizer`` builds it for this architecture) that knows digits, ``+``, ``=`` and ``\\boxed{...}``.
+def make_tokenizer(characters: str = _CHARACTERS):
+    """A Qwen2 tokenizer (byte-level, as ``AutoTokenizer`` builds it for this architecture) that knows ``characters`` and ``\\boxed{...}``.
 
     One token a character, one for the opening of the box, and ``<|endoftext|>``, which ends a response.
     """
     from transformers import AddedToken, Qwen2Tokenizer
 
-    vocab = {_END: 0} | {character: number for number, character in enumerate(_CHARACTERS, start=1)}
+    vocab = {_END: 0} | {character: number for number, character in enumerate(characters, start=1)}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], unk_token=_END, eos_token=_END, pad_token=_END)
     tokenizer.add_tokens([AddedToken(_BOX, normalized=False)])
     return tokenizer

@@ -1,0 +1,1 @@
+"""Comparing methods on equal terms: the plan, its starts, what its runs measured, statistics over seeds, the paper's claims, the report."""
