@@ -18,7 +18,6 @@ from dcpo_megatron.mcore.collectives import all_gather_bytes
 from dcpo_megatron.rollout import GenerateRequest, Generation, RolloutError, SamplingParams
 from dcpo_megatron.rollout.fleet import Fleet
 from dcpo_megatron.rollout.server_client import NoServersLeft, ServerClient
-from dcpo_megatron.training.server_health import ServerHealth
 from dcpo_megatron.weights.publish import WeightPublisher
 
 # How often in one batch all servers may be lost before the run ends.
@@ -50,7 +49,6 @@ class ServerEngine:
         start_timeout: seconds to wait for a server where none is left.
         announce: says what happened, on the rank that writes.
         tick: called while waiting, which has a deadline of its own.
-        health: is told of every change; None on ranks that do not write.
     """
 
     def __init__(
@@ -64,11 +62,9 @@ class ServerEngine:
         start_timeout: float,
         announce: Callable[[str], None] = print,
         tick: Callable[[], None] = lambda: None,
-        health: ServerHealth | None = None,
     ):
         self.client, self.publisher, self.fleet, self.weights = client, publisher, fleet, weights
         self.device, self.start_timeout, self.announce, self.tick = device, start_timeout, announce, tick
-        self.health = health
 
     @property
     def version(self) -> int | None:
@@ -102,7 +98,6 @@ class ServerEngine:
                 finished |= {missing[place]: generation for place, generation in error.finished.items()}
             lacking = torch.tensor([len(requests) - len(finished)], device=self.device)
             dist.all_reduce(lacking)
-            self._note()
             if not lacking.item():
                 return [finished[place] for place in range(len(requests))]
             self._recover(int(lacking.item()))
@@ -136,16 +131,9 @@ class ServerEngine:
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Publishes ``tensors`` (walked anew where servers fail midway) as ``version``. Raises RolloutError, the same on every rank."""
-        try:
-            report = self.publisher.publish(tensors, version)
-        finally:
-            self._note()
+        report = self.publisher.publish(tensors, version)
         for url, reason in report.evicted.items():
             self.announce(f"rollout server {url} is not used until it has taken new weights: {reason}")
-
-    def _note(self) -> None:
-        if self.health is not None:
-            self.health.note()
 
     def _reasons(self) -> str:
         return "; ".join(f"{url}: {reason}" for url, reason in self.fleet.evicted().items()) or "none is listed as lost"
