@@ -154,9 +154,7 @@ def trainer_of(responses, history=None):
     rollout = RolloutResult(responses, totals, 2)
     section = SimpleNamespace
     config = section(
-        rollout=section(
-            prompts_per_step=2, max_sampling_rounds=2, max_response_tokens=4, max_staleness=0, max_mismatch=None
-        ),
+        rollout=section(prompts_per_step=2, max_sampling_rounds=2, max_response_tokens=4),
         training=section(minibatch_prompts=1),
         optimizer=section(warmup_steps=4, lr=1e-3),
     )
@@ -176,7 +174,7 @@ def trainer_of(responses, history=None):
         policy=policy,
         reference=None,
         gatherer=section(tensors=lambda: iter(())),
-        engine=section(load_weights=lambda tensors, version: None, version=0),
+        engine=section(load_weights=lambda tensors, version: None),
         phase=section(run=lambda *args, **kwargs: rollout, history=history),
         packing=PackingOptions(64),
         sinks=section(progress=None),
