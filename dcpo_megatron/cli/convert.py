@@ -62,7 +62,8 @@ def parser() -> argparse.ArgumentParser:
     inspect = command("inspect", "What a folder of either kind holds")
     inspect.add_argument("source", metavar="PATH")
     inspect.add_argument("--json", action="store_true", help="print JSON")
-    for sub in (to_hf, reshard, inspect):
+    verify = command("verify", "Do the checkpoint and its Hugging Face model compute the same logits?")
+    for sub in (to_hf, reshard, inspect, verify):
         sub.add_argument(
             "--config-from",
             default=None,
@@ -70,7 +71,6 @@ def parser() -> argparse.ArgumentParser:
             help="folder with config.json and tokenizer, for a checkpoint that carries none",
         )
 
-    verify = command("verify", "Do the checkpoint and its Hugging Face model compute the same logits?")
     verify.add_argument("source", metavar="CHECKPOINT", help="Megatron checkpoint, or Hugging Face folder")
     verify.add_argument("--against", default=None, metavar="HF", help="Hugging Face folder; default: its own export")
     verify.add_argument(
@@ -276,7 +276,7 @@ def _verify(args: argparse.Namespace) -> int:
         elif against is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dcpo-verify-"))
             against = str(Path(folder) / "export")
-            run_job(MegatronToHf(args.source), against)
+            run_job(MegatronToHf(args.source, args.config_from), against)
         shape = read_shape(against)
         try:
             found = compare_logits(against, args.source, args.token_ids or _random_ids(args.tokens, shape), args.dtype)

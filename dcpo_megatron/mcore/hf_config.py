@@ -23,7 +23,10 @@ class ModelConfigError(ValueError):
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a model in tokens-free units: heads, layers, widths. ``inverse_frequencies`` has ``head_dim / 2`` rotary frequencies."""
+    """Sizes of a model in tokens-free units: heads, layers, widths. ``inverse_frequencies`` has ``head_dim / 2`` rotary frequencies.
+
+    ``max_positions``: the longest sequence, in tokens, that the layers here compute as the model does: its positions, or its sliding window where that is less.
+    """
 
     model_type: str
     layers: int
@@ -111,7 +114,7 @@ def shape_of(config) -> ModelShape:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         ffn=config.intermediate_size,
         vocab=config.vocab_size,
-        max_positions=config.max_position_embeddings,
+        max_positions=_positions(config),
         norm_eps=config.rms_norm_eps,
         tied_embeddings=bool(config.tie_word_embeddings),
         qkv_bias=family.qkv_bias,
@@ -122,16 +125,27 @@ def shape_of(config) -> ModelShape:
     )
 
 
+def _positions(config) -> int:
+    """A window of W tokens hides nothing from a sequence of up to W. Qwen says beside it whether it is in use; elsewhere it is wherever it is set."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return min(config.max_position_embeddings, window or config.max_position_embeddings)
+
+
 def _expert_numbers(config, fields: ExpertFields | None) -> dict:
     if fields is None:
         return {}
     renormalise = fields.renormalise
-    return dict(
+    found = dict(
         experts=getattr(config, fields.count),
         experts_per_token=getattr(config, fields.per_token),
         expert_ffn=getattr(config, fields.width),
         norm_topk_prob=renormalise if isinstance(renormalise, bool) else bool(getattr(config, renormalise)),
     )
+    if found["experts_per_token"] == 1 and found["norm_topk_prob"]:
+        raise ModelConfigError(
+            f"{fields.per_token}=1 with weights made to sum to one is not supported: each expert's weight is then 1 and the router learns nothing"
+        )
+    return found
 
 
 def rotary_frequencies(config) -> tuple[tuple[float, ...], float]:

@@ -140,7 +140,8 @@ class ParallelLayout:
             found.append(f"parallel.tensor={self.tensor} does not divide the model's {shape.heads} attention heads")
         if shape.kv_heads % self.tensor:
             found.append(f"parallel.tensor={self.tensor} does not divide the model's {shape.kv_heads} key-value heads")
-        if shape.ffn % self.tensor:
+        # With experts every layer has them, and nothing has this width.
+        if not shape.experts and shape.ffn % self.tensor:
             found.append(f"parallel.tensor={self.tensor} does not divide the feed-forward width {shape.ffn}")
         if self.sequence_parallel and self.tensor == 1:
             found.append("parallel.sequence_parallel=true needs parallel.tensor of at least 2")

@@ -30,7 +30,9 @@ def check_folder(source: SafetensorsFolder, shape: ModelShape) -> None:
             )
     # Some tied checkpoints carry a copy of the output layer, some old ones the rotary frequencies.
     known = {*hf_names(shape), "lm_head.weight"}
-    extra = sorted(n for n in source.names() if n not in known and not n.endswith("rotary_emb.inv_freq"))
+    extra = sorted(
+        n for n in {*source.names(), *source.unlisted()} if n not in known and not n.endswith("rotary_emb.inv_freq")
+    )
     if extra:
         raise CheckpointError(
             f"{source.folder} has tensor {extra[0]!r} ({len(extra)} such), which its config.json has no place for"

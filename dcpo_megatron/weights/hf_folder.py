@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 # Everything of a folder that is not weights, or an index of them, is carried over untouched.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".index.json")
 
@@ -52,7 +53,9 @@ class SafetensorsFolder:
                     f"{index} names {missing[0]}, which is not there: the checkpoint is incomplete, copy it again"
                 )
         else:
-            files = sorted(self.folder.glob("*.safetensors"))
+            # As transformers does: another copy of the weights may lie beside it (Mistral's consolidated.safetensors).
+            single = self.folder / SINGLE
+            files = [single] if single.is_file() else sorted(self.folder.glob("*.safetensors"))
             if not files:
                 raise CheckpointError(
                     f"{self.folder} has no *.safetensors file: convert the weights to safetensors first"
@@ -72,6 +75,13 @@ class SafetensorsFolder:
     def names(self) -> set[str]:
         return set(self._file_of)
 
+    def unlisted(self) -> list[str]:
+        """Tensors that lie in the files and that the index does not name. Raises :class:`CheckpointError` where a file is broken."""
+        found: set[str] = set()
+        for file in self.files:
+            found |= self._read_header(file).keys()
+        return sorted(found - self._file_of.keys())
+
     def _file(self, name: str) -> Path:
         file = self._file_of.get(name)
         if file is None:
@@ -82,6 +92,14 @@ class SafetensorsFolder:
 
     def _header(self, name: str) -> tuple[tuple[int, ...], torch.dtype, int]:
         file = self._file(name)
+        header = self._read_header(file)
+        if name not in header:
+            raise CheckpointError(
+                f"tensor {name!r} in {file} cannot be read (the index puts it there, and it is not): copy the checkpoint again"
+            )
+        return header[name]
+
+    def _read_header(self, file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype, int]]:
         if file not in self._headers:
             # The package checks the header against the file; where the numbers lie only the header itself tells.
             with self._open(file):
@@ -94,11 +112,7 @@ class SafetensorsFolder:
                 for key, entry in entries.items()
                 if key != "__metadata__"
             }  # fmt: skip
-        if name not in self._headers[file]:
-            raise CheckpointError(
-                f"tensor {name!r} in {file} cannot be read (the index puts it there, and it is not): copy the checkpoint again"
-            )
-        return self._headers[file][name]
+        return self._headers[file]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """One tensor's sizes, from its file's header (each file is opened once). Raises :class:`CheckpointError` where it is missing or unreadable."""
@@ -155,7 +169,7 @@ def copy_companions(source: str | os.PathLike, destination: Path) -> None:
 
 def shard_name(number: int, count: int) -> str:
     """File name of weight shard ``number`` (from 0) of ``count``."""
-    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+    return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
 def write_weight_index(folder: Path, shards: list[list[str]], total_bytes: int) -> None:

@@ -16,7 +16,7 @@ from dcpo_megatron.mcore.hf_config import ModelShape, read_shape
 from dcpo_megatron.mcore.layout import ParallelLayout, padded_vocab
 from dcpo_megatron.weights.conversion import check_layout, chunk_grid, cut, padded_rows, write_index_with_companions
 from dcpo_megatron.weights.fit import check_folder
-from dcpo_megatron.weights.hf_folder import SafetensorsFolder
+from dcpo_megatron.weights.hf_folder import CheckpointError, SafetensorsFolder
 from dcpo_megatron.weights.mapping import Rule, full_shape, merge, parameter_names, rule_for
 from dcpo_megatron.weights.megatron_names import layer_states, lead_shape, stacked_places
 from dcpo_megatron.weights.torch_dist import Record, write_records
@@ -39,6 +39,7 @@ class HfToMegatron:
     def __post_init__(self):
         check_layout(self.layout, self.shape)
         check_folder(self._folder, self.shape)
+        _ = self._tensors
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -104,14 +105,25 @@ class HfToMegatron:
     def _tensor_size(self, rule: Rule) -> int:
         return (self.layout.expert_tensor or self.layout.tensor) if rule.expert else self.layout.tensor
 
-    def finish(self, folder: Path, records: list[Record]) -> None:
-        tensors = {}
+    @cached_property
+    def _tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Global shape and dtype of each tensor of the checkpoint; all layers of a kind are one."""
+        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for name in parameter_names(self.shape):
-            _, sizes, dtype = self._full(name)
+            rule, sizes, dtype = self._full(name)
             for place in stacked_places(name, self.shape):
-                tensors[place.key] = ((*lead_shape(place, self.shape), *sizes), dtype)
+                _, first = found.setdefault(place.key, ((*lead_shape(place, self.shape), *sizes), dtype))
+                if first != dtype:
+                    raise CheckpointError(
+                        f"{self.source}: {rule.hf_names[0]} is {dtype}, the same tensor of the first layer is {first}: save the checkpoint in one dtype"
+                    )
+        return found
+
+    def finish(self, folder: Path, records: list[Record]) -> None:
         # Megatron-LM reads these two of a checkpoint that it did not write itself.
-        write_index_with_companions(folder, tensors, records, {"checkpoint_version": 3.0, "iteration": 0}, self.source)
+        write_index_with_companions(
+            folder, self._tensors, records, {"checkpoint_version": 3.0, "iteration": 0}, self.source
+        )
 
 
 def _by_layer(names: list[str], layers: int) -> Iterator[tuple[str, list[str]]]:

@@ -233,6 +233,12 @@ def test_verify_passes_the_converted_checkpoint_by_its_own_export(folders):
     assert done.returncode == 0 and done.stdout.startswith("same: "), done.stderr
 
 
+def test_verify_takes_a_checkpoint_without_a_configuration_with_that_of_a_folder(megatron, folders):
+    shutil.rmtree(megatron / "huggingface")
+    done = verified(megatron, "--config-from", folders / "qwen2", "--tokens", 5)
+    assert done.returncode == 0 and done.stdout.startswith("same: "), done.stderr
+
+
 def test_verify_fails_on_another_models_weights(folders, tmp_path):
     make_model("qwen2", str(tmp_path / "other"), seed=1)
     done = verified(folders / "megatron", "--against", tmp_path / "other", "--token-ids", "1,2,3")
@@ -271,6 +277,38 @@ def test_weights_that_are_not_what_the_configuration_says(hf, tmp_path, capsys, 
     save_file(weights, hf / "model.safetensors")
     message = refused(capsys, "hf-to-megatron", hf, tmp_path / "out")
     assert name in message and str(hf) in message and message.count("\n") == 1
+
+
+def test_a_tensor_that_lies_in_a_file_but_not_in_the_index(hf, tmp_path, capsys):
+    weights = load_file(hf / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors")}
+    (hf / "model.safetensors").unlink()
+    save_file(weights | {"model.secret.weight": torch.ones(2)}, hf / "model-00001-of-00001.safetensors")
+    (hf / "model.safetensors.index.json").write_text(json.dumps(index))
+    message = refused(capsys, "hf-to-megatron", hf, tmp_path / "out")
+    assert "has tensor 'model.secret.weight'" in message
+
+
+def test_layers_of_different_dtypes(hf, tmp_path, capsys):
+    weights = load_file(hf / "model.safetensors")
+    name = "model.layers.2.input_layernorm.weight"
+    save_file(weights | {name: weights[name].bfloat16()}, hf / "model.safetensors")
+    message = refused(capsys, "hf-to-megatron", hf, tmp_path / "out")
+    assert name in message and "one dtype" in message
+
+
+def test_norms_of_another_dtype_than_the_rest_keep_it(hf, tmp_path):
+    weights = load_file(hf / "model.safetensors")
+    weights = {name: tensor if "norm" in name else tensor.bfloat16() for name, tensor in weights.items()}
+    save_file(weights, hf / "model.safetensors")
+    assert convert("hf-to-megatron", hf, tmp_path / "out", "--tp", 2, "--quiet") == 0
+    assert convert("megatron-to-hf", tmp_path / "out", tmp_path / "back", "--quiet") == 0
+    same_weights(hf, tmp_path / "back")
+
+
+def test_another_copy_of_the_weights_beside_them_is_left_alone(hf, tmp_path):
+    save_file({"tok_embeddings.weight": torch.ones(3)}, hf / "consolidated.safetensors")
+    assert convert("hf-to-megatron", hf, tmp_path / "out", "--quiet") == 0
 
 
 @pytest.mark.parametrize("keep", [0, 20, 0.5, 0.999])

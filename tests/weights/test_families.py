@@ -116,12 +116,11 @@ def test_the_rollout_engine_does_not_fill_copies_of_its_weights(tmp_path, monkey
     ("model_type", "changes", "message"),
     [
         *((model_type, {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported") for model_type in ALL),
-        ("mistral", {"sliding_window": 64}, "sliding_window=64 is not supported: set it to null"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 64}, "sliding_window=64 is not supported"),
         ("qwen3", {"attention_bias": True}, "attention_bias=true is not supported for qwen3"),
         ("llama", {"mlp_bias": True}, "mlp_bias=true is not supported for llama"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, "every layer must have experts"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "every layer must have experts"),
+        ("qwen3_moe", {"num_experts_per_tok": 1}, "the router learns nothing"),
     ],
 )
 def test_what_the_layers_cannot_compute_is_refused_by_the_familys_file(model_type, changes, message):
@@ -135,8 +134,34 @@ def test_every_problem_is_told_at_once():
         shape_of(FAMILIES["llama"].tiny_config(hidden_act="gelu", attention_bias=True, mlp_bias=True))
 
 
-def test_a_window_that_is_set_but_not_in_use_is_no_problem():
-    assert shape_of(FAMILIES["qwen2"].tiny_config(use_sliding_window=False, sliding_window=64)).layers == 4
+@pytest.mark.parametrize(
+    ("model_type", "changes", "positions"),
+    [
+        ("mistral", {"sliding_window": 24}, 24),
+        ("mistral", {"sliding_window": 1000}, 128),
+        ("mistral", {"sliding_window": None}, 128),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2}, 24),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 24}, 128),
+    ],
+)
+def test_a_sliding_window_in_use_is_the_longest_sequence(model_type, changes, positions):
+    assert shape_of(FAMILIES[model_type].tiny_config(**changes)).max_positions == positions
+
+
+def test_a_model_with_a_sliding_window_is_the_same_up_to_that_length(pool, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = write_model("mistral", tmp_path, sliding_window=24)
+    tokens = [(7 * n) % 97 for n in range(25)]
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        logits = [model(torch.tensor([tokens[:n]])).logits[0] for n in (24, 25)]
+    wanted = torch.log_softmax(logits[0][3:-1], -1).gather(1, torch.tensor(tokens[4:24])[:, None])[:, 0]
+    longer = pool.run("tests.weights.jobs:logprobs", 1, str(folder), {}, [*tokens, 0], 4)[0]
+    torch.testing.assert_close(longer[:20], wanted, rtol=2e-5, atol=2e-5)
+    # One token more, and the window hides the first one.
+    last = torch.log_softmax(logits[1][-1], -1)[0]
+    assert abs(float(last - longer[-1])) > 1e-3
 
 
 def test_a_family_that_is_not_there_is_refused_with_the_known_ones():

@@ -218,15 +218,6 @@ def no_biases(config) -> list[str]:
     ]
 
 
-def no_sliding_window(config) -> list[str]:
-    """Attention reaches every earlier token. For families that use ``sliding_window`` wherever it is set."""
-    if not getattr(config, "sliding_window", None):
-        return []
-    return [
-        f"sliding_window={config.sliding_window} is not supported: set it to null if your sequences are no longer than that"
-    ]
-
-
 # Numbers of a model small enough for tests, with a vocabulary that needs padding for any tensor size.
 TINY: dict[str, Any] = dict(
     vocab_size=101,

@@ -1,12 +1,12 @@
-"""Mistral: the plain shape. Its sliding window is in use wherever it is set, and must be null."""
+"""Mistral: the plain shape."""
 
 from __future__ import annotations
 
-from dcpo_megatron.mcore.families.base import DENSE_LAYER, TINY, Family, no_biases, no_sliding_window, only_silu
+from dcpo_megatron.mcore.families.base import DENSE_LAYER, TINY, Family, no_biases, only_silu
 
 
 def problems(config) -> list[str]:
-    return only_silu(config) + no_biases(config) + no_sliding_window(config)
+    return only_silu(config) + no_biases(config)
 
 
 def tiny_config(**changes):

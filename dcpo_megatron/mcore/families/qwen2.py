@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dcpo_megatron.mcore.families.base import DENSE_LAYER, QKV_BIAS, TINY, Family, no_sliding_window, only_silu
+from dcpo_megatron.mcore.families.base import DENSE_LAYER, QKV_BIAS, TINY, Family, only_silu
 
 
 def problems(config) -> list[str]:
-    return only_silu(config) + (no_sliding_window(config) if config.use_sliding_window else [])
+    return only_silu(config)
 
 
 def tiny_config(**changes):

@@ -8,13 +8,12 @@ from dcpo_megatron.mcore.families.base import (
     TINY,
     Family,
     no_biases,
-    no_sliding_window,
     only_silu,
 )
 
 
 def problems(config) -> list[str]:
-    return only_silu(config) + no_biases(config) + (no_sliding_window(config) if config.use_sliding_window else [])
+    return only_silu(config) + no_biases(config)
 
 
 def tiny_config(**changes):

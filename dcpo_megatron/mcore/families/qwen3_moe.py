@@ -9,15 +9,12 @@ from dcpo_megatron.mcore.families.base import (
     ExpertFields,
     Family,
     no_biases,
-    no_sliding_window,
     only_silu,
 )
 
 
 def problems(config) -> list[str]:
     found = only_silu(config) + no_biases(config)
-    if config.use_sliding_window:
-        found += no_sliding_window(config)
     if config.mlp_only_layers or config.decoder_sparse_step != 1:
         found.append(
             "mlp_only_layers and decoder_sparse_step other than 1 are not supported: every layer must have experts"
