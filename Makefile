@@ -10,7 +10,13 @@ STAMP = $(VENV)/.installed-cpu
 # on their ranks' import path.
 LATEST = $(VENV)/megatron-core-0.19.2
 
-.PHONY: demo test test-slurm lint clean install certificate
+# SGLang's own environment: stock servers on the CPU, for tests and demos. The newest is unpacked beside the pinned one, and put on the import path by who wants it.
+SGLANG_VENV ?= .venv-sglang
+SGLANG_RUN = $(SGLANG_VENV)/bin/python
+SGLANG = $(SGLANG_VENV)/.installed
+SGLANG_LATEST = $(SGLANG_VENV)/sglang-0.5.23
+
+.PHONY: demo demo-sglang test test-slurm test-sglang test-sglang-latest lint clean install certificate
 
 install: $(STAMP)
 
@@ -24,8 +30,19 @@ $(STAMP): requirements/cpu.txt setup.py
 demo: $(STAMP)
 	$(RUN) -m dcpo_megatron.cli demo --seed $(SEED) --output $(OUTPUT)
 
-test: $(STAMP) $(LATEST) lint
-	$(RUN) -m pytest tests
+# The same on two SGLang servers.
+demo-sglang: $(STAMP) $(SGLANG)
+	$(RUN) -m dcpo_megatron.cli demo --servers 2 --server-python $(SGLANG_RUN) --seed $(SEED) --output runs/demo-sglang
+
+test: $(STAMP) $(LATEST) $(SGLANG) lint
+	DCPO_TEST_SGLANG=required $(RUN) -m pytest tests
+
+# What speaks to real servers, alone, and the same with the newest SGLang.
+test-sglang: $(STAMP) $(SGLANG)
+	DCPO_TEST_SGLANG=required $(RUN) -m pytest -m sglang tests
+
+test-sglang-latest: $(STAMP) $(SGLANG_LATEST)
+	DCPO_TEST_SGLANG=latest $(RUN) -m pytest -m sglang tests
 
 # The job scripts on a real Slurm: fails where `make test` would skip them. Needs root, and Debian's packages or apt-get.
 test-slurm: $(STAMP)
@@ -37,7 +54,18 @@ lint: $(STAMP)
 	$(VENV)/bin/lint-imports
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) build *.egg-info
+
+$(SGLANG): requirements/sglang-cpu.txt
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_RUN) -m pip install --quiet --disable-pip-version-check -r $<
+	$(SGLANG_RUN) -m pip install --quiet --disable-pip-version-check --no-deps sglang==0.5.20
+	touch $@
+
+$(SGLANG_LATEST): | $(SGLANG)
+	$(SGLANG_RUN) -m pip download --quiet --disable-pip-version-check --no-deps --dest $(SGLANG_VENV)/wheels sglang==0.5.23
+	$(SGLANG_RUN) -m zipfile -e $(SGLANG_VENV)/wheels/sglang-0.5.23-*.whl $@.part
+	mv $@.part $@
 
 # Every layout, under the installed Megatron-Core and the newest.
 certificate: $(STAMP) $(LATEST)

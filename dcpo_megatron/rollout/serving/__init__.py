@@ -53,12 +53,14 @@ def start_servers(
         raise ServingError(
             "there is no server environment: run `make .venv-sglang/.installed`, or name its interpreter (--python)"
         )
-    model = Path(model)
-    if not (model / "config.json").is_file() and (model.exists() or model.is_absolute()):
-        raise ServingError(f"no model in {model}: a Hugging Face folder with config.json is needed")
+    model = Path(model).absolute()
+    if not (model / "config.json").is_file():
+        raise ServingError(f"no model in {model}: give a Hugging Face folder, with config.json")
     if servers < 1 or tp < 1:
         raise ServingError(f"--servers {servers} and --tp {tp} must be at least 1")
     gpus = gpus_of(device)
+    if gpus is None and tp > 1:
+        raise ServingError(f"--tp {tp} needs GPUs: on a CPU a server is one process")
     if gpus is not None and gpus < servers * tp:
         raise ServingError(
             f"{servers} servers of {tp} GPUs need {servers * tp}, this host shows {gpus}: give fewer --servers or --tp"

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dcpo_megatron.rollout.serving.api_key import API_KEY_VARIABLE
+
 MODULE = Path(__file__).with_name("sglang_server.py")
 # The tag of weights that no run has published: what a server serves when it has just started.
 UNPUBLISHED = "unpublished"
@@ -35,12 +37,15 @@ CPU = (
     "--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch",
     "--disable-cuda-graph", "--disable-overlap-schedule", "--dtype", "float32",
     "--max-total-tokens", "8192", "--grammar-backend", "none",
+    # Each request's seed decides its tokens. On a GPU it costs speed, and is for the user to ask for.
+    "--enable-deterministic-inference",
     # It would only sample once more: nothing is compiled or captured.
     "--skip-server-warmup",
 )  # fmt: skip
 # A launcher among a trainer's ranks must not make the server one of them, and the trainer's import path leads to another torch.
 NOT_PASSED_ON = (
     "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
+    API_KEY_VARIABLE,
 )  # fmt: skip
 
 
@@ -92,6 +97,8 @@ def environment(plan: ServerPlan, servers: int, of: Mapping[str, str] = os.envir
     env["PYTHONUNBUFFERED"] = "1"
     if plan.device == "cpu":
         env["SGLANG_USE_CPU_ENGINE"] = "1"
+        # SGLang compiles its seeded sampler, which needs a C++ compiler and does not pay on a CPU.
+        env["TORCH_COMPILE_DISABLE"] = "1"
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // servers)))
     return env
 

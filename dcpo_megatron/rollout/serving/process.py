@@ -100,3 +100,4 @@ class ServerProcess:
                 time.sleep(0.02)
         self._process.poll()
         self._server.close()
+        self._server = Server(self.url, api_key=self._api_key)  # holds no connection yet

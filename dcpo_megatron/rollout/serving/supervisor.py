@@ -167,7 +167,7 @@ class Servers:
                 self._say(f"{watched.process.url} is ready again after {now - watched.started:.0f} s")
             elif now > watched.started + self._start_seconds:
                 return f"was not ready {self._start_seconds:g} s after its restart"
-        elif now >= watched.answered + ANSWER_EVERY and now >= watched.asked + ANSWER_EVERY:
+        elif now >= watched.asked + min(ANSWER_EVERY, self._hung_seconds / 4):
             watched.asked = now
             if watched.process.answers():
                 watched.answered = time.monotonic()
