@@ -1,7 +1,7 @@
 """``dcpo demo``: from nothing to a better model on a CPU, in minutes.
 
 A small Qwen2-shaped model is warmed up by supervised steps on additions until it is right about a third of the time; then DCPO trains it, on two ranks of real
-Megatron-Core, with prompts that come back several times so that SAS has a history.
+Megatron-Core, with prompts that come back several times so that SAS has a history. With ``--servers N`` real SGLang servers sample, and take new weights after each step.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from dcpo_megatron.cli.quiet import quiet_libraries
@@ -30,6 +31,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", default="runs/demo", help="folder of the run (default: %(default)s); replaced")
     parser.add_argument("--ranks", type=int, default=2, help="default: %(default)s")
     parser.add_argument(
+        "--servers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="sample on N SGLang servers, started here (default: in the trainer)",
+    )
+    parser.add_argument(
+        "--server-python",
+        metavar="PATH",
+        help="interpreter of the servers' environment (default: the checkout's .venv-sglang)",
+    )
+    parser.add_argument(
         "--config", action="append", default=[], metavar="FILE", help="another recipe on top, such as a preset"
     )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
@@ -48,11 +61,11 @@ def main(argv: list[str] | None = None) -> int:
         "training.seed": args.seed,
     }
     taken = [override for override in args.overrides if override.partition("=")[0] in own]
-    if taken or args.ranks < 1:
+    if taken or args.ranks < 1 or args.servers < 0:
         reason = (
             f"{taken[0]!r} is the demo's own to set: use dcpo train"
             if taken
-            else f"--ranks {args.ranks} must be at least 1"
+            else f"--ranks {args.ranks} must be at least 1, --servers {args.servers} at least 0"
         )
         print(f"dcpo: error: {reason}", file=sys.stderr)
         return 2
@@ -75,15 +88,41 @@ def main(argv: list[str] | None = None) -> int:
     prepare(folder, args.seed)
 
     from dcpo_megatron.cli.launch import run_ranks
+    from dcpo_megatron.rollout.serving import ServingError
 
     command = ["-m", "dcpo_megatron.cli", "train", "--config", str(RECIPE)]
     for file in args.config:
         command += ["--config", file]
-    command += settings
-    code = run_ranks(args.ranks, command)
+    try:
+        with _servers(args, folder) as running:
+            if running is not None:
+                settings += ["rollout.engine=sglang", f"servers.urls={json.dumps(running.urls)}"]
+            code = run_ranks(args.ranks, command + settings)
+    except ServingError as error:
+        print(f"dcpo: error: {error}", file=sys.stderr)
+        return 1
     if code == 0:
         _tell(folder)
     return code
+
+
+def _servers(args, folder: Path):
+    """The servers of the demo, or nothing."""
+    if not args.servers:
+        return nullcontext()
+    from dcpo_megatron.rollout.serving import start_servers
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    return start_servers(
+        folder / "start",
+        args.servers,
+        command=[args.server_python] if args.server_python else None,
+        device="cpu",
+        logs=folder / "servers",
+        say=say,
+    )
 
 
 def prepare(
@@ -139,5 +178,6 @@ def _tell(folder: Path) -> None:
     print(
         f"\naccuracy on held-out problems: {summary['accuracy_before']:.3f} before, {summary['accuracy_after']:.3f} after "
         f"(greedy {summary['greedy_before']:.3f} -> {summary['greedy_after']:.3f}); {summary['steps']} steps in {summary['train_seconds']:.0f} s\n"
+        f"mean |log-prob difference| between rollout and trainer: {summary['mismatch_abs']:.1e}\n"
         f"summary: {folder / 'summary.json'}\npicture: {folder / 'report.png'}\nmodel:   {folder / 'model'}"
     )

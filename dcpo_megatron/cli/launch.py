@@ -1,6 +1,6 @@
 """Starts the ranks of a run on this machine, waits for them, and gives back one exit code.
 
-    terminal or scheduler -- SIGTERM, SIGINT, SIGUSR1 --> launcher -- the same, once --> rank 0 .. N-1, each a session of its own
+    terminal or scheduler -- SIGTERM, SIGINT, SIGUSR1 --> launcher -- the same, once --> rank 0 .. N-1, each a process group of its own
     a rank fails           --> it is named; the others get SIGTERM, and SIGKILL where they stay
     the launcher is killed --> the kernel kills the ranks (on Linux)
 
@@ -138,8 +138,9 @@ class _Ranks:
             self._command,
             env=env,
             stdin=subprocess.DEVNULL,
-            # The terminal's interrupt is for the launcher alone: it passes it on.
-            start_new_session=True,
+            # The terminal's interrupt is for the launcher alone: it passes it on. Not a session each: Linux shares processor time out among sessions first, and a
+            # thread of one rank that should give way would not give way to the other ranks.
+            process_group=0,
             preexec_fn=die_with_parent(os.getpid()),
         )
 

@@ -11,6 +11,7 @@ import sys
 from dataclasses import asdict
 
 from dcpo_megatron.training.run_status import RankStatus, RunStatus, StatusError, read_status
+from dcpo_megatron.training.server_health import ServerStatus
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,7 +54,7 @@ def lines(status: RunStatus) -> list[str]:
     found.append(f"last complete checkpoint: {status.checkpoint or 'none'}")
     if status.verdict:
         found.append(status.verdict)
-    return found + [_line(rank) for rank in status.ranks]
+    return found + [_line(rank) for rank in status.ranks] + [_server_line(server) for server in status.servers]
 
 
 def _line(rank: RankStatus) -> str:
@@ -61,6 +62,15 @@ def _line(rank: RankStatus) -> str:
     if rank.state != rank.phase:
         text += f", {rank.phase} of step {rank.step} for {duration(rank.seconds_in_phase)}"
     return f"{text}, heartbeat {duration(rank.seconds_since_heartbeat)} ago"
+
+
+def _server_line(server: ServerStatus) -> str:
+    text = f"server {server.url}: {server.state}"
+    if server.version is not None:
+        text += f", weights of step {server.version}"
+    if server.reason:
+        text += f" ({server.reason})"
+    return f"{text}, as of {duration(server.seconds_since)} ago"
 
 
 def duration(seconds: float) -> str:

@@ -63,9 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
-        from dcpo_megatron.training.bad_steps import BadStepsError
-
-        if isinstance(error, BadStepsError):
+        if explains_itself(error):
             return refuse(error, 1)
         if not is_bad_input(error):
             raise
@@ -98,7 +96,7 @@ def _train(args) -> int:
         except BaseException as error:
             # Not the process groups: another rank may be in a collective that this one will not join.
             trainer.close(groups=False)
-            reason = explain_failure(error, trainer.folder, world, rank=_rank())
+            reason = "" if explains_itself(error) else explain_failure(error, trainer.folder, world, rank=_rank())
             if not reason:
                 raise
             traceback.print_exc()
@@ -116,6 +114,15 @@ def is_bad_input(error: Exception) -> bool:
     from dcpo_megatron.weights.hf_folder import CheckpointError
 
     return isinstance(error, (ConfigError, DataError, ModelConfigError, RewardError, CheckpointError))
+
+
+def explains_itself(error: BaseException) -> bool:
+    """Whether ``error`` ends a run that had begun, with a message that is the sentence to show."""
+    from dcpo_megatron.rollout import RolloutError
+    from dcpo_megatron.training.bad_steps import BadStepsError
+    from dcpo_megatron.training.mismatch import MismatchError
+
+    return isinstance(error, (BadStepsError, MismatchError, RolloutError))
 
 
 def refuse(error: Exception, code: int = BAD_INPUT) -> int:

@@ -16,6 +16,9 @@ from collections.abc import Sequence
 
 from dcpo_megatron.rollout.server import Server
 
+# Behind a version's tag: weights whose check is not over. No server serves them yet.
+UNVERIFIED = ".unverified"
+
 
 class Fleet:
     """The servers of a run. Thread-safe. All are evicted ("no weights yet") until they are admitted.
@@ -59,6 +62,10 @@ class Fleet:
         if run != self.run_id or not (number.isascii() and number.isdigit()) or str(int(number)) != number:
             return None
         return int(number)
+
+    def unverified_version_of(self, tag: str) -> int | None:
+        """The version whose weights a server with this tag was being given; None for every other tag."""
+        return self.version_of(tag.removesuffix(UNVERIFIED)) if tag.endswith(UNVERIFIED) else None
 
     def serving(self) -> list[Server]:
         """The servers that hold the weights of :attr:`version`, in the order of ``servers``."""

@@ -116,12 +116,12 @@ class Server:
         what = f"{method} {self.url}{path}"
         try:
             response = self._client.request(method, path, json=body, timeout=seconds)
-        except httpx.TimeoutException as error:
+        except httpx.TimeoutException:
             raise ServerError(
                 f"{what} was not answered within {seconds:g} s: the server hangs or is overloaded; look at its log",
                 self.url,
                 path,
-            ) from error
+            ) from None
         except httpx.TransportError as error:
             with self._lock:
                 self._paths = None  # whoever answers next may be another version
@@ -129,7 +129,7 @@ class Server:
                 f"{what} failed ({type(error).__name__}: {error}): the server is down or not reachable from here; restart it or correct its address",
                 self.url,
                 path,
-            ) from error
+            ) from None
         if response.status_code >= 400:
             raise ServerError(
                 f"{what} was refused with status {response.status_code}: {refusal(response.content)}",

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dcpo_megatron.rollout.protocol import GenerateRequest, Generation, RolloutError, SamplingParams
+from dcpo_megatron.rollout.protocol import GenerateRequest, Generation, SamplingParams
 
 # Tokens between two events of a sample: more than any response has, so that a sample is sent once, whole (and once with its first token).
 _ONE_EVENT = 2**31 - 1
@@ -47,7 +47,7 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one prompt that are posted together. ``places``: their positions among the caller's requests; ``attempts``: how often some of them were posted before."""
+    """Samples of one prompt that are posted together. ``places``: their positions among the caller's requests; ``attempts``: how often they were posted in vain."""
 
     prompt_token_ids: tuple[int, ...]
     places: tuple[int, ...]
@@ -62,10 +62,15 @@ def batches_of(requests: Sequence[GenerateRequest]) -> list[Batch]:
     return [Batch(prompt, tuple(found)) for prompt, found in places.items()]
 
 
-def body(batch: Batch, requests: Sequence[GenerateRequest], sampling: SamplingParams, rids: Sequence[str]) -> dict:
-    """The JSON for ``/generate``. ``rids`` name the samples, for ``/abort_request``."""
+def body(
+    batch: Batch,
+    requests: Sequence[GenerateRequest],
+    sampling: SamplingParams,
+    begun: Mapping[int, Generation],
+    rids: Sequence[str],
+) -> dict:
+    """The JSON for ``/generate``. ``begun``: what is there already of some samples, by place; ``rids`` name the samples, for ``/abort_request``."""
     common = {
-        "max_new_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k or -1,
@@ -74,10 +79,16 @@ def body(batch: Batch, requests: Sequence[GenerateRequest], sampling: SamplingPa
         "ignore_eos": not sampling.stop_token_ids,
         "stream_interval": _ONE_EVENT,
     }
+    tokens = [begun[place].token_ids if place in begun else [] for place in batch.places]
     return {
         "rid": list(rids),
-        "input_ids": [list(batch.prompt_token_ids)] * len(batch.places),
-        "sampling_params": [common | {"sampling_seed": requests[place].seed % 2**63} for place in batch.places],
+        "input_ids": [[*batch.prompt_token_ids, *known] for known in tokens],
+        # SGLang draws by seed and position in the text: a response that goes on later goes on with the same draws.
+        "sampling_params": [
+            common
+            | {"max_new_tokens": sampling.max_new_tokens - len(known), "sampling_seed": requests[place].seed % 2**63}
+            for place, known in zip(batch.places, tokens, strict=True)
+        ],
         "return_logprob": True,
         "stream": True,
     }
@@ -118,10 +129,15 @@ def refusal_or_failure(error: object, status: int | None = None) -> Exception:
     return Failed(f"status {status}: {text}")
 
 
+def tags(event: dict) -> list[str]:
+    """The tags of the weights that an event's tokens are from; empty for a response under way."""
+    return [tag for tag, _, _ in _spans(event)] if _ended(event) else []
+
+
 def read(
-    event: dict, sampling: SamplingParams, version_of: Callable[[str], int | None], oldest: int, constant: bool
+    event: dict, version_of: Callable[[str], int | None], oldest: int, constant: bool
 ) -> tuple[int, Generation | None]:
-    """Which sample of the batch this event finishes, and with what: None for one under way, or ended before its time by a pause or an abort.
+    """Which sample of the batch this event is of, and what ended it: "stop", "length", or "abort" before its time. None for one under way.
 
     Args:
         version_of: tag -> version, None where the weights are not ours.
@@ -130,36 +146,26 @@ def read(
 
     Raises:
         ForeignWeights, Unsure, BadAnswer: see there.
-        RolloutError: the server ended a response before ``max_new_tokens`` for want of room.
     """
+    if not _ended(event):
+        return event.get("index", 0), None
     try:
         index, tokens, meta = event["index"], event["output_ids"], event["meta_info"]
-        reason = meta["finish_reason"]
-        if reason is None or reason["type"] == "abort":
-            return index, None
-        logprobs, ids = (
-            [pair[0] for pair in meta["output_token_logprobs"]],
-            [pair[1] for pair in meta["output_token_logprobs"]],
-        )
-        spans = meta.get("weight_versions") or [
-            {"version": meta["weight_version"], "start": 0, "end": len(tokens), "whole": False}
-        ]
-        parts = [(span["version"], span["start"], span["end"]) for span in spans]
+        reason = meta["finish_reason"]["type"]
+        pairs = meta.get("output_token_logprobs") or []
+        logprobs, ids = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     except (KeyError, TypeError, IndexError) as error:
         raise BadAnswer(f"a response without {error}") from None
-    if not tokens or ids != tokens or not all(isinstance(x, float) and math.isfinite(x) for x in logprobs):
+    if reason == "abort" and not tokens:
+        return index, Generation([], [], "abort", [])
+    if not tokens or ids != tokens or not all(isinstance(x, float | int) and math.isfinite(x) for x in logprobs):
         raise BadAnswer(f"a response of {len(tokens)} tokens with {len(logprobs)} log-probs that do not belong to them")
-    if reason["type"] == "length" and len(tokens) < sampling.max_new_tokens:
-        raise RolloutError(
-            f"the server ended a response after {len(tokens)} of max_new_tokens={sampling.max_new_tokens}: start it with a larger "
-            "--max-total-tokens or --context-length"
-        )
-    if not meta.get("weight_versions") and not constant:
+    if "weight_versions" not in meta and not constant:
         raise Unsure(
-            "weights changed while it was sampled, and the server (SGLang before 0.5.20) does not tell which token is from which"
+            "weights changed while it sampled, and it (SGLang before 0.5.20) does not tell which token is from which"
         )
     versions: list[int] = []
-    for tag, start, end in parts:
+    for tag, start, end in _spans(event):
         version = version_of(tag)
         if version is None:
             raise ForeignWeights(f"it sampled from weights {tag!r}, which are not this run's")
@@ -170,4 +176,34 @@ def read(
         versions += [version] * (end - start)
     if len(versions) != len(tokens):
         raise BadAnswer(f"weight versions of {len(versions)} tokens for a response of {len(tokens)}")
-    return index, Generation(tokens, logprobs, "stop" if reason["type"] == "stop" else "length", versions)
+    return index, Generation(tokens, logprobs, reason if reason in ("stop", "abort") else "length", versions)
+
+
+def joined(begun: Generation | None, more: Generation) -> Generation:
+    """A response and its continuation."""
+    if begun is None:
+        return more
+    return Generation(
+        begun.token_ids + more.token_ids,
+        begun.logprobs + more.logprobs,
+        more.finish_reason,
+        begun.weight_versions + more.weight_versions,
+    )
+
+
+def _ended(event: dict) -> bool:
+    try:
+        return event["meta_info"]["finish_reason"] is not None
+    except (KeyError, TypeError):
+        raise BadAnswer("an event without meta_info.finish_reason") from None
+
+
+def _spans(event: dict) -> list[tuple[str, int, int]]:
+    """(tag, first token, behind the last token). Servers without spans have one tag for all."""
+    meta = event["meta_info"]
+    try:
+        if "weight_versions" in meta:
+            return [(str(span["version"]), span["start"], span["end"]) for span in meta["weight_versions"]]
+        return [(str(meta["weight_version"]), 0, len(event["output_ids"]))]
+    except (KeyError, TypeError) as error:
+        raise BadAnswer(f"a response without {error}") from None

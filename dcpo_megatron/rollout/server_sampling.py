@@ -4,9 +4,9 @@
        ^                                  |
        +---- the unfinished samples ------+   connection lost, 5xx, deadline: the server is evicted
                                               foreign weights: thrown away, the server is evicted
-                                              aborted by a pause: asked again
+                                              ended by a pause for new weights: goes on, here or elsewhere, from its last token
 
-A batch of samples is asked for a bounded number of times. What is finished stays finished.
+A batch of samples is asked for in vain a bounded number of times. What is finished stays finished.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ from dcpo_megatron.rollout.server_answers import (
     batches_of,
     body,
     event_of,
+    joined,
     read,
     refusal_or_failure,
+    tags,
 )
 
 _CONNECT_SECONDS = 10.0
 _ABORT_SECONDS = 2.0
-# Between two requests through a router, which gets its servers back by itself.
-_ROUTER_PAUSE_SECONDS = 1.0
+_LOOK_SECONDS = 0.05
+# Before a request is repeated that came to nothing at a server (or router) which is not given up.
+_PAUSE_SECONDS = 1.0
 
 
 class GaveUp(RolloutError):
@@ -62,7 +65,7 @@ class Sampling:
         first: index of the server that is asked first among equally loaded ones.
         oldest: the oldest weight version that tokens may be from.
         seconds: deadline of one posted request.
-        attempts: how often a sample may be asked for.
+        attempts: how often a sample may be asked for in vain.
         outstanding: samples posted to one server at a time, at most; the others wait for whichever server has room.
     """
 
@@ -87,6 +90,7 @@ class Sampling:
         # Servers that this batch evicted although their weights are what their tags say: what they still finish counts.
         self._slow: set[str] = set()
         self._reasons: dict[int, str] = {}
+        self._begun: dict[int, Generation] = {}
 
     async def run(self) -> None:
         """Returns when every response is delivered.
@@ -139,79 +143,107 @@ class Sampling:
 
     async def _ask(self, http: httpx.AsyncClient, server: Server, batch: Batch) -> Batch | None:
         """Posts ``batch`` and delivers what it finishes. Returns what is left of it."""
-        open_places = dict(enumerate(batch.places))
+        waiting = dict(enumerate(batch.places))
+        known = self._tokens_begun(batch.places)
         try:
-            reason, evict = await self._stream(http, server, batch, open_places)
+            reason, evict = await self._stream(http, server, batch, waiting)
         finally:
-            self._load[server.url] -= len(open_places)
-        if not open_places:
+            self._load[server.url] -= len(waiting)
+        if not waiting:
             return None
-        rest = replace(batch, places=tuple(open_places.values()), attempts=batch.attempts + 1)
-        self._reasons |= dict.fromkeys(rest.places, f"{server.url}: {reason}")
-        if self.router is not None:
-            await asyncio.sleep(_ROUTER_PAUSE_SECONDS)
-        elif evict:
+        left = tuple(waiting.values())
+        in_vain = len(left) == len(batch.places) and self._tokens_begun(left) == known
+        self._reasons |= dict.fromkeys(left, f"{server.url}: {reason}")
+        if evict and self.router is None:
             self.fleet.evict(server, reason)
-        return rest
+        elif in_vain:
+            await asyncio.sleep(_PAUSE_SECONDS)
+        return replace(batch, places=left, attempts=batch.attempts + in_vain)
 
-    async def _stream(self, http, server: Server, batch: Batch, open_places: dict[int, int]) -> tuple[str, bool]:
-        """Delivers what comes and takes it out of ``open_places``. Returns why the rest did not come, and whether the server is to be evicted for it."""
-        rids = {index: uuid.uuid4().hex for index in open_places}
+    def _tokens_begun(self, places: Sequence[int]) -> int:
+        return sum(len(self._begun[place].token_ids) for place in places if place in self._begun)
+
+    async def _stream(
+        self, http: httpx.AsyncClient, server: Server, batch: Batch, waiting: dict[int, int]
+    ) -> tuple[str, bool]:
+        """Delivers what comes and takes it out of ``waiting`` (index in the batch -> place). Returns why the rest did not come, and whether the server is to be evicted for it."""
+        rids = {index: uuid.uuid4().hex for index in waiting}
+        posted = body(batch, self.requests, self.sampling, self._begun, list(rids.values()))
         version = self.fleet.version
-        reason, evict = "it ended the answer before all responses were finished", False
-        complete = False
+        whole = False
         try:
             async with (
                 asyncio.timeout(self.seconds),
-                http.stream(
-                    "POST",
-                    f"{server.url}/generate",
-                    json=body(batch, self.requests, self.sampling, list(rids.values())),
-                    headers=headers(server.api_key),
-                ) as answer,
+                http.stream("POST", f"{server.url}/generate", json=posted, headers=headers(server.api_key)) as answer,
             ):
                 if answer.status_code >= 400:
                     content = (await answer.aread()).decode("utf-8", errors="replace")
                     raise refusal_or_failure(content, answer.status_code)
                 async for line in answer.aiter_lines():
-                    event = event_of(line)
-                    if event is None:
-                        continue
-                    constant = self.fleet.version == version
-                    index, generation = read(event, self.sampling, self.fleet.version_of, self.oldest, constant)
-                    if generation is None or index not in open_places:
-                        continue
-                    if not self._trusted(server):
-                        raise ForeignWeights(f"it lost our trust meanwhile ({self.fleet.evicted()[server.url]})")
-                    self.deliver(open_places.pop(index), generation)
-                    self._load[server.url] -= 1
-            complete = True
+                    if (event := event_of(line)) is not None:
+                        await self._verified(server, event)
+                        self._take(event, server, waiting, self.fleet.version == version)
+            whole = True
         except Refused as error:
             raise ServerError(
-                f"POST {server.url}/generate was refused: {error}; a prompt of {len(batch.prompt_token_ids)} tokens, "
-                f"max_new_tokens={self.sampling.max_new_tokens}",
+                f"POST {server.url}/generate was refused: {error} (a prompt of {len(batch.prompt_token_ids)} tokens, "
+                f"max_new_tokens={self.sampling.max_new_tokens})",
                 server.url,
                 "/generate",
                 error.status,
             ) from None
-        except TimeoutError:
-            reason = f"responses were not finished within request_timeout={self.seconds:g} s: it hangs, or is too busy for that deadline"
-            evict = True
+        except (TimeoutError, httpx.HTTPError, Failed) as error:
             self._slow.add(server.url)
-        except httpx.HTTPError as error:
-            reason, evict = f"the connection was lost ({type(error).__name__}: {error})", True
-            self._slow.add(server.url)
-        except Failed as error:
-            reason, evict = f"it failed: {error}", True
-            self._slow.add(server.url)
+            return self._failure(error), True
         except (ForeignWeights, BadAnswer) as error:
-            reason, evict = str(error), True
+            return str(error), True
         except Unsure as error:
-            reason = str(error)
+            return str(error), False
         finally:
-            if not complete and open_places:
-                await self._abort(http, server, [rids[index] for index in open_places])
-        return reason, evict
+            if not whole and waiting:
+                await self._abort(http, server, [rids[index] for index in waiting])
+        return "it ended the responses before their time", False
+
+    def _take(self, event: dict, server: Server, waiting: dict[int, int], constant: bool) -> None:
+        index, part = read(event, self._version_of, self.oldest, constant)
+        if part is None or index not in waiting:
+            return
+        if not self._trusted(server):
+            raise ForeignWeights(f"it was evicted meanwhile: {self.fleet.evicted()[server.url]}")
+        place = waiting[index]
+        generation = joined(self._begun.get(place), part)
+        if part.finish_reason == "abort":
+            if part.token_ids:
+                self._begun[place] = generation
+            return
+        tokens = len(generation.token_ids)
+        if generation.finish_reason == "length" and tokens < self.sampling.max_new_tokens:
+            raise RolloutError(
+                f"server {server.url} ended a response after {tokens} of max_new_tokens={self.sampling.max_new_tokens}: start it with a larger "
+                "--max-total-tokens or --context-length"
+            )
+        self.deliver(place, generation)
+        del waiting[index]
+        self._load[server.url] -= 1
+
+    def _version_of(self, tag: str) -> int | None:
+        unverified = self.fleet.unverified_version_of(tag)
+        if unverified is not None and self.router is None and unverified <= (self.fleet.version or 0):
+            return unverified
+        return self.fleet.version_of(tag)
+
+    async def _verified(self, server: Server, event: dict) -> None:
+        """Waits, where tokens were sampled from new weights before their check was over, until it is."""
+        versions = [version for tag in tags(event) if (version := self.fleet.unverified_version_of(tag)) is not None]
+        while self.router is None and versions and max(versions) > (self.fleet.version or 0) and self._trusted(server):
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    def _failure(self, error: Exception) -> str:
+        if isinstance(error, TimeoutError):
+            return f"it did not finish its responses within request_timeout={self.seconds:g} s: it hangs, or is too busy for that deadline"
+        if isinstance(error, httpx.HTTPError):
+            return f"the connection was lost ({type(error).__name__}: {error})"
+        return f"it failed: {error}"
 
     def _trusted(self, server: Server) -> bool:
         if self.router is not None or server.url in self._slow:

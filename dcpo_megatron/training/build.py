@@ -13,14 +13,15 @@ from dcpo_megatron.data import DataError, PromptOptions, PromptSampler, load_pro
 from dcpo_megatron.data.packing import PackingOptions
 from dcpo_megatron.mcore import platform as platforms
 from dcpo_megatron.mcore.layout import alignment, make_groups, rank_position, sequence_alignment
-from dcpo_megatron.mcore.model import DTYPES, ModelOptions, OptimizerOptions
+from dcpo_megatron.mcore.model import ModelOptions, OptimizerOptions
 from dcpo_megatron.mcore.step import PolicyModel
 from dcpo_megatron.mcore.training_state import restore
 from dcpo_megatron.rewards import Rewarder
-from dcpo_megatron.rollout import EmbeddedEngine, SamplingParams
+from dcpo_megatron.rollout import SamplingParams
 from dcpo_megatron.training.bad_steps import BadSteps
 from dcpo_megatron.training.checks import CheckedRun
 from dcpo_megatron.training.config import ConfigError, to_yaml
+from dcpo_megatron.training.engines import make_engine
 from dcpo_megatron.training.gpu import GpuMonitor
 from dcpo_megatron.training.loop import Trainer
 from dcpo_megatron.training.resume import (
@@ -103,15 +104,21 @@ def build_trainer(run_: CheckedRun) -> Trainer:
     if found.path is not None:
         restore(policy, found.path)
     gatherer = WeightGatherer(policy)
-    engine = EmbeddedEngine(
-        run_.hf_folder,
-        device=run_.platform.device,
-        dtype=DTYPES[config.model.dtype],
-        max_batch=config.rollout.batch_size,
-        load=found.path is None and run_.weights == run_.hf_folder,
+    step = found.state.step if found.state else 0
+    is_writer = dist.get_rank() == 0
+    if is_writer:
+        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    sinks = Sinks(config, folder, is_writer, config.training.steps, None if found.state is None else step)
+    engine = make_engine(
+        run_,
+        policy,
+        gatherer,
+        prompts,
+        step=step,
+        restored=found.path is not None or run_.weights != run_.hf_folder,
+        announce=sinks.announce,
+        tick=watchdog.progress,
     )
-    if found.path is not None or run_.weights != run_.hf_folder:
-        engine.load_weights(gatherer.tensors(), version=found.state.step if found.state else 0)
     timeline = WatchedTimeline(watchdog)
     for held in filter(None, (policy, reference)):
         held.span = timeline.span
@@ -134,11 +141,8 @@ def build_trainer(run_: CheckedRun) -> Trainer:
         seed=config.training.seed,
         device=run_.platform.device,
         timeline=timeline,
+        whole_prompts=config.rollout.engine == "sglang",
     )
-    is_writer = dist.get_rank() == 0
-    if is_writer:
-        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    sinks = Sinks(config, folder, is_writer, config.training.steps, found.state.step if found.state else None)
     saver = CheckpointSaver(
         folder / "checkpoints",
         run_.hf_folder,

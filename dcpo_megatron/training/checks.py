@@ -57,6 +57,7 @@ def check_run(config: Config, world_size: int) -> CheckedRun:
     if not found:
         found += _batch_problems(config, objective, layout, world_size)
     found += _length_problems(config, shape, layout)
+    found += _server_problems(config)
     if found:
         raise ConfigError("\n".join(found))
     return CheckedRun(config, objective, shape, layout, platform, world_size, hf_folder, weights)
@@ -128,5 +129,40 @@ def _length_problems(config: Config, shape: ModelShape, layout: ParallelLayout) 
         found.append(
             f"training.micro_batch_tokens={config.training.micro_batch_tokens} cannot hold one longest response "
             f"(data.max_prompt_tokens + rollout.max_response_tokens = {padded} tokens): raise it to at least that"
+        )
+    return found
+
+
+def _server_problems(config: Config) -> list[str]:
+    servers, publish, found = config.servers, config.publish, []
+    if config.rollout.engine != "sglang":
+        if config.rollout.max_staleness:
+            found.append(
+                "rollout.max_staleness=1 samples beside training, which the embedded engine cannot: set rollout.engine=sglang, or rollout.max_staleness=0"
+            )
+        if servers.urls or servers.file:
+            found.append("servers are given, but rollout.engine=embedded does not use them: set rollout.engine=sglang")
+        return found
+    if bool(servers.urls) == bool(servers.file):
+        found.append(
+            "rollout.engine=sglang needs the servers' addresses: give servers.urls=[http://HOST:PORT,...], or servers.file, which `dcpo serve` writes"
+            + (" (one of them, not both)" if servers.urls else "")
+        )
+    for url in servers.urls:
+        if not url.startswith(("http://", "https://")):
+            found.append(f"servers.urls: {url!r} is not of the form http://HOST:PORT")
+    if servers.urls and len(servers.urls) < servers.min_healthy:
+        found.append(
+            f"servers.min_healthy={servers.min_healthy}, but servers.urls lists {len(servers.urls)}: lower it or list more"
+        )
+    if servers.api_key_file and not Path(servers.api_key_file).is_file():
+        found.append(f"servers.api_key_file={servers.api_key_file} does not exist")
+    if publish.colocated and publish.mode != "ipc":
+        found.append(
+            f"publish.colocated=true needs publish.mode=ipc, not {publish.mode}: the servers are on the same GPUs"
+        )
+    if publish.colocated and config.rollout.max_staleness:
+        found.append(
+            "publish.colocated=true frees the servers' memory while training goes on: it needs rollout.max_staleness=0"
         )
     return found

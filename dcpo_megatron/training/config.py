@@ -105,7 +105,10 @@ class DataSection(Section):
 
 
 class RolloutSection(Section):
-    engine: Literal["embedded"] = Field("embedded", description="what samples: transformers inside the trainer")
+    engine: Literal["embedded", "sglang"] = Field(
+        "embedded",
+        description="what samples: transformers inside the trainer, or SGLang servers (see the servers section)",
+    )
     prompts_per_step: int = Field(512, ge=1, description="prompts sampled a step")
     group_size: int = Field(16, ge=1, description="responses a prompt, G")
     max_response_tokens: int = Field(3072, ge=1)
@@ -115,6 +118,63 @@ class RolloutSection(Section):
     batch_size: int = Field(256, ge=1, description="responses the embedded engine decodes together")
     max_sampling_rounds: int = Field(
         10, ge=1, description="dynamic sampling: rounds of prompts_per_step before the step goes on with what it has"
+    )
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        le=1,
+        description="0: strictly on-policy; 1: the next batch is sampled while this one trains (engine sglang), its tokens at most one version old",
+    )
+    max_mismatch: float | None = Field(
+        0.2,
+        gt=0,
+        description="stops the run where |training log-prob - rollout log-prob| of the batch, on average over tokens of the current weights, is above it; null: never",
+    )
+
+
+class ServersSection(Section):
+    urls: list[str] = Field(default_factory=list, description="SGLang servers, such as http://127.0.0.1:30000")
+    file: str | None = Field(
+        None, description="a file that `dcpo serve` writes, or a folder of them: the servers' addresses"
+    )
+    count: int | None = Field(
+        None, ge=1, description="with servers.file: wait until so many servers are listed; null: one is enough"
+    )
+    router: str | None = Field(
+        None, description="requests go through this sglang-router; weights still go to each server"
+    )
+    api_key_file: str | None = Field(
+        None, description="file with the servers' key (default: the variable DCPO_SGLANG_API_KEY)"
+    )
+    min_healthy: int = Field(1, ge=1, description="servers that must take each new weight version for the run to go on")
+    start_timeout_seconds: float = Field(
+        600.0, gt=0, description="deadline for servers to answer, at the start and after all of them were gone"
+    )
+    request_timeout_seconds: float = Field(600.0, gt=0, description="deadline of one response")
+
+
+class PublishSection(Section):
+    mode: Literal["distributed", "disk", "ipc"] = Field(
+        "distributed",
+        description="how weights reach the servers: a process group, files that both sides see, or CUDA IPC on the same GPUs",
+    )
+    bucket_bytes: int = Field(512 * 1024**2, ge=1, description="weights on their way at a time, at most")
+    timeout_seconds: float = Field(600.0, gt=0, description="deadline of each phase of a publication")
+    address: str | None = Field(
+        None,
+        description="how servers reach rank 0 (mode distributed; default: loopback for servers on it, else this host's address)",
+    )
+    folder: str | None = Field(
+        None, description="mode disk: where servers read the weights (default: OUTPUT/published)"
+    )
+    verify: bool = Field(True, description="new weights are checked by checksum or log-probs before they are used")
+    tolerance: float | None = Field(
+        None,
+        gt=0,
+        description="mean |log-prob difference| that the check by log-probs allows (default: 1e-3 for float32, 0.1 for bfloat16)",
+    )
+    colocated: bool = Field(
+        False, description="servers share the trainer's GPUs: their memory is released while training goes on"
     )
 
 
@@ -200,6 +260,8 @@ class Config(Section):
     output: str = Field("runs/dcpo", description="folder of the run: metrics, summary, report, the trained model")
     parallel: ParallelSection = Field(default_factory=ParallelSection)
     rollout: RolloutSection = Field(default_factory=RolloutSection)
+    servers: ServersSection = Field(default_factory=ServersSection)
+    publish: PublishSection = Field(default_factory=PublishSection)
     reward: RewardSection = Field(default_factory=RewardSection)
     objective: dict[str, Any] = Field(default_factory=lambda: {"preset": "dcpo-paper"})
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
@@ -238,8 +300,10 @@ def known_keys() -> list[str]:
 
 
 def _unknown_key(key: str, known: Sequence[str]) -> str:
-    # A key given without its section, or under the wrong one; else a misspelt one.
-    nearest = [name for name in known if name.split(".")[-1] == key.split(".")[-1]][:1]
+    # A key below one that has a plain value; one given without its section, or under the wrong one; else a misspelt one.
+    sections = {name.split(".")[0] for name in known if "." in name}
+    nearest = [name for name in known if "." not in name and name not in sections and key.startswith(f"{name}.")]
+    nearest = nearest or [name for name in known if name.split(".")[-1] == key.split(".")[-1]][:1]
     nearest = nearest or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"unknown key {key!r}" + (f": did you mean {nearest[0]!r}?" if nearest else ": see `dcpo train --keys`")
 

@@ -30,6 +30,8 @@ from dcpo_megatron.training.evaluation import evaluate
 from dcpo_megatron.training.gpu import GpuMonitor
 from dcpo_megatron.training.metrics import seconds_metrics, update_metrics
 from dcpo_megatron.training.minibatches import plan_minibatch, split_minibatches
+from dcpo_megatron.training.mismatch import check_mismatch, mean_of, stale_tokens
+from dcpo_megatron.training.pending import read_pending
 from dcpo_megatron.training.report import draw_report
 from dcpo_megatron.training.resume import (
     HISTORY_FILE,
@@ -94,6 +96,11 @@ class Trainer:
         )
         if note is not None:
             self.sinks.announce(note)
+        pending = read_pending(found.path, self.prompts.prompts)
+        if pending is not None:
+            step, prompts, finished = pending
+            self.sinks.announce(f"{len(finished)} responses of step {step} were sampled before: they are kept")
+            self.phase.begin(prompts, step, finished)
 
     def _layout(self) -> dict:
         return {**asdict(self.run_.layout), "ranks": dist.get_world_size(), "platform": self.run_.platform.name}
@@ -137,8 +144,10 @@ class Trainer:
         if due or (stop and settings.every):
             clock = time.perf_counter()
             reports += self.saver.finish()
-            self.saver.start(step, take_snapshot(self.policy), self._extras(step))
-            if stop or last or not settings.asynchronous:
+            beside = settings.asynchronous and not (stop or last)
+            snapshot = take_snapshot(self.policy, self.saver.memory)
+            self.saver.start(step, snapshot, self._extras(step), beside_training=beside)
+            if not beside:
                 reports += self.saver.finish()
             waited = time.perf_counter() - clock
             self.sinks.announce(f"checkpoint of step {step}: training waited {waited:.2f} s")
@@ -167,8 +176,12 @@ class Trainer:
         ).to_json()
         history = self.phase.history.state_dict() if writer and self.phase.history is not None else None
         numbers = json.dumps(random_state(self.run_.platform))
+        pending = self.phase.pending
+        sampled = pending.finished() if pending is not None else []
 
         def write(folder: Path) -> None:
+            if pending is not None:
+                pending.write(sampled, folder, rank)
             (folder / f"random-{rank:05d}.json").write_text(numbers, encoding="utf-8")
             if writer:
                 (folder / RUN_FILE).write_text(state, encoding="utf-8")
@@ -189,6 +202,10 @@ class Trainer:
                 max_rounds=config.rollout.max_sampling_rounds,
                 progress=self._progress,
             )
+            sampled_under = self.engine.version
+            self._begin_next(step + 1)
+            if config.publish.colocated:
+                self.engine.release_memory()
             with span("packing"):
                 minibatches = [
                     self._plan(rollout.responses, indices)
@@ -196,13 +213,14 @@ class Trainer:
                 ]
             with span("old_logprobs"):
                 self._fill_old_logprobs(minibatches)
+                self._check_mismatch(step, minibatches, rollout.responses)
             updates = []
             for micro_batches in minibatches:
                 updates.append(self.policy.update(micro_batches, self.run_.objective, self._lr(step)))
                 self.updates_done += 1
             with span("publish"):
-                self.engine.load_weights(self.gatherer.tensors(), version=step)
-            metrics = self._rollout_metrics(rollout) | update_metrics(updates) | self.gpu.read()
+                self.engine.load_weights(self.gatherer, version=step)
+            metrics = self._rollout_metrics(rollout, sampled_under) | update_metrics(updates) | self.gpu.read()
         seconds = seconds_metrics(self.timeline.take())
         self.bad_steps.note(step, rollout.responses, updates)
         return metrics | seconds | {"tokens_per_second": rollout.totals["tokens"] / seconds["seconds"]}
@@ -243,7 +261,27 @@ class Trainer:
         share = min(1.0, step / warmup) if warmup else 1.0
         return self.run_.config.optimizer.lr * share
 
-    def _rollout_metrics(self, rollout: RolloutResult) -> dict[str, float]:
+    def _begin_next(self, step: int) -> None:
+        """Off-policy by one step: the prompts of the next step go to the engine, which samples while this step trains."""
+        rollout = self.run_.config.rollout
+        if rollout.max_staleness and step <= self.run_.config.training.steps:
+            self.phase.begin([self.prompts.prompts[i] for i in self.sampler.next(rollout.prompts_per_step)], step)
+
+    def _check_mismatch(self, step: int, minibatches, responses: list[Response]) -> None:
+        limit = self.run_.config.rollout.max_mismatch
+        if limit is None:
+            return
+        check_mismatch(
+            step,
+            [s for micro_batches in minibatches for micro_batch in micro_batches for s in micro_batch],
+            responses,
+            version=self.engine.version,
+            limit=limit,
+            counts_here=self.policy.position.owns_loss,
+            device=self.run_.platform.device,
+        )
+
+    def _rollout_metrics(self, rollout: RolloutResult, version: int) -> dict[str, float]:
         totals, responses = rollout.totals, rollout.responses
         generated = totals["generated"]
         metrics = {
@@ -258,6 +296,8 @@ class Trainer:
             "response_utilization_ratio": sum(r.advantage != 0 for r in responses) / generated,
         }
         if responses:
+            tokens = sum(len(r.token_ids) for r in responses)
+            metrics["stale_tokens"] = stale_tokens(responses, version) / max(tokens, 1)
             metrics["advantage_abs"] = sum(abs(r.advantage) for r in responses) / len(responses)
             if self.phase.history is not None:
                 ids = {r.prompt_id for r in responses}
@@ -315,8 +355,7 @@ class Trainer:
         config, steps = self.run_.config, self.history_of_metrics
 
         def mean(name: str) -> float | None:
-            values = [metrics[name] for metrics in steps if metrics.get(name) is not None]
-            return sum(values) / len(values) if values else None
+            return mean_of(steps, name)
 
         summary = {
             "preset": config.objective.get("preset", "dcpo-paper"),
@@ -327,6 +366,8 @@ class Trainer:
             "train_seconds": train_seconds,
             "response_utilization_ratio": mean("response_utilization_ratio"),
             "token_clipping_ratio": mean("token_clipping_ratio"),
+            "mismatch_abs": mean("mismatch_abs"),
+            "stale_tokens": mean("stale_tokens"),
             "model": str(self.folder / "model"),
             "prompts": len(self.prompts),
             "rows_left_out": dict(self.prompts.skipped),
@@ -355,6 +396,7 @@ class Trainer:
     def close(self, groups: bool = True) -> None:
         """Ends reward processes, sinks and, with ``groups``, the process groups."""
         self.watchdog.close()
+        self.phase.drop_pending()
         self.phase.rewarder.close()
         self.engine.close()
         self.sinks.close()

@@ -80,6 +80,10 @@ METRICS: dict[str, Metric] = {
     "mismatch_abs_max": Metric("largest of these differences"),
     "mismatch_k3": Metric("k3 divergence between rollout and training engine", _TOKENS),
     "mismatch_ess": Metric("effective sample size of w = p_train / p_rollout: (sum w)^2 / sum w^2", _TOKENS),
+    "stale_tokens": Metric(
+        "response tokens sampled under older weights than old log-probs were computed with",
+        "response tokens of the step",
+    ),
     "tokens_trained": Metric("response tokens trained on in the step"),
     "seconds": Metric("wall-clock seconds of the step"),
     "seconds_rollout": Metric("of which sampling"),

@@ -27,7 +27,8 @@ _VERSION = 1
 # Keys that a resumed run may have otherwise: where things go, how long and how the work is laid out. The layout changes results by rounding only.
 _FREE = (
     "output", "logging.", "evaluation.", "checkpoint.", "training.steps", "training.timeout_seconds", "training.save_every",
-    "training.platform", "training.max_bad_steps", "reward.timeout_seconds", "reward.workers", "data.files",
+    "training.platform", "training.max_bad_steps", "reward.timeout_seconds", "reward.workers", "data.files", "servers.", "publish.",
+    "rollout.max_mismatch",
 )  # fmt: skip
 _LAYOUT = (
     "parallel.", "training.micro_batch_tokens", "training.packing", "model.head", "model.fused_head_loss", "model.recompute",

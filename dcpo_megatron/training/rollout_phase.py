@@ -2,6 +2,9 @@
 
 The prompts_per_step x G samples are dealt over ALL ranks in one contiguous slice each, so a prompt's group may be split over ranks; rewards are judged where the response was
 sampled; advantages come from one all-reduce of statistics; then every rank gets every response that will be trained on.
+
+With :meth:`RolloutPhase.begin` the first round of a later step is sampled while this one trains, by an engine with ``start`` and ``finish``; another engine samples it when
+:meth:`RolloutPhase.run` of that step takes it up.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from dcpo_megatron.data import Prompt, Response, decode_responses, encode_respon
 from dcpo_megatron.mcore.collectives import all_gather_bytes
 from dcpo_megatron.objectives import Objective, soft_overlong_penalty
 from dcpo_megatron.rewards import Rewarder
-from dcpo_megatron.rollout import GenerateRequest, RolloutEngine, SamplingParams
+from dcpo_megatron.rollout import GenerateRequest, Generation, RolloutEngine, SamplingParams
+from dcpo_megatron.training.pending import PendingBatch, response_of
 from dcpo_megatron.training.timeline import Timeline
 
 
@@ -49,6 +53,10 @@ class RolloutPhase:
     device: torch.device
     group: dist.ProcessGroup | None = None
     timeline: Timeline = field(default_factory=Timeline)
+    whole_prompts: bool = (
+        False  # deal prompts instead of samples: a prompt's samples then share what a server keeps of it
+    )
+    pending: PendingBatch | None = None
 
     def run(
         self,
@@ -68,8 +76,11 @@ class RolloutPhase:
         totals: dict[str, float] = {}
         rounds = 0
         while rounds < max_rounds:
-            prompts = next_prompts()
-            mine = self._sample(prompts, step, rounds, progress)
+            if rounds == 0 and self.pending is not None:
+                prompts, mine = self._take_pending(step, progress)
+            else:
+                prompts = next_prompts()
+                mine = self._sample(prompts, step, rounds, progress)
             rounds += 1
             for name, value in self._totals(mine).items():
                 totals[name] = totals.get(name, 0.0) + value
@@ -104,14 +115,67 @@ class RolloutPhase:
     def _exchange_group(self):
         return self.group if self.group is not None else dist.group.WORLD
 
-    def _sample(self, prompts, step, round_number, progress) -> list[Response]:
+    def begin(
+        self, prompts: Sequence[Prompt], step: int, finished: dict[tuple[str, int], Generation] | None = None
+    ) -> None:
+        """Starts to sample the first round of ``step`` beside whatever the caller does next.
+
+        Args:
+            finished: responses that exist already, by prompt id and sample index: only the others are sampled.
+
+        Raises:
+            RuntimeError: a batch is pending already.
+        """
+        if self.pending is not None:
+            raise RuntimeError(f"the batch of step {self.pending.step} has not been taken up yet")
+        jobs = self._jobs(prompts)
+        known = {
+            place: finished[prompt.id, sample]
+            for place, (prompt, sample) in enumerate(jobs)
+            if finished and (prompt.id, sample) in finished
+        }
+        asked = [place for place in range(len(jobs)) if place not in known]
+        requests = self._requests([jobs[place] for place in asked], step, 0)
+        start = getattr(self.engine, "start", None)
+        handle = start(requests, self.sampling) if start is not None else None
+        self.pending = PendingBatch(step, list(prompts), jobs, known, asked, requests, handle)
+
+    def drop_pending(self) -> None:
+        """Gives up the pending batch, if there is one."""
+        if self.pending is not None and self.pending.handle is not None:
+            self.pending.handle.cancel()
+        self.pending = None
+
+    def _take_pending(self, step: int, progress) -> tuple[list[Prompt], list[Response]]:
+        batch, self.pending = self.pending, None
+        if batch.step != step:
+            raise RuntimeError(f"the pending batch is for step {batch.step}, and this is step {step}")
+        with self.timeline.span("rollout"):
+            if batch.handle is not None:
+                sampled = self.engine.finish(batch.handle, progress)
+            else:
+                sampled = self.engine.generate(batch.requests, self.sampling, progress)
+            generations = batch.known | dict(zip(batch.asked, sampled, strict=True))
+        with self.timeline.span("reward"):
+            return batch.prompts, self._judge(batch.jobs, [generations[place] for place in range(len(batch.jobs))])
+
+    def _jobs(self, prompts: Sequence[Prompt]) -> list[tuple[Prompt, int]]:
         rank, world = self._world()
-        jobs = [(prompt, sample) for prompt in prompts for sample in range(self.group_size)]
-        jobs = share(jobs, rank, world)
-        requests = [
+        if self.whole_prompts:
+            return [
+                (prompt, sample) for prompt in share(list(prompts), rank, world) for sample in range(self.group_size)
+            ]
+        return share([(prompt, sample) for prompt in prompts for sample in range(self.group_size)], rank, world)
+
+    def _requests(self, jobs, step: int, round_number: int) -> list[GenerateRequest]:
+        return [
             GenerateRequest(prompt.token_ids, stream_seed(self.seed, step, round_number, prompt.id, sample))
             for prompt, sample in jobs
         ]
+
+    def _sample(self, prompts, step, round_number, progress) -> list[Response]:
+        jobs = self._jobs(prompts)
+        requests = self._requests(jobs, step, round_number)
         with self.timeline.span("rollout"):
             generations = self.engine.generate(requests, self.sampling, progress)
         with self.timeline.span("reward"):
@@ -119,17 +183,8 @@ class RolloutPhase:
 
     def _judge(self, jobs, generations) -> list[Response]:
         responses = [
-            Response(
-                prompt_id=prompt.id,
-                prompt_token_ids=list(prompt.token_ids),
-                ground_truth=prompt.ground_truth,
-                sample_index=sample,
-                token_ids=generation.token_ids,
-                rollout_logprobs=generation.logprobs,
-                finish_reason=generation.finish_reason,
-                weight_versions=generation.weight_versions,
-                text=self.tokenizer.decode(generation.token_ids, skip_special_tokens=True),
-                data_source=prompt.data_source,
+            response_of(
+                prompt, sample, generation, self.tokenizer.decode(generation.token_ids, skip_special_tokens=True)
             )
             for (prompt, sample), generation in zip(jobs, generations, strict=True)
         ]

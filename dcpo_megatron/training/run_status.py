@@ -1,7 +1,7 @@
 """How far a run is and whether it is well, from the files in its folder alone: while it runs, after it ended, after it was killed.
 
 config.yaml          how many steps it wants           checkpoints/latest   the newest complete checkpoint
-metrics.jsonl        steps done, seconds, reward       health/              heartbeats of the ranks, and a watchdog's verdict
+metrics.jsonl        steps done, seconds, reward       health/              heartbeats of the ranks, rollout servers, a watchdog's verdict
 summary.json         written when it is finished
 """
 
@@ -15,6 +15,7 @@ import yaml
 
 from dcpo_megatron.training.heartbeat import VERDICT, Heartbeat, health_folder, read_heartbeats
 from dcpo_megatron.training.metrics_file import read_rows
+from dcpo_megatron.training.server_health import ServerStatus, read_server_health
 
 RATE_STEPS = 20
 _AT_REST = ("finished", "stopped")
@@ -54,6 +55,7 @@ class RunStatus:
     checkpoint: str | None
     verdict: str | None
     ranks: list[RankStatus]
+    servers: list[ServerStatus]
 
 
 def read_status(run: str | Path, now: float | None = None) -> RunStatus:
@@ -90,6 +92,7 @@ def read_status(run: str | Path, now: float | None = None) -> RunStatus:
         checkpoint=_text(run / "checkpoints" / "latest"),
         verdict=verdict,
         ranks=ranks,
+        servers=read_server_health(health_folder(run), now),
     )
 
 

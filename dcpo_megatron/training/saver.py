@@ -26,7 +26,7 @@ from dcpo_megatron.mcore.collectives import all_gather_bytes
 from dcpo_megatron.mcore.training_state import HostMemory, Snapshot
 from dcpo_megatron.training import checkpoint_folder as folders
 from dcpo_megatron.weights.conversion import write_index_with_companions
-from dcpo_megatron.weights.torch_dist import Record, write_records
+from dcpo_megatron.weights.torch_dist import Record, Rendered, render, write_rendered
 
 _IDLE, _WRITING, _DONE, _FAILED = range(4)
 
@@ -93,8 +93,12 @@ class CheckpointSaver:
         except OSError as error:
             self._problem = f"{work}: {error.strerror or error}"
         dist.barrier()
+        # Rendered here, so that the thread has little to do that keeps Python's lock: training would wait for a thread that has to wait for a core.
+        pieces = [render(piece.key, piece.offsets, piece.data) for piece in snapshot.tensors]
+        pieces += [render(key, None, data) for key, data in snapshot.objects]
+        tensors = {p.key: [list(p.shape), str(p.data.dtype).removeprefix("torch.")] for p in snapshot.tensors}
         self._thread = threading.Thread(
-            target=self._write, args=(work, snapshot, extras, beside_training), name="checkpoint", daemon=True
+            target=self._write, args=(work, pieces, tensors, extras, beside_training), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -102,18 +106,24 @@ class CheckpointSaver:
     def _work(self) -> Path:
         return self.root / (folders.checkpoint_name(self._step) + folders.INCOMPLETE)
 
-    def _write(self, work: Path, snapshot: Snapshot, extras: Callable[[Path], None], beside_training: bool) -> None:
+    def _write(
+        self,
+        work: Path,
+        pieces: list[Rendered],
+        tensors: dict[str, list],
+        extras: Callable[[Path], None],
+        beside_training: bool,
+    ) -> None:
         rank = dist.get_rank()
         if beside_training:
             _give_way()
         try:
             file = work / f"__{rank}_0.distcp"
-            pieces = [(piece.key, piece.offsets, piece.data) for piece in snapshot.tensors]
-            records = write_records(file, [*pieces, *((key, None, data) for key, data in snapshot.objects)])
+            records = write_rendered(file, pieces)
             extras(work)
             note = {
                 "records": [asdict(record) for record in records],
-                "tensors": {p.key: [list(p.shape), str(p.data.dtype).removeprefix("torch.")] for p in snapshot.tensors},
+                "tensors": tensors,
                 "file": asdict(folders.facts_of(file)),
             }
             folders.write_text(work / f"rank-{rank:05d}.json", json.dumps(note))

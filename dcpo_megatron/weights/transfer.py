@@ -160,6 +160,10 @@ class WeightGatherer:
                 entries.append(_Entry(stage, name, tuple(size), getattr(torch, dtype), rules))
         return entries
 
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """A new walk, see :meth:`tensors`: a gatherer is an iterable that can be walked again."""
+        return self.tensors()
+
     @torch.no_grad()
     def tensors(
         self, select: Callable[[torch.nn.Parameter], torch.Tensor] = torch.Tensor.detach

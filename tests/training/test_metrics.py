@@ -154,9 +154,12 @@ def trainer_of(responses, history=None):
     rollout = RolloutResult(responses, totals, 2)
     section = SimpleNamespace
     config = section(
-        rollout=section(prompts_per_step=2, max_sampling_rounds=2, max_response_tokens=4),
+        rollout=section(
+            prompts_per_step=2, max_sampling_rounds=2, max_response_tokens=4, max_staleness=0, max_mismatch=None
+        ),
         training=section(minibatch_prompts=1),
         optimizer=section(warmup_steps=4, lr=1e-3),
+        publish=section(colocated=False),
     )
     policy = section(
         position=section(data_rank=0, data_size=1, pipeline_size=1),
@@ -174,7 +177,7 @@ def trainer_of(responses, history=None):
         policy=policy,
         reference=None,
         gatherer=section(tensors=lambda: iter(())),
-        engine=section(load_weights=lambda tensors, version: None),
+        engine=section(load_weights=lambda tensors, version: None, version=0),
         phase=section(run=lambda *args, **kwargs: rollout, history=history),
         packing=PackingOptions(64),
         sinks=section(progress=None),

@@ -135,3 +135,28 @@ def test_what_is_no_run_is_refused_with_one_sentence(tmp_path, capsys):
 )
 def test_durations_are_short(seconds, text):
     assert duration(seconds) == text
+
+
+def test_the_servers_of_a_run_are_told_from_its_files(tmp_path):
+    from dcpo_megatron.rollout.fleet import Fleet
+    from dcpo_megatron.rollout.server import Server
+    from dcpo_megatron.training.server_health import ServerHealth
+
+    (tmp_path / "health").mkdir()
+    servers = [Server(f"http://host:{port}") for port in (1, 2, 3)]
+    fleet = Fleet(servers, "run")
+    health = ServerHealth(tmp_path / "health", fleet)
+    for server in servers:
+        fleet.admit(server, 4)
+    for server in servers[:2]:
+        fleet.admit(server, 5)
+    fleet.evict(servers[1], "it hangs")
+    health.note()
+    found = [line.rpartition(", as of")[0] for line in status.lines(read_status(tmp_path)) if line.startswith("server")]
+    assert found == [
+        "server http://host:1: serving, weights of step 5",
+        "server http://host:2: not used (it hangs)",
+        "server http://host:3: outdated, weights of step 4",
+    ]
+    (tmp_path / "health" / "servers.json").write_text('{"written"')  # never a reason to fail
+    assert read_status(tmp_path).servers == []

@@ -1,0 +1,182 @@
+"""The rollout engine that the configuration names, with the weights of the run's start in it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dcpo_megatron.data import PromptSet
+from dcpo_megatron.mcore.collectives import all_gather_bytes
+from dcpo_megatron.mcore.model import DTYPES
+from dcpo_megatron.mcore.step import PolicyModel
+from dcpo_megatron.rollout import EmbeddedEngine, RolloutEngine, RolloutError
+from dcpo_megatron.rollout.fleet import Fleet
+from dcpo_megatron.rollout.server import Server
+from dcpo_megatron.rollout.server_client import ServerClient
+from dcpo_megatron.rollout.serving.api_key import read_api_key
+from dcpo_megatron.training.checks import CheckedRun
+from dcpo_megatron.training.config import Config, ConfigError
+from dcpo_megatron.training.heartbeat import health_folder
+from dcpo_megatron.training.probe import TrainingProbe
+from dcpo_megatron.training.server_engine import ServerEngine, wait_together
+from dcpo_megatron.training.server_health import ServerHealth
+from dcpo_megatron.weights.publish import PublishOptions, WeightPublisher
+from dcpo_megatron.weights.transfer import WeightGatherer
+
+
+def make_engine(
+    run_: CheckedRun,
+    policy: PolicyModel,
+    gatherer: WeightGatherer,
+    prompts: PromptSet,
+    *,
+    step: int,
+    restored: bool,
+    announce: Callable[[str], None],
+    tick: Callable[[], None],
+) -> RolloutEngine:
+    """Collective over all ranks; the engine samples with the weights of ``policy``, as version ``step``.
+
+    Args:
+        restored: ``policy`` does not hold the weights of ``run_.hf_folder``.
+        announce: says things on the rank that writes.
+        tick: called while waiting for servers.
+
+    Raises:
+        RolloutError: servers that do not answer, or do not take the weights.
+        ConfigError: an address or key that cannot be used.
+    """
+    if run_.config.rollout.engine == "sglang":
+        engine = _server_engine(run_, policy, gatherer, prompts, announce, tick)
+        engine.load_weights(gatherer, version=step)
+        return engine
+    engine = EmbeddedEngine(
+        run_.hf_folder,
+        device=run_.platform.device,
+        dtype=DTYPES[run_.config.model.dtype],
+        max_batch=run_.config.rollout.batch_size,
+        load=not restored,
+    )
+    if restored:
+        engine.load_weights(gatherer, version=step)
+    return engine
+
+
+def _server_engine(run_: CheckedRun, policy, gatherer, prompts: PromptSet, announce, tick) -> ServerEngine:
+    config, device, rank = run_.config, run_.platform.device, dist.get_rank()
+    try:
+        key = read_api_key(config.servers.api_key_file)
+    except ValueError as error:
+        raise ConfigError(f"servers.api_key_file: {error}") from None
+    servers = [
+        Server(url, api_key=key, timeout=config.publish.timeout_seconds)
+        for url in _addresses(config, key, device, announce, tick)
+    ]
+    # A run that is started again has the same version numbers, and not always the same weights.
+    (run_id, *_) = all_gather_bytes(f"dcpo-{secrets.token_hex(6)}".encode(), dist.group.WORLD, device)
+    fleet = Fleet(servers, run_id.decode())
+    client = ServerClient(
+        fleet,
+        rank=rank,
+        world=dist.get_world_size(),
+        request_timeout=config.servers.request_timeout_seconds,
+        router=config.servers.router,
+    )
+    publisher = WeightPublisher(
+        fleet,
+        publish_options(config, run_.platform.is_cpu),
+        device=device,
+        probe=TrainingProbe(policy, prompts.prompts) if config.publish.verify else None,
+    )
+    health = ServerHealth(health_folder(Path(config.output)), fleet) if rank == 0 else None
+    return ServerEngine(
+        client,
+        publisher,
+        fleet,
+        gatherer,
+        device=device,
+        start_timeout=config.servers.start_timeout_seconds,
+        announce=announce,
+        tick=tick,
+        health=health,
+    )
+
+
+def publish_options(config: Config, is_cpu: bool) -> PublishOptions:
+    """How the configuration wants weights to be published."""
+    publish = config.publish
+    return PublishOptions(
+        mode=publish.mode,
+        backend="gloo" if is_cpu else "nccl",
+        bucket_bytes=publish.bucket_bytes,
+        timeout=publish.timeout_seconds,
+        address=publish.address,
+        folder=(publish.folder or Path(config.output) / "published") if publish.mode == "disk" else None,
+        verify=publish.verify,
+        tolerance=publish.tolerance or (1e-3 if config.model.dtype == "float32" else 0.1),
+        min_servers=config.servers.min_healthy,
+        # A batch that is sampled beside training goes on under the new weights, with its cache computed anew.
+        pause="retract" if config.rollout.max_staleness else "abort",
+    )
+
+
+def listed_servers(file: Path) -> list[str]:
+    """The addresses in a file of ``dcpo serve`` (a JSON list), or in all ``*.json`` of a folder, in the order of their names; [] while there are none."""
+    found: list[str] = []
+    for part in sorted(file.glob("*.json")) if file.is_dir() else [file]:
+        try:
+            urls = json.loads(part.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except ValueError:
+            urls = None
+        if not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):
+            raise ConfigError(
+                f"servers.file: {part} is not a JSON list of addresses: give the file that `dcpo serve` writes"
+            )
+        found += [url for url in urls if url not in found]
+    return found
+
+
+def _addresses(config: Config, key: str | None, device: torch.device, announce, tick) -> list[str]:
+    """The servers of the run, the same on every rank, as soon as enough of them answer."""
+    servers = config.servers
+    wanted = servers.count or servers.min_healthy if servers.file else len(servers.urls)
+    seconds = servers.start_timeout_seconds
+    seen: dict[str, bool] = {}
+
+    def look() -> str | None:
+        try:
+            urls = list(servers.urls) or listed_servers(Path(servers.file))
+        except ConfigError as error:
+            return f"!{error}"
+        for url in urls:
+            if not seen.get(url):
+                with contextlib.closing(Server(url, api_key=key)) as server:
+                    seen[url] = server.alive(timeout=2.0)
+        return json.dumps(urls) if len(urls) >= wanted and all(seen[url] for url in urls) else None
+
+    announce(f"waiting for {wanted} rollout servers, at most {seconds:.0f} s")
+    found = wait_together(look, seconds, device, tick)
+    if found is None:
+        # Those that answer will do, where they are enough.
+        found = wait_together(lambda: json.dumps([[url, seen[url]] for url in seen]), 1.0, device)
+        answers = dict(json.loads(found))
+        if sum(answers.values()) < servers.min_healthy:
+            silent = [url for url, answered in answers.items() if not answered]
+            what = f"{', '.join(silent)} did not answer" if silent else f"{servers.file} lists {len(answers)} servers"
+            raise RolloutError(
+                f"{what} within servers.start_timeout_seconds={seconds:g}, and {servers.min_healthy} healthy ones are needed: start them (dcpo serve), "
+                "or correct servers.urls or servers.file"
+            )
+        announce(f"going on with {sum(answers.values())} of {max(wanted, len(answers))} rollout servers")
+        return list(answers)
+    if found.startswith("!"):
+        raise ConfigError(found[1:])
+    return json.loads(found)

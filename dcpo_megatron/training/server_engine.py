@@ -1,0 +1,181 @@
+"""A fleet of SGLang servers as the rollout engine of a run: each rank samples through its own client, all ranks publish together.
+
+generate        every rank: its own requests                      -> where servers died and none is left: recover together, ask again for the rest
+start, finish   the same beside the training of another batch
+load_weights    every rank walks the tensors; rank 0 speaks to the servers (a transaction, see dcpo_megatron.weights.publish)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from dcpo_megatron.mcore.collectives import all_gather_bytes
+from dcpo_megatron.rollout import GenerateRequest, Generation, RolloutError, SamplingParams
+from dcpo_megatron.rollout.fleet import Fleet
+from dcpo_megatron.rollout.server_client import NoServersLeft, ServerClient
+from dcpo_megatron.training.server_health import ServerHealth
+from dcpo_megatron.weights.publish import WeightPublisher
+
+# How often in one batch all servers may be lost before the run ends.
+RECOVERIES = 3
+_LOOK_SECONDS = 2.0
+_OUT_OF_TIME = "\0"
+
+
+@dataclass
+class StartedBatch:
+    """A batch under way; what :meth:`ServerEngine.finish` takes."""
+
+    requests: Sequence[GenerateRequest]
+    sampling: SamplingParams
+    handle: object
+
+    def done_so_far(self) -> dict[int, Generation]:
+        return self.handle.done_so_far()
+
+    def cancel(self) -> None:
+        self.handle.cancel()
+
+
+class ServerEngine:
+    """See :class:`~dcpo_megatron.rollout.RolloutEngine`. Every method but :meth:`start` is collective over all ranks.
+
+    Args:
+        weights: the trained model's weights, walked anew each time it is iterated (:class:`~dcpo_megatron.weights.transfer.WeightGatherer`): given to servers that come back.
+        start_timeout: seconds to wait for a server where none is left.
+        announce: says what happened, on the rank that writes.
+        tick: called while waiting, which has a deadline of its own.
+        health: is told of every change; None on ranks that do not write.
+    """
+
+    def __init__(
+        self,
+        client: ServerClient,
+        publisher: WeightPublisher,
+        fleet: Fleet,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        *,
+        device: torch.device,
+        start_timeout: float,
+        announce: Callable[[str], None] = print,
+        tick: Callable[[], None] = lambda: None,
+        health: ServerHealth | None = None,
+    ):
+        self.client, self.publisher, self.fleet, self.weights = client, publisher, fleet, weights
+        self.device, self.start_timeout, self.announce, self.tick = device, start_timeout, announce, tick
+        self.health = health
+
+    @property
+    def version(self) -> int | None:
+        """The version that the servers serve."""
+        return self.fleet.version
+
+    def generate(
+        self,
+        requests: Sequence[GenerateRequest],
+        sampling: SamplingParams,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Generation]:
+        """See :class:`RolloutEngine`. Raises RolloutError where servers are lost again and again, or none comes back in time."""
+        return self._complete(requests, sampling, progress, lambda: self.client.generate(requests, sampling, progress))
+
+    def start(self, requests: Sequence[GenerateRequest], sampling: SamplingParams) -> StartedBatch:
+        """Begins to sample beside whatever the caller does next. Not collective."""
+        return StartedBatch(requests, sampling, self.client.start(requests, sampling))
+
+    def finish(self, started: StartedBatch, progress: Callable[[int, int], None] | None = None) -> list[Generation]:
+        """Waits for a started batch, as :meth:`generate` does."""
+        return self._complete(started.requests, started.sampling, progress, lambda: started.handle.finish(progress))
+
+    def _complete(self, requests, sampling, progress, attempt: Callable[[], list[Generation]]) -> list[Generation]:
+        finished: dict[int, Generation] = {}
+        for _ in range(RECOVERIES + 1):
+            missing = [place for place in range(len(requests)) if place not in finished]
+            try:
+                finished |= dict(zip(missing, attempt(), strict=True))
+            except NoServersLeft as error:
+                finished |= {missing[place]: generation for place, generation in error.finished.items()}
+            lacking = torch.tensor([len(requests) - len(finished)], device=self.device)
+            dist.all_reduce(lacking)
+            self._note()
+            if not lacking.item():
+                return [finished[place] for place in range(len(requests))]
+            self._recover(int(lacking.item()))
+            rest = [requests[place] for place in range(len(requests)) if place not in finished]
+
+            def attempt(rest=rest) -> list[Generation]:
+                return self.client.generate(rest, sampling, progress) if rest else []
+
+        raise RolloutError(
+            f"all rollout servers were lost {RECOVERIES + 1} times within one batch ({self._reasons()}): look at their logs; "
+            "start the same command again to resume"
+        )
+
+    def _recover(self, lacking: int) -> None:
+        """Waits for a server that answers and gives it the weights of now."""
+        self.announce(
+            f"no rollout server is left ({self._reasons()}): {lacking} responses wait for one to come back, at most {self.start_timeout:.0f} s"
+        )
+        back = wait_together(
+            lambda: "back" if any(server.alive(timeout=_LOOK_SECONDS) for server in self.fleet.servers) else None,
+            self.start_timeout,
+            self.device,
+            self.tick,
+        )
+        if back is None:
+            raise RolloutError(
+                f"no rollout server answered within servers.start_timeout_seconds={self.start_timeout:.0f} ({self._reasons()}): start them again "
+                "(dcpo serve), then start the same command again to resume"
+            )
+        self.load_weights(self.weights, self.fleet.version or 0)
+
+    def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Publishes ``tensors`` (walked anew where servers fail midway) as ``version``. Raises RolloutError, the same on every rank."""
+        try:
+            report = self.publisher.publish(tensors, version)
+        finally:
+            self._note()
+        for url, reason in report.evicted.items():
+            self.announce(f"rollout server {url} is not used until it has taken new weights: {reason}")
+
+    def release_memory(self) -> None:
+        """Idle servers on the trainer's GPUs free them; the next publication takes the memory back. Raises RolloutError, the same on every rank."""
+        self.publisher.release_memory()
+
+    def _note(self) -> None:
+        if self.health is not None:
+            self.health.note()
+
+    def _reasons(self) -> str:
+        return "; ".join(f"{url}: {reason}" for url, reason in self.fleet.evicted().items()) or "none is listed as lost"
+
+    def close(self) -> None:
+        """Closes client and publisher; the servers stay."""
+        self.client.close()
+        self.publisher.close()
+
+
+def wait_together(
+    look: Callable[[], str | None], seconds: float, device: torch.device, tick: Callable[[], None] = lambda: None
+) -> str | None:
+    """Collective: rank 0 calls ``look`` until it gives a text, for ``seconds`` at most. Every rank returns that text, or None where time ran out.
+
+    The ranks meet every few seconds, so that a wait may be longer than the deadline of a collective.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        found = ""
+        if dist.get_rank() == 0:
+            found = look() or ("" if time.monotonic() < until else _OUT_OF_TIME)
+            if not found:
+                time.sleep(_LOOK_SECONDS / 4)
+        (answer, *_) = all_gather_bytes(found.encode(), dist.group.WORLD, device)
+        tick()
+        if answer:
+            text = answer.decode()
+            return None if text == _OUT_OF_TIME else text
