@@ -455,7 +455,11 @@ def tell_what_will_be_used(facts: Facts) -> list[Finding]:
         Finding(area, "info", f"platform: {name} with {backend}"),
         Finding(area, "info", f"layers: {layers}"),
         Finding(area, "info", f"optimizer: {optimizer}"),
-        Finding(area, "info", "rollout engine: embedded (transformers inside the trainer)"),
+        Finding(
+            area,
+            "info",
+            "rollout engine: embedded (transformers inside the trainer), or sglang (servers in an environment of their own)",
+        ),
     ]
 
 
