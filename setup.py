@@ -34,6 +34,7 @@ setup(
         "matplotlib>=3.8",
         "tensorboard>=2.15",
         "math-verify>=0.8",
+        "mpmath>=1.3",
         "nvidia-ml-py>=12.535",
     ],
     extras_require={

@@ -50,9 +50,10 @@ class TaskSection(_Section):
     train: int = Field(256, ge=1, description="prompts that are trained on")
     held_out: int = Field(128, ge=1, description="prompts for evaluation")
     supervised: int = Field(1500, ge=1, description="problems of the warm-up; no other part has them")
+    checks: int = Field(512, ge=1, description="problems that tell how far the warm-up is; no other part has them")
     worked: float = Field(0.7, ge=0, le=1, description="share of the warm-up's responses with worked steps")
     target: float = Field(
-        0.3, gt=0, lt=1, description="the warm-up ends when sampling gives the worked response so often"
+        0.3, ge=0, lt=1, description="the warm-up ends when sampling gives the worked response so often"
     )
     lr: float = Field(2e-3, gt=0)
     max_steps: int = Field(4000, ge=1)

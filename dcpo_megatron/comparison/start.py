@@ -52,11 +52,15 @@ def make_start(
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        rows = make_chains(task.supervised + task.train, seed, task.chains())
+        rows = make_chains(task.train + task.supervised + task.checks, seed, task.chains())
         held_out = make_chains(task.held_out, seed, task.chains(), split="held_out")
     except ValueError as error:
         raise PlanError(f"task: {error}") from None
-    supervised, train = rows[: task.supervised], rows[task.supervised :]
+    train, supervised, checks = (
+        rows[: task.train],
+        rows[task.train : -task.checks],
+        rows[-task.checks :],
+    )
     write_jsonl(train, folder / "train.jsonl")
     write_jsonl(held_out, folder / "held_out.jsonl")
 
@@ -71,7 +75,7 @@ def make_start(
         model,
         tokenizer,
         pairs,
-        [(row["prompt"], row["worked"]) for row in train],
+        [(row["prompt"], row["worked"]) for row in checks],
         target_accuracy=task.target,
         seed=seed,
         lr=task.lr,
