@@ -9,6 +9,9 @@ import re
 
 # One or two backslashes before "boxed": models that were trained on escaped JSON write "\\boxed".
 _TOKEN = re.compile(r"(?P<box>\\{1,2}boxed\s{0,8}\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
+# What may stand between boxes that are one answer: "\boxed{2} and \boxed{3}". Not a full stop, not a new line.
+_JOINT = re.compile(r"(?:[ \t,;$~]|\\[,;:() ]|\\q?quad|\\text\s?\{\s*(?:and|or)\s*\}|and|or)*")
+_JOINED_BOXES = 16
 
 
 def last_boxed(text: str) -> str | None:
@@ -17,15 +20,42 @@ def last_boxed(text: str) -> str | None:
     A box that was cut off (an unclosed last ``\boxed{``) does not hide a complete one before it. Of nested boxes the
     inner one is taken. The content is stripped of surrounding white space and may be empty.
     """
-    open_braces: list[int | None] = []  # start of the content for a box, None for any other brace
-    best: tuple[int, int] | None = None
+    boxes = _boxes(text)
+    if not boxes:
+        return None
+    _, start, end = max(boxes, key=lambda box: box[1])
+    return text[start:end].strip()
+
+
+def final_answer(text: str) -> str | None:
+    r"""As ``last_boxed``; boxes joined by nothing but commas, "and" and "or" are one answer, a list: two guesses are not one right answer."""
+    boxes = _boxes(text)
+    if not boxes:
+        return None
+    boxes.sort(key=lambda box: box[1])
+    begin, start, end = boxes[-1]
+    found = [text[start:end].strip()]
+    for earlier_begin, earlier_start, earlier_end in reversed(boxes[-_JOINED_BOXES:-1]):
+        if earlier_end >= begin or not _JOINT.fullmatch(text, earlier_end + 1, begin):
+            break
+        begin = earlier_begin
+        content = text[earlier_start:earlier_end].strip()
+        if content not in found:
+            found.insert(0, content)
+    return ",".join(found)
+
+
+def _boxes(text: str) -> list[tuple[int, int, int]]:
+    """Where each balanced box begins, and where its content begins and ends."""
+    open_braces: list[tuple[int, int] | None] = []  # of a box its beginning and its content's; None for any other brace
+    found = []
     for token in _TOKEN.finditer(text):
         if token["box"]:
-            open_braces.append(token.end())
+            open_braces.append((token.start(), token.end()))
         elif token["open"]:
             open_braces.append(None)
         elif token["close"] and open_braces:
-            start = open_braces.pop()
-            if start is not None and (best is None or start > best[0]):
-                best = (start, token.start())
-    return None if best is None else text[best[0] : best[1]].strip()
+            box = open_braces.pop()
+            if box is not None:
+                found.append((*box, token.start()))
+    return found

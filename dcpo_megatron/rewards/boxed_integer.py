@@ -1,7 +1,7 @@
 r"""A reward for tasks whose answers are whole numbers, as a function by dotted path: ``reward.function: dcpo_megatron.rewards.boxed_integer:reward``.
 
-The mathematics reward takes ``\boxed{12+5}`` for 17, rightly: it judges values. Where the calculation is the task, that is a way to copy the question into
-the box; here the box must hold the number itself, written as usual.
+The mathematics reward takes every form of the number (``017``, ``17.0``, ``12+5=17``). Where the calculation is the task, the box must hold the number itself,
+written as usual.
 """
 
 from dcpo_megatron.rewards.boxed import last_boxed

@@ -16,11 +16,12 @@ _NUMBER = re.compile(
     (?:(?P<whole>\d+)?\s*\\frac\s*\{{\s*(?P<top>{_SIGNED})\s*\}}\s*\{{\s*(?P<bottom>{_SIGNED})\s*\}}
       |(?:(?P<whole_slash>\d+)\s+)?(?P<top_slash>{_DECIMAL})\s*/\s*(?P<bottom_slash>{_SIGNED})
       |(?P<decimal>{_DECIMAL})(?:\\overline\s*\{{(?P<repeat>\d+)\}})?)
-    (?:\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{{\s*(?P<power>[+-]?\s*\d{{1,3}})\s*\}}|(?P<power_digit>\d)))?
+    (?:\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*(?:\{{\s*(?P<power>[+-]?\s*\d{{1,3}})\s*\}}|(?P<power_digit>-?\d))
+      |[eE](?P<exponent>[+-]?\d{{1,3}}))?
     \s*(?P<percent>%?)""",
     re.VERBOSE,
 )
-_BASED = re.compile(r"(\d[0-9A-Fa-f]*)\s*_\s*(?:(\d)|\{\s*(\d+)\s*\})")
+_BASED = re.compile(r"(-?\d[0-9A-Fa-f]*)\s*_\s*(?:(\d)|\{\s*(\d+)\s*\})")
 
 
 class Number(NamedTuple):
@@ -60,7 +61,7 @@ def read_number(text: str) -> Number | None:
                 return None
             repeat = match["repeat"]
             value += Fraction(int(repeat), 10 ** len(decimals) * (10 ** len(repeat) - 1))
-    power = match["power"] or match["power_digit"]
+    power = match["power"] or match["power_digit"] or match["exponent"]
     if power is not None:
         value *= Fraction(10) ** int(power.replace(" ", ""))
     return Number(-value if match["sign"] == "-" else value, bool(match["percent"]))

@@ -1,8 +1,8 @@
 r"""The paper's reward for mathematics: +1 right, 0 well-formed but wrong, -1 where no balanced ``\boxed{...}`` is found.
 
-    response --last_boxed--> answer --quick_verdict--> True / False
-                                          | neither: only algebra can tell
-                                          v
+    response --final_answer--> answer --settle--> True / False
+                                       | neither: only algebra can tell
+                                       v
                              math-verify in a worker process, under a time and a memory limit
 
 An answer that math-verify cannot judge within the limits is wrong (0): an answer that nobody can check is no answer.
@@ -11,9 +11,8 @@ An answer that math-verify cannot judge within the limits is wrong (0): an answe
 from collections.abc import Sequence
 from functools import lru_cache
 
-from dcpo_megatron.rewards.boxed import last_boxed
-from dcpo_megatron.rewards.normalise import clean
-from dcpo_megatron.rewards.quick import quick_verdict
+from dcpo_megatron.rewards.boxed import final_answer, last_boxed
+from dcpo_megatron.rewards.quick import Settled, settle
 from dcpo_megatron.rewards.worker_client import START_TIMEOUT, Outcome, WorkerPool, check_lengths
 
 RIGHT, WRONG, MALFORMED = 1.0, 0.0, -1.0
@@ -50,19 +49,19 @@ class MathJudge:
         undecided: dict[tuple[str, str], list[int]] = {}
         # The responses to one prompt share their gold, and most of them a few answers.
         golds = {ground_truth: _bare(ground_truth) for ground_truth in set(ground_truths)}
-        verdicts: dict[tuple[str, str], bool | None] = {}
+        verdicts: dict[tuple[str, str], Settled] = {}
         for index, (response, ground_truth) in enumerate(zip(responses, ground_truths, strict=True)):
-            answer = last_boxed(response)
+            answer = final_answer(response)
             gold = golds[ground_truth]
             if answer is None:
                 outcomes.append(Outcome(MALFORMED))
                 continue
             if (answer, gold) not in verdicts:
-                verdicts[answer, gold] = quick_verdict(answer, gold)
+                verdicts[answer, gold] = settle(answer, gold)
             verdict = verdicts[answer, gold]
-            outcomes.append(None if verdict is None else Outcome(RIGHT if verdict else WRONG))
-            if verdict is None:
-                undecided.setdefault((clean(answer), clean(gold)), []).append(index)
+            outcomes.append(None if verdict.equal is None else Outcome(RIGHT if verdict.equal else WRONG))
+            if verdict.equal is None:
+                undecided.setdefault((verdict.answer, verdict.gold), []).append(index)
         # Held here, whatever the cache drops meanwhile.
         slots = {pair: self._slot(*pair, timeout_seconds) for pair in undecided}
         new = [pair for pair, slot in slots.items() if not slot]

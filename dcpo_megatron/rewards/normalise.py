@@ -2,15 +2,18 @@ r"""One spelling for answers that mean the same: the string that is compared, an
 
 ``clean`` removes what carries no value (spacing commands, ``\left``, dollar signs, degree signs, units) and settles
 spellings (``\dfrac12`` becomes ``\frac{1}{2}``). Units are removed here and not by math-verify, because its list of units
-holds single letters: it takes ``2t`` and ``2`` for equal. Two answers that differ in their units alone are equal, as in the
-field's other graders. The patterns hold no nested repetition, so that a hostile answer of 2,000 letters costs milliseconds.
+holds single letters: it takes ``2t`` and ``2`` for equal. ``unit_of`` tells the unit that was removed, where it is a known one.
+The patterns hold no nested repetition, so that a hostile answer of 2,000 letters costs milliseconds.
 """
 
 import re
 
+from dcpo_megatron.rewards.units import Unit, read_unit
+
 _UNICODE = str.maketrans({
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "°": "", "π": r"\pi ", "∞": r"\infty ",
     "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ", "²": "^2", "³": "^3", "，": ",", "（": "(", "）": ")", "％": "%",
+    "⋅": r"\cdot ", "∗": "*", "＋": "+", "≠": r"\ne ", "√": r"\sqrt ", "∅": r"\emptyset ", "∈": r"\in ", "±": r"\pm ", "ℝ": r"\mathbb{R}",
     "\u00a0": " ", "\u202f": " ", "\u2009": " ",
 })  # fmt: skip
 
@@ -18,8 +21,20 @@ _UNICODE = str.maketrans({
 _SPACING = re.compile(r"(?P<keep>\\\\)|(?P<none>\\!\s*)|\\[,;:> ]|\\(?:q?quad|thinspace)(?![A-Za-z])|~|\s+")
 _NO_VALUE = re.compile(
     r"\\(?:left|right)(?![A-Za-z])\.?|\\(?:[bB]igg?[lrm]?|displaystyle|textstyle|limits)(?![A-Za-z])"
-    r"|\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\degrees?(?![A-Za-z])|\\?\$"
+    r"|\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\degrees?(?![A-Za-z])|\\?\$|[£€]|\\(?:pounds|euro)(?![A-Za-z])\s*"
 )
+_DEGREES = re.compile(r"°|\^\s*\{?\s*\\circ(?![A-Za-z])|\\degrees?(?![A-Za-z])|(?<![A-Za-z])degrees?(?![A-Za-z])")
+# In the argument of a function a degree sign is a factor; elsewhere it is a unit.
+_ANGLE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:°|\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\degrees?(?![A-Za-z]))")
+_TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+_WRAPPER = re.compile(
+    r"\\(?:mathbf|boldsymbol|bm|pmb|mathit|mathsf|emph|underline|fbox|num|displaystyle|textstyle)\s*(?=\{)"
+)
+_PREFACE = re.compile(  # "The answer is 5", "\\text{Answer: } 5"
+    r"^\s*(?:\\text\{)?\s*(?:so |thus |hence |therefore )?(?:the )?(?:final )?answer(?: is|:)(?: is|:)?\s*\}?\s*(?=.)",
+    re.IGNORECASE,
+)
+_HALF_DAY = re.compile(r"(?<=\d)\s*(?:\\text\{)?\s*([ap])\.?\s?m\.?\s*\}?$", re.IGNORECASE)
 _ATOM = r"(?:\d|\\pi(?![A-Za-z]))"  # an argument that TeX takes without braces
 _SPELLINGS = (
     (re.compile(r"\{,\}"), ","),
@@ -28,8 +43,35 @@ _SPELLINGS = (
     (re.compile(r"\\rbrace(?![A-Za-z])"), r"\\}"),
     (re.compile(r"\\le(?:q|qslant)(?![A-Za-z])"), r"\\le"),
     (re.compile(r"\\ge(?:q|qslant)(?![A-Za-z])"), r"\\ge"),
+    (re.compile(r"\\neq(?![A-Za-z])"), r"\\ne"),
+    (re.compile(r"\\(?:approx|simeq)(?![A-Za-z])"), "="),
+    (re.compile(r"^\s*="), ""),
+    (re.compile(r"\\(?:l|r)angle(?![A-Za-z])"), lambda m: "(" if m[0][1] == "l" else ")"),
+    (re.compile(r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}"), r"\\emptyset"),
+    (re.compile(r"\\overline\s*\{\s*([A-Z]{2})\s*\}"), r"\1"),
+    (re.compile(r"\\dot\s*\{\s*(\d)\s*\}"), r"\\overline{\1}"),
+    (re.compile(r"\{\s*([^{}\\]{1,20}?)\s*\\choose\s+([^{}\\]{1,20}?)\s*\}"), r"\\binom{\1}{\2}"),
+    (re.compile(r"\{\s*([^{}\\]{1,20}?)\s*\\over\s+([^{}\\]{1,20}?)\s*\}"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\mathrm\s*\{\s*([ei])\s*\}"), r"\1"),
+    (re.compile(r"\\mathbf\s*\{?\s*([RZNQC])\s*\}?$"), r"\\mathbb{\1}"),
+    (re.compile(r"\\mathbb\s*([RZNQC])(?![A-Za-z])"), r"\\mathbb{\1}"),
+    (_WRAPPER, ""),
+    (re.compile(r"\\middle(?![A-Za-z])"), ""),
+    (re.compile(r"\\bigcup(?![A-Za-z])"), r"\\cup"),
+    (re.compile(r"\\equiv(?![A-Za-z])"), "="),
+    (re.compile(r"\\[pb]?mod\s*\{?\s*(\w+)\s*\}?"), r"\\pmod{\1}"),
     (re.compile(r"\\(?:mbox|hbox|mathrm|text(?:bf|it|rm|sf|normal)?)\s*\{"), r"\\text{"),
+    (re.compile(r"\\(?:text|operatorname)\{\s*(sin|cos|tan|ln|log|arcsin|arccos|arctan)\s*\}"), r"\\\1 "),
+    (re.compile(r"_\s*\{?\s*\\text\{\s*(\w+)\s*\}\s*\}?"), r"_{\1}"),
+    (re.compile(r"\\frac\s*\{\s*\\text\{([^{}]*)\}\s*\}\s*\{\s*\\text\{([^{}]*)\}\s*\}\s*$"), r"\\text{\1/\2}"),
+    (_PREFACE, ""),
+    (re.compile(r"^\s*\\text\{[^{}]*(?:\bis|\bare|=|:)\s*\}(?=\s*\S)"), ""),
+    (re.compile(r"\b(?:option|choice)\s+(?=\(?[A-J]\)?\s*\}?$)", re.IGNORECASE), ""),
+    (re.compile(r"(?<=\d)\s*\^?\s*\{?\s*\\text\{\s*(?:st|nd|rd|th)\s*\}\s*\}?$"), ""),
+    (re.compile(r"(?<=\d)\s*(?:\\text\{\s*to\s*\}|to)\s*(?=\d)"), ":"),
+    (re.compile(r"(\.\d{0,9}?)(\d)\2\2+\s*(?:\.{3}|…|\\[lc]?dots(?![A-Za-z]))"), r"\1\\overline{\2}"),
+    (re.compile(r"\((\w+)\)\s*_"), r"\1_"),
+    (_HALF_DAY, lambda m: rf"\text{{ {m[1].lower()}m}}"),
     (re.compile(r"\\text\{\s*\}"), ""),
     (re.compile(r"\\%|\\text\{\s*(?:percent|\\?%)\s*\}|\bpercent\b"), "%"),
     (re.compile(rf"\\frac\s*({_ATOM})\s*({_ATOM})"), r"\\frac{\1}{\2}"),
@@ -41,8 +83,9 @@ _SPELLINGS = (
 )
 _MEMBERSHIP = re.compile(r"^\s*[A-Za-z]\s*\\in(?![A-Za-z])\s*")
 
-_TEXT_UNIT = re.compile(r"\\text\{([^{}]*)\}\s*(?:\^\s*\{?\d\}?)?$")
-_BARE_UNIT = re.compile(r"(?<=[\d})%])\s*([A-Za-z][A-Za-z./ ]{0,60})(?:\^\s*\{?[23]\}?)?$")
+_TEXT_UNIT = re.compile(r"\\text\{([^{}]*)\}\s*(?:\^\s*\{?(\d)\}?)?$")
+_BARE_UNIT = re.compile(r"(?<=[\d})%])\s*([A-Za-z][A-Za-z./ ]{0,60})(?:\^\s*\{?([23])\}?)?$")
+_CURRENCY = re.compile(r"^\s*(\\\$|£|€)(?!.*\$)", re.DOTALL)  # but not the dollars around a formula
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 # fmt: off
 _SHORT_UNITS = frozenset((
@@ -55,24 +98,52 @@ _NOT_UNITS = frozenset((
     "quarters", "fourth", "fourths", "fifth", "fifths", "sixth", "sixths", "eighth", "eighths", "tenth", "tenths",
     "hundredth", "hundredths", "thousandth", "thousandths", "squared", "cubed", "factorial", "choose",
 ))
+_NUMBER_WORDS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
+    "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
+)
 # fmt: on
 
 
 def clean(text: str) -> str:
     """The answer in its settled spelling, without units and other marks that carry no value. Idempotent on most input."""
+    head, words, _ = _split_unit(_spell(text))
+    power = _SCALES.get(words.lower().split()[0]) if words else None
+    return _without_braces_around(head if power is None else rf"{head}\times10^{{{power}}}").strip()
+
+
+def unit_of(text: str) -> Unit | None:
+    """The known unit that an answer is written with; None where there is none, or none that is known."""
+    currency = _CURRENCY.match(text)
+    if currency is not None:
+        return read_unit(currency[1][-1])
+    _, words, power = _split_unit(_spell(text))
+    if not words:
+        return read_unit("degree") if in_degrees(text) else None
+    return read_unit(words, power)
+
+
+def in_degrees(text: str) -> bool:
+    """Whether an answer has a degree sign or the word."""
+    return _DEGREES.search(text) is not None
+
+
+def _spell(text: str) -> str:
+    if _TRIGONOMETRY.search(text):
+        text = _ANGLE.sub(r"\\frac{\1\\pi}{180}", text)
     text = text.translate(_UNICODE).strip()
     for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]")):
         if text.startswith(opening) and text.endswith(closing):
             text = text[2:-2]
     text = _SPACING.sub(lambda m: m["keep"] or ("" if m["none"] else " "), text)
-    text = _NO_VALUE.sub("", text)
+    text = " ".join(_NO_VALUE.sub("", text).split())
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
     text = _MEMBERSHIP.sub("", text.strip().rstrip(".,;"))
-    text = _without_braces_around(text.strip())
+    text = _without_parentheses(_without_braces_around(text.strip()))
     if text.startswith(r"\text{") and text.find("}") == len(text) - 1 and any(c.isdigit() for c in text):
         text = text[len(r"\text{") : -1].strip()
-    return _without_braces_around(_without_unit(text)).strip()
+    return text
 
 
 def key(text: str) -> str:
@@ -91,7 +162,22 @@ def word(text: str) -> tuple[str, bool] | None:
     bare = bare.strip("(){} .")
     if not re.fullmatch(r"[A-Za-z][A-Za-z '.\-]*", bare) or ("-" in bare and not marked):
         return None
-    return "".join(c for c in bare.casefold() if c.isalpha()), marked
+    bare = re.sub(r"^(?:an?|the) (?=[a-z]{2})", "", bare.casefold())
+    return "".join(c for c in bare if c.isalpha()), marked
+
+
+def word_list(text: str) -> list[str] | None:
+    r"""The words of a cleaned list of two or more, in order of the alphabet: ``\text{Bob and Ann}``; None for anything else."""
+    items = [
+        word(item) for item in re.split(r",|;|&|\band\b", text.replace(r"\text{", "").replace("}", "")) if item.strip()
+    ]
+    return sorted(item[0] for item in items) if len(items) > 1 and all(items) else None
+
+
+def number_word(text: str) -> str | None:
+    """The digits of a whole number from 0 to 20 in words; None for anything else."""
+    found = word(text)
+    return str(_NUMBER_WORDS.index(found[0])) if found is not None and found[0] in _NUMBER_WORDS else None
 
 
 def brackets(text: str) -> tuple[str, str, int] | None:
@@ -115,23 +201,35 @@ def brackets(text: str) -> tuple[str, str, int] | None:
     return (tokens[0], tokens[-1], commas + 1) if depth == 0 and commas else None
 
 
-def _without_unit(text: str) -> str:
+def _split_unit(text: str) -> tuple[str, str, int]:
+    """What stands before the unit, the unit's words ("" for none), and its exponent."""
     match = _TEXT_UNIT.search(text) or _BARE_UNIT.search(text)
     if match is None:
-        return text
+        return text, "", 1
     head = text[: match.start()].rstrip()
     words = match[1].replace(".", "").replace("/", " ").lower().split()
     if not head or not words or _NOT_UNITS.intersection(words):
-        return text
+        return text, "", 1
     if match.re is _TEXT_UNIT:
         if not (head[-1].isalnum() or head[-1] in ")}]%!"):
-            return text
+            return text, "", 1
     elif "/" not in match[1] and not all(len(w) >= 4 or w in _SHORT_UNITS for w in words):
-        return text  # without \text, short words are products of variables
+        return text, "", 1  # without \text, short words are products of variables
     elif "/" in match[1] and not all(w in _SHORT_UNITS or w in ("m", "s", "h", "g", "hour", "second") for w in words):
-        return text
-    power = _SCALES.get(words[0])
-    return head if power is None else rf"{head}\times10^{{{power}}}"
+        return text, "", 1
+    return head, match[1].strip(), int(match[2] or 1)
+
+
+def _without_parentheses(text: str) -> str:
+    """``(5)`` as ``5``; a pair, an interval and a choice such as ``(B)`` keep theirs."""
+    while text.startswith("(") and text.endswith(")") and len(text) > 3:
+        depth = 0
+        for position, letter in enumerate(text):
+            depth += (letter in "([{") - (letter in ")]}")
+            if (depth == 0 and position < len(text) - 1) or (depth == 1 and letter in ",;"):
+                return text
+        text = text[1:-1].strip()
+    return text
 
 
 def _without_braces_around(text: str) -> str:

@@ -1,0 +1,102 @@
+r"""Units behind a number: which are known, and whether two of them measure the same thing.
+
+A unit that only one side writes carries no value (the question names it), and so does a word that is no known unit (``12 \text{ ways}``). Where both sides
+write known units, they count: ``5 cm`` is not ``5 m``, is not ``5 cm^2``, and is ``50 mm``.
+"""
+
+import re
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+
+class Unit(NamedTuple):
+    """``dimensions``: exponent of each kind of quantity that is not 0. ``factor``: one of it in the base unit of these."""
+
+    dimensions: tuple[tuple[str, int], ...]
+    factor: Fraction
+
+
+# kind -> (names, size of one in the kind's base unit)
+_KINDS = {
+    "length": (
+        ("mm millimeter millimetre", "1/1000"), ("cm centimeter centimetre", "1/100"), ("dm decimeter", "1/10"),
+        ("m meter metre", 1), ("km kilometer kilometre", 1000), ("in inch", "254/10000"), ("ft foot feet", "3048/10000"),
+        ("yd yard", "9144/10000"), ("mi mile", "1609344/1000"),
+    ),
+    "mass": (("mg milligram", "1/1000"), ("g gram", 1), ("kg kilogram", 1000), ("oz ounce", "28349523125/1000000000"), ("lb pound", "45359237/100000")),
+    "time": (
+        ("ms millisecond", "1/1000"), ("s sec second", 1), ("min minute", 60), ("h hr hour", 3600), ("day", 86400),
+        ("week", 604800),
+    ),
+    "calendar": (("month", 1), ("yr year", 12)),
+    "money": (("cent ¢ penny pennies", "1/100"), ("dollar $", 1)),
+    "euros": (("€ euro", 1),),
+    "sterling": (("£", 1),),
+    "angle": (("degree deg °", 1), ("radian rad", 0)),  # no rational factor: never compared by value
+}  # fmt: skip
+_VOLUMES = {"ml": "1/1000000", "milliliter": "1/1000000", "l": "1/1000", "liter": "1/1000", "litre": "1/1000"}
+_SPEEDS = {"mph": ("mi", "h"), "kph": ("km", "h"), "kmh": ("km", "h")}
+_POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
+_IRREGULAR = {"inches": "inch", "lbs": "lb", "hrs": "hr", "yrs": "yr", "feet": "foot"}
+
+
+@lru_cache(4096)
+def read_unit(words: str, power: int = 1) -> Unit | None:
+    """The unit that ``words`` name, such as "cm", "square meters", "km/h", "miles per hour"; None where a word is no known unit."""
+    dimensions: dict[str, int] = {}
+    factor = Fraction(1)
+    for number, part in enumerate(re.split(r"/|\bper\b", words.lower().replace(".", ""))):
+        sign, exponent = (1 if number == 0 else -1), 1
+        names = part.split()
+        if not names:
+            return None
+        for name in names:
+            if name in _POWERS:
+                exponent = _POWERS[name]
+                continue
+            if name in ("squared", "cubed"):
+                return None
+            known = _simple(name)
+            if known is None:
+                return None
+            for kind, count in known.dimensions:
+                dimensions[kind] = dimensions.get(kind, 0) + sign * exponent * count
+            factor *= known.factor ** (sign * exponent) if known.factor else 0
+            exponent = 1
+    if power != 1:
+        if len(dimensions) != 1:
+            return None
+        dimensions = {kind: count * power for kind, count in dimensions.items()}
+        factor = factor**power
+    return Unit(tuple(sorted((kind, count) for kind, count in dimensions.items() if count)), factor)
+
+
+def same_quantity(answer: Unit, gold: Unit) -> Fraction | None:
+    """What a number in ``answer`` is multiplied by to be one in ``gold``; None where the two measure different things."""
+    if answer == gold:
+        return Fraction(1)
+    if answer.dimensions != gold.dimensions or not answer.factor or not gold.factor:
+        return None
+    return answer.factor / gold.factor
+
+
+def _simple(name: str) -> Unit | None:
+    name = _IRREGULAR.get(name, name)
+    if name in _SPEEDS:
+        return read_unit("/".join(_SPEEDS[name]))
+    for candidate in (name, name.removesuffix("s"), name.removesuffix("es")):
+        if candidate in _VOLUMES:
+            return Unit((("length", 3),), Fraction(_VOLUMES[candidate]))
+        if candidate in _NAMES:
+            kind, factor = _NAMES[candidate]
+            return Unit(((kind, 1),), factor)
+    return None
+
+
+_NAMES = {
+    name: (kind, Fraction(factor))
+    for kind, units in _KINDS.items()
+    for names, factor in units
+    for name in names.split()
+}
