@@ -52,7 +52,7 @@ def test_a_job_on_two_nodes_trains_to_the_end_with_a_log_for_each_rank(undisturb
     assert sorted(file.name for file in logs.iterdir()) == ["rank-0.log", "rank-1.log"]
     assert f"step {STEPS}" in (logs / "rank-0.log").read_text()
     # n1 is a name that nobody resolves: its address was asked for.
-    assert "restart 0, 2 ranks on n[1-2], meeting at 127.0.0.1:" in log_of(folder, job)
+    assert "restart 0, 2 ranks on n[1-2] (servers on the last 0 nodes), meeting at 127.0.0.1:" in log_of(folder, job)
 
 
 def test_a_job_warned_of_its_time_limit_and_then_preempted_ends_with_the_run_of_an_undisturbed_one_bit_for_bit(
