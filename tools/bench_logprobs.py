@@ -312,6 +312,9 @@ def main(options: list[str] | None = None) -> int:
         )
         print(f"bench_logprobs: error: {reason}; rows are: {', '.join(ROWS)}", file=sys.stderr)
         return 2
+    from dcpo_megatron.cli.quiet import quiet_libraries
+
+    quiet_libraries()
     if args.measure:
         Path(args.result).write_text(json.dumps(measure(args.measure, args)), encoding="utf-8")
         return 0

@@ -2,11 +2,11 @@
 """How long training waits for a checkpoint: asynchronous saving beside synchronous saving of the same model in the same run.
 
     synchronous    |step|---------- copy, write, sync, index, name ----------|step|
-    asynchronous   |step|copy|step (while threads write)|step|...
+    asynchronous   |step|copy|step (while threads write)|step (while threads write)|...|index, name|step|
 
 **delay** is what the step that starts a save takes longer than the steps before and after it: the copy to the host, and what the writing slows the step itself down by.
-Kinds take turns, so that noise meets all alike; medians are shown. **written after**: from the start of the save to its final name; after its first step an asynchronous
-save is waited for, with no step beside it.
+**delay, all steps** adds what the further steps take longer that are trained until the save is complete, and its last part. Kinds take turns, so that noise meets all
+alike; medians are shown. **written after**: from the start of the save to its final name, which an asynchronous one gets at the end of a step.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--layers", type=int, default=8)
     result.add_argument("--vocab", type=int, default=8192)
     result.add_argument("--tokens", type=int, default=512, help="tokens a rank trains on in one step")
-    result.add_argument("--repeats", type=int, default=7)
+    result.add_argument("--repeats", type=int, default=5)
     result.add_argument("--folder", type=Path, default=None, help="disk to write to (default: a temporary folder)")
     result.add_argument("--json", type=Path, default=None, metavar="FILE")
     return result
@@ -87,7 +87,14 @@ def bench_rank(args, folder: Path) -> None:
     objective, number, times = (
         get_preset("dcpo-paper"),
         0,
-        {"step": [], "synchronous": [], "asynchronous": [], "written synchronous": [], "written asynchronous": []},
+        {
+            "step": [],
+            "synchronous": [],
+            "asynchronous": [],
+            "written synchronous": [],
+            "written asynchronous": [],
+            "further": [],
+        },
     )
 
     def step() -> None:
@@ -106,14 +113,19 @@ def bench_rank(args, folder: Path) -> None:
         alone = kind == "synchronous"
         saver.start(number, take_snapshot(policy, saver.memory), lambda work: None, beside_training=not alone)
         if alone:
-            finish(kind)
+            check(kind, saver.finish())
         step()
 
-    def finish(kind: str) -> None:
-        for report in saver.finish():
+    def check(kind: str, reports) -> None:
+        for report in reports:
             if report.problem:
                 raise OSError(report.problem)
             times["written " + kind].append(report.seconds)
+
+    def further_step() -> None:
+        check("asynchronous", saver.poll()[0])
+        if saver.busy:
+            step()
 
     step()
     save("synchronous")
@@ -123,7 +135,10 @@ def bench_rank(args, folder: Path) -> None:
         times["synchronous"].append(timed(lambda: save("synchronous")))
         times["step"].append(timed(step))
         times["asynchronous"].append(timed(lambda: save("asynchronous")))
-        finish("asynchronous")
+        further = []
+        while saver.busy:
+            further.append(timed(further_step))
+        times["further"].append(further)
     times["step"].append(timed(step))
     if rank == 0:
         size = sum(f.stat().st_size for f in (folder / "checkpoints").rglob("*") if f.is_file())
@@ -150,8 +165,10 @@ def main() -> int:
             return code
         found = json.loads((Path(folder) / "result.json").read_text())
     delays = delays_of(found)
+    all_steps = {"synchronous": delays["synchronous"], "asynchronous": all_delays_of(found)}
     table = Table(title=f"{args.ranks} ranks, checkpoint of {found['bytes'] / 1e6:.0f} MB, medians of {args.repeats}")
-    for name in ("what", "step, seconds", "delay, seconds (least to most)", "delay / synchronous", "written after"):
+    heads = ("what", "step, seconds", "delay, seconds (least to most)", "ratio", "delay, all steps", "written after")
+    for name in heads:
         table.add_column(name, justify="left" if name == "what" else "right")
     table.add_row("a step without a save", f"{statistics.median(found['step']):.3f}")
     for name, values in delays.items():
@@ -160,6 +177,7 @@ def main() -> int:
             f"{statistics.median(found[name]):.3f}",
             f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})",
             f"{statistics.median(values) / statistics.median(delays['synchronous']):.2f}",
+            f"{statistics.median(all_steps[name]):.3f}",
             f"{statistics.median(found['written ' + name]):.3f} s",
         )
     console = Console()
@@ -167,7 +185,9 @@ def main() -> int:
     console.print(table)
     if args.json:
         ratio = statistics.median(delays["asynchronous"]) / statistics.median(delays["synchronous"])
-        args.json.write_text(json.dumps(found | {"delays": delays, "delay_ratio": ratio}, indent=1))
+        args.json.write_text(
+            json.dumps(found | {"delays": delays, "delays_of_all_steps": all_steps, "delay_ratio": ratio}, indent=1)
+        )
     return 0
 
 
@@ -181,6 +201,16 @@ def delays_of(found: dict[str, list[float]]) -> dict[str, list[float]]:
         ]
         for first, kind in enumerate(("synchronous", "asynchronous"))
     }
+
+
+def all_delays_of(found: dict[str, list]) -> list[float]:
+    """What each asynchronous save delayed its first step and the further ones by, in seconds; the last of the further ones is no step but index and name."""
+    plain = statistics.median(found["step"])
+    first = delays_of(found)["asynchronous"]
+    return [
+        delay + sum(further) - plain * (len(further) - 1)
+        for delay, further in zip(first, found["further"], strict=True)
+    ]
 
 
 def _alone(args, folder: Path) -> int:

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from dcpo_megatron.cli.quiet import quiet_libraries
 from dcpo_megatron.training.checkpoint_folder import INCOMPLETE
 from dcpo_megatron.training.metrics_file import read_rows
 
@@ -296,6 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, default=None, help="keep everything there (default: a temporary folder)")
     args = parser.parse_args(argv)
+    quiet_libraries()
     steps = args.steps if args.steps is not None else 10 + STEPS_A_KILL * args.kills
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)

@@ -16,6 +16,13 @@ from pathlib import Path
 from dcpo_megatron.mcore.families import FAMILIES
 from dcpo_megatron.mcore.families.base import ExpertFields
 
+# Fields of ``config.json`` that count something.
+_COUNTS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
+    "num_key_value_heads", "head_dim",
+)  # fmt: skip
+_MAY_BE_NULL = ("num_key_value_heads", "head_dim")
+
 
 class ModelConfigError(ValueError):
     """The Hugging Face folder cannot be used; the message says what is wrong and what to do."""
@@ -53,8 +60,9 @@ def read_config(folder: str | os.PathLike):
     """Loads the folder's ``config.json`` through transformers. Local folders only: nothing is fetched.
 
     Raises:
-        ModelConfigError: no such folder, no config.json, or not readable as a Hugging Face configuration.
+        ModelConfigError: no such folder, no config.json, a size that is no whole number above 0, or not readable as a Hugging Face configuration.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = Path(folder)
@@ -64,7 +72,8 @@ def read_config(folder: str | os.PathLike):
     if not file.is_file():
         raise ModelConfigError(f"model folder {path} has no config.json: give a complete Hugging Face folder")
     try:
-        model_type = json.loads(file.read_text()).get("model_type")
+        content = json.loads(file.read_text())
+        model_type = content.get("model_type")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ModelConfigError(
             f"{file} is not a JSON object ({error}): restore it from the original checkpoint"
@@ -73,10 +82,25 @@ def read_config(folder: str | os.PathLike):
         raise ModelConfigError(
             f"{file} has model_type {model_type!r}, which is not supported: the known ones are {', '.join(sorted(FAMILIES))}"
         )
+    if problems := _bad_counts(content, FAMILIES[model_type].experts):
+        raise ModelConfigError(f"{file} has {', '.join(problems)}: each must be a whole number above 0")
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelConfigError(f"{file} cannot be read as a {model_type} configuration: {error}") from None
+    except StrictDataclassError as error:  # two lines, the reason in the second
+        reason = f"{str(error).splitlines()[0]} {error.__cause__}" if error.__cause__ else str(error)
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        reason = str(error)
+    raise ModelConfigError(f"{file} cannot be read as a {model_type} configuration: {' '.join(reason.split())}")
+
+
+def _bad_counts(content: dict, experts: ExpertFields | None) -> list[str]:
+    names = [*_COUNTS, *((experts.count, experts.per_token, experts.width) if experts else ())]
+    found = {name: content[name] for name in names if name in content}
+    return [
+        f"{name}={json.dumps(value)}"
+        for name, value in found.items()
+        if (type(value) is not int or value < 1) and not (value is None and name in _MAY_BE_NULL)
+    ]
 
 
 def read_shape(folder: str | os.PathLike) -> ModelShape:
@@ -88,8 +112,8 @@ def shape_of(config) -> ModelShape:
     """Turns a transformers configuration into a :class:`ModelShape`.
 
     Raises:
-        ModelConfigError: an unknown family, a feature that the layers here do not have (every problem that the family's file finds), a rotary
-            scheme that also scales the attention.
+        ModelConfigError: an unknown family, a feature that the layers here do not have (every problem that the family's file finds), key-value heads that do
+            not divide the heads, heads that do not divide the width, a rotary scheme that also scales the attention.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -100,6 +124,14 @@ def shape_of(config) -> ModelShape:
     if problems:
         raise ModelConfigError("; ".join(problems))
     heads = config.num_attention_heads
+    kv_heads = config.num_key_value_heads or heads
+    if heads % kv_heads:
+        raise ModelConfigError(f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}")
+    head_dim = getattr(config, "head_dim", None)
+    if not head_dim and config.hidden_size % heads:
+        raise ModelConfigError(
+            f"hidden_size={config.hidden_size} is no multiple of num_attention_heads={heads}, and there is no head_dim"
+        )
     frequencies, scaling = rotary_frequencies(config)
     if scaling != 1.0:
         raise ModelConfigError(
@@ -110,8 +142,8 @@ def shape_of(config) -> ModelShape:
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         heads=heads,
-        kv_heads=config.num_key_value_heads or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim or config.hidden_size // heads,
         ffn=config.intermediate_size,
         vocab=config.vocab_size,
         max_positions=_positions(config),

@@ -4,8 +4,8 @@
         step-000040/                 complete: it got this name when everything in it was on the disk
             .metadata __R_0.distcp common.pt metadata.json     weights and optimizer, a Megatron torch_dist checkpoint
             huggingface/                                       configuration and tokenizer of the model
-            run.json history.safetensors rng-R.safetensors     everything else
-            manifest.json                                      size and checksum of every file above
+            run.json history.safetensors random-R.json         everything else
+            manifest.json                                      size and SHA-256 of every file above
         step-000060.incomplete/      being written, or left by a run that was killed
         step-000020.damaged/         set aside because its files are not what its manifest says
         latest                       the name of the newest complete one
@@ -20,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,12 +38,13 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def checksum(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal, as ``sha256sum`` prints it; processors have instructions for it."""
+def checksum(path: Path, progress: Callable[[int], None] = lambda count: None) -> str:
+    """SHA-256 of a file in hexadecimal, as ``sha256sum`` prints it; processors have instructions for it. ``progress`` is told bytes now and then."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_READ_TOGETHER))
     with open(path, "rb", buffering=0) as file:
         while size := file.readinto(buffer):
             digest.update(buffer[:size])
+            progress(size)
     return digest.hexdigest()
 
 
@@ -55,8 +56,8 @@ class FileFacts:
     checksum: str
 
 
-def facts_of(path: Path) -> FileFacts:
-    return FileFacts(path.stat().st_size, checksum(path))
+def facts_of(path: Path, progress: Callable[[int], None] = lambda count: None) -> FileFacts:
+    return FileFacts(path.stat().st_size, checksum(path, progress))
 
 
 def write_manifest(folder: Path, known: dict[str, FileFacts]) -> None:

@@ -4,6 +4,9 @@
     poll     at each step boundary the ranks ask one another (one all-reduce) whether all have written                 -> index, manifest, final name, latest
     finish   the same, but waits
 
+Beside training the thread takes a tenth of a core at most, and gives way to everything else: a save costs many steps a little and none of them much. Once it is waited for
+it does not rest.
+
 A save that fails (a full disk) is reported and its remains are removed; training goes on, and the next save tries anew.
 """
 
@@ -29,6 +32,8 @@ from dcpo_megatron.weights.conversion import write_index_with_companions
 from dcpo_megatron.weights.torch_dist import Record, Rendered, render, write_rendered
 
 _IDLE, _WRITING, _DONE, _FAILED = range(4)
+# Seconds that the writer rests beside training for each second of processor time; it works for some milliseconds at a time.
+_REST, _WORK = 9.0, 0.005
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class CheckpointSaver:
         self.memory = HostMemory()
         self._step: int | None = None
         self._thread: threading.Thread | None = None
+        self._awaited = threading.Event()
         self._problem: str | None = None
         self._common: dict = {}
 
@@ -74,7 +80,7 @@ class CheckpointSaver:
 
         Args:
             extras: writes this rank's other files into the folder it is given; runs in the background, on copies of its own.
-            beside_training: the writer takes what processor time the ranks leave; False where nothing else goes on until it is done.
+            beside_training: the writer gives way to the ranks and rests; False where nothing else goes on until it is done.
 
         Raises:
             RuntimeError: a save is under way (call :meth:`finish` first).
@@ -82,6 +88,9 @@ class CheckpointSaver:
         if self.busy:
             raise RuntimeError(f"the save of step {self._step} is still under way")
         self._step, self._problem, self._started = step, None, time.monotonic()
+        self._awaited = threading.Event()
+        if not beside_training:
+            self._awaited.set()
         self._common = snapshot.common
         work = self._work
         try:
@@ -98,7 +107,7 @@ class CheckpointSaver:
         pieces += [render(key, None, data) for key, data in snapshot.objects]
         tensors = {p.key: [list(p.shape), str(p.data.dtype).removeprefix("torch.")] for p in snapshot.tensors}
         self._thread = threading.Thread(
-            target=self._write, args=(work, pieces, tensors, extras, beside_training), name="checkpoint", daemon=True
+            target=self._write, args=(work, pieces, tensors, extras, self._awaited), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -112,19 +121,19 @@ class CheckpointSaver:
         pieces: list[Rendered],
         tensors: dict[str, list],
         extras: Callable[[Path], None],
-        beside_training: bool,
+        awaited: threading.Event,
     ) -> None:
-        rank = dist.get_rank()
-        if beside_training:
+        rank, rest = dist.get_rank(), _rests(awaited)
+        if not awaited.is_set():
             _give_way()
         try:
             file = work / f"__{rank}_0.distcp"
-            records = write_rendered(file, pieces)
+            records = write_rendered(file, pieces, rest)
             extras(work)
             note = {
                 "records": [asdict(record) for record in records],
                 "tensors": tensors,
-                "file": asdict(folders.facts_of(file)),
+                "file": asdict(folders.facts_of(file, rest)),
             }
             folders.write_text(work / f"rank-{rank:05d}.json", json.dumps(note))
         except Exception as error:  # whatever it is, it must not be lost in a thread
@@ -148,6 +157,7 @@ class CheckpointSaver:
     def finish(self) -> list[SaveReport]:
         """Waits for the save under way and completes it."""
         reports: list[SaveReport] = []
+        self._awaited.set()
         while self.busy:
             self._thread.join(self.timeout)
             if self._thread.is_alive():
@@ -190,6 +200,20 @@ class CheckpointSaver:
             note_file.unlink()
         write_index_with_companions(work, tensors, records, self._common, self.hf_folder)
         folders.write_manifest(work, known)
+
+
+def _rests(awaited: threading.Event) -> Callable[[int], None]:
+    """What the writer calls now and then: sleeps in proportion to its work since it slept last, until ``awaited`` is set."""
+    rested = time.thread_time()
+
+    def rest(_: int) -> None:
+        nonlocal rested
+        worked = time.thread_time() - rested
+        if worked >= _WORK:
+            awaited.wait(_REST * worked)
+            rested = time.thread_time()
+
+    return rest
 
 
 def _give_way() -> None:

@@ -121,6 +121,7 @@ def _free_port() -> int:
 
 
 def _serve(number: int, device: str, python_path: list[str], pipe) -> None:
+    import logging
     import sys
     import warnings
 
@@ -128,6 +129,7 @@ def _serve(number: int, device: str, python_path: list[str], pipe) -> None:
         if folder not in sys.path[:1]:
             sys.path.insert(0, folder)
     warnings.simplefilter("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     os.environ["LOCAL_RANK"] = str(number)
     import torch
 

@@ -110,7 +110,7 @@ def _run_units(job: Job, units: list[Unit], identity: dict, work: Path, workers:
     free = shutil.disk_usage(work).free
     if needed * 1.01 + 2**20 > free:
         raise CheckpointError(
-            f"{work.parent} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB more are needed: free some space and run the same command again"
+            f"{work.parent} has {free / 1e9:.3f} GB free, {needed / 1e9:.3f} GB more are needed: free some space and run the same command again"
         )
     at = total - needed
     report(at, total)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dcpo_megatron.mcore.training_state import HostMemory
 from dcpo_megatron.verification.cases import make_model
 from dcpo_megatron.verification.ranks import RankPool
 
@@ -84,3 +85,18 @@ def test_boxes_cover_a_stretch_once_and_in_order(shape, data):
         for offsets, sizes in boxes(tuple(shape), start, end)
     ]
     assert torch.equal(torch.cat(found) if found else whole.reshape(-1)[:0], whole.reshape(-1)[start:end])
+
+
+def test_the_next_snapshot_is_copied_into_the_memory_of_the_last():
+    memory, tensors = HostMemory(), [torch.arange(6.0).reshape(2, 3), torch.ones(4, dtype=torch.bfloat16)]
+    first = [memory.copy(tensor) for tensor in tensors]
+    places = [copy.data_ptr() for copy in first]
+    memory.reset()
+    again = [memory.copy(tensor + 1) for tensor in tensors]
+    assert [copy.data_ptr() for copy in again] == places
+    assert all(torch.equal(copy, tensor + 1) for copy, tensor in zip(again, tensors, strict=True))
+    memory.reset()
+    assert torch.equal(memory.copy(torch.zeros(2, 2, dtype=torch.int64)), torch.zeros(2, 2, dtype=torch.int64))
+    # What is asked for within one snapshot never shares memory.
+    assert memory.copy(tensors[1]).data_ptr() == places[1]
+    assert memory.copy(tensors[1]).data_ptr() != places[1]

@@ -1,6 +1,7 @@
 """What a person types is understood or refused with the reason, before anything starts."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -492,3 +493,32 @@ def test_a_folder_without_config_json_is_refused(config_of, tmp_path):
 def test_a_config_json_of_no_known_model_is_refused(config_of, model_folder, text, words):
     (model_folder / "config.json").write_text(text)
     assert words in refused_model(config_of())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_attention_heads": 0}, "config.json has num_attention_heads=0: each must be a whole number above 0"),
+        ({"hidden_size": None, "num_hidden_layers": "x"}, 'has hidden_size=null, num_hidden_layers="x": each must'),
+        ({"vocab_size": -1, "num_key_value_heads": True}, "has vocab_size=-1, num_key_value_heads=true: each must"),
+        (
+            {"num_attention_heads": 7, "num_key_value_heads": 7},
+            "hidden_size=32 is no multiple of num_attention_heads=7",
+        ),
+        (
+            {"model_type": "llama", "num_attention_heads": 7},
+            "'validate_architecture': The hidden size (32) is not a multiple of the number of attention heads (7)",
+        ),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is no multiple of num_key_value_heads=3"),
+        (
+            {"rms_norm_eps": "small"},
+            "cannot be read as a qwen2 configuration: Validation error for field 'rms_norm_eps'",
+        ),
+    ],
+)
+def test_a_config_json_with_sizes_that_cannot_be_is_refused_in_one_sentence(config_of, model_folder, changes, words):
+    file = model_folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    message = refused_model(config_of())
+    assert words in message
+    assert "\n" not in message

@@ -186,7 +186,7 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(watched, tmp_path, 
     stand_in = namedtuple("stand_in", "total used free")(10**12, 10**12, 100_000)
     job = watched("none")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: stand_in)
-    with pytest.raises(CheckpointError, match=r"has 0.0 GB free, .* more are needed: free some space"):
+    with pytest.raises(CheckpointError, match=r"has 0.000 GB free, .* more are needed: free some space"):
         run_job(job, tmp_path / "out")
     assert job.ran() == []
 
