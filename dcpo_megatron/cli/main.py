@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "train a model: dcpo train --config FILE.yaml key.sub=value ...",
     "demo": "a small run from nothing to a better model, on a CPU, in minutes",
     "eval": "accuracy of a model on files of problems, every response kept: dcpo eval MODEL FILE ...",
+    "report": "a picture page of any run, one HTML file: dcpo report RUN",
     "compare": "several methods on equal terms, several seeds: dcpo compare PLAN.yaml",
     "serve": "SGLang servers for the rollouts, on this host: dcpo serve MODEL --servers N",
     "status": "how far a run is, and whether it is well: dcpo status RUN [--json]",

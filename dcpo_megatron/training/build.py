@@ -30,6 +30,7 @@ from dcpo_megatron.training.resume import (
     refuse_another_run,
 )
 from dcpo_megatron.training.rollout_phase import RolloutPhase
+from dcpo_megatron.training.samples import SampleLog
 from dcpo_megatron.training.saver import CheckpointSaver
 from dcpo_megatron.training.sinks import Sinks
 from dcpo_megatron.training.tokenizer import load_tokenizer, stop_token_ids
@@ -161,6 +162,10 @@ def build_trainer(run_: CheckedRun) -> Trainer:
     trainer = Trainer(
         run_, folder, tokenizer, prompts, held_out, sampler, policy, reference, gatherer, engine, phase, packing, sinks,
         GpuMonitor(run_.platform), saver, watchdog, timeline, BadSteps(folder, config.training.max_bad_steps, is_writer),
+        SampleLog(
+            folder, config.logging.samples, policy.position, [prompt.id for prompt in prompts.prompts], sinks.announce,
+            None if found.state is None else step,
+        ),
     )  # fmt: skip
     for note in found.notes:
         sinks.announce(note)

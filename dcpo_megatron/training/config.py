@@ -247,6 +247,7 @@ class LoggingSection(Section):
     wandb: bool = False
     wandb_project: str = "dcpo"
     report: bool = Field(True, description="report.png at the end")
+    samples: int = Field(20, ge=0, description="keep a few responses, token by token, every N steps; 0: none")
     prometheus_port: int | None = Field(
         None, ge=1, le=65535, description="rank 0 serves the last metrics at http://127.0.0.1:PORT/metrics"
     )

@@ -43,6 +43,7 @@ from dcpo_megatron.training.resume import (
     versions,
 )
 from dcpo_megatron.training.rollout_phase import RolloutPhase, RolloutResult
+from dcpo_megatron.training.samples import SampleLog
 from dcpo_megatron.training.saver import CheckpointSaver
 from dcpo_megatron.training.sinks import Sinks
 from dcpo_megatron.training.watchdog import Watchdog, WatchedTimeline
@@ -72,6 +73,7 @@ class Trainer:
     watchdog: Watchdog
     timeline: WatchedTimeline
     bad_steps: BadSteps
+    samples: SampleLog
     start_step: int = 0
     updates_done: int = 0
     train_seconds: float = 0.0
@@ -215,7 +217,17 @@ class Trainer:
                 self._fill_old_logprobs(minibatches)
                 self._check_mismatch(step, minibatches, rollout.responses)
             updates = []
+            self.samples.visits(step, rollout.responses, self.phase.history)
             for micro_batches in minibatches:
+                if micro_batches is minibatches[-1] and self.samples.due(step):
+                    self.samples.responses(
+                        step,
+                        rollout.responses,
+                        minibatches,
+                        self.policy.logprobs,
+                        self.run_.objective,
+                        lambda token: self.tokenizer.decode([token]),
+                    )
                 updates.append(self.policy.update(micro_batches, self.run_.objective, self._lr(step)))
                 self.updates_done += 1
             with span("publish"):

@@ -27,6 +27,25 @@ def read_metrics(file: str | os.PathLike) -> list[dict]:
     return rows
 
 
+def draw_panel(axis, rows: list[dict], name: str, label: str, extras: tuple[str, ...]) -> bool:
+    """One metric, and others beside it, against steps; returns whether the run has any of them."""
+    drawn = False
+    for metric in (name, *extras):
+        points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+        if not points:
+            continue
+        drawn = True
+        style = {"linewidth": 1.4, "color": "tab:blue"} if metric == name else {"linewidth": 1.0, "linestyle": "--"}
+        mark = "o" if metric.startswith("eval_") else None
+        axis.plot(*zip(*points, strict=True), marker=mark, label=metric.replace("eval_", "held-out "), **style)
+    if extras and drawn:
+        axis.legend(fontsize=8)
+    axis.set_title(label, fontsize=10)
+    axis.set_xlabel("step", fontsize=9)
+    axis.grid(alpha=0.3)
+    return drawn
+
+
 def draw_report(metrics_file: str | os.PathLike, picture: str | os.PathLike, title: str) -> None:
     """Writes the picture (PNG). Raises OSError where a file cannot be read or written."""
     import matplotlib
@@ -37,25 +56,7 @@ def draw_report(metrics_file: str | os.PathLike, picture: str | os.PathLike, tit
     rows = read_metrics(metrics_file)
     figure, axes = pyplot.subplots(2, 3, figsize=(14, 7.5), constrained_layout=True)
     figure.suptitle(title)
-    for axis, (name, label, extras) in zip(axes.flat, PANELS, strict=True):
-        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        if points:
-            axis.plot(*zip(*points, strict=True), linewidth=1.4, color="tab:blue", label=name)
-        for extra in extras:
-            more = [(row["step"], row[extra]) for row in rows if row.get(extra) is not None]
-            if more:
-                mark = "o" if extra.startswith("eval_") else None
-                axis.plot(
-                    *zip(*more, strict=True),
-                    linewidth=1.0,
-                    marker=mark,
-                    linestyle="--",
-                    label=extra.replace("eval_", "held-out "),
-                )
-        if extras:
-            axis.legend(fontsize=8)
-        axis.set_title(label, fontsize=10)
-        axis.set_xlabel("step", fontsize=9)
-        axis.grid(alpha=0.3)
+    for axis, panel in zip(axes.flat, PANELS, strict=True):
+        draw_panel(axis, rows, *panel)
     figure.savefig(picture, dpi=110)
     pyplot.close(figure)
