@@ -54,8 +54,10 @@ class Batch:
     attempts: int = 0
 
 
-def batches_of(requests: Sequence[GenerateRequest]) -> list[Batch]:
-    """One batch a distinct prompt, in the order in which the prompts come."""
+def batches_of(requests: Sequence[GenerateRequest], together: bool = True) -> list[Batch]:
+    """One batch a distinct prompt, in the order in which the prompts come; one a request where they must not be posted ``together``."""
+    if not together:
+        return [Batch(request.prompt_token_ids, (place,)) for place, request in enumerate(requests)]
     places: dict[tuple[int, ...], list[int]] = {}
     for place, request in enumerate(requests):
         places.setdefault(request.prompt_token_ids, []).append(place)
@@ -68,8 +70,10 @@ def body(
     sampling: SamplingParams,
     begun: Mapping[int, Generation],
     rids: Sequence[str],
+    together: bool = True,
 ) -> dict:
-    """The JSON for ``/generate``. ``begun``: what is there already of some samples, by place; ``rids`` name the samples, for ``/abort_request``."""
+    """The JSON for ``/generate``. ``begun``: what is there already of some samples, by place; ``rids`` name the samples, for ``/abort_request``. Not ``together``: the form for
+    one sample, the only one that sglang-router takes."""
     common = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -80,7 +84,7 @@ def body(
         "stream_interval": _ONE_EVENT,
     }
     tokens = [begun[place].token_ids if place in begun else [] for place in batch.places]
-    return {
+    lists = {
         "rid": list(rids),
         "input_ids": [[*batch.prompt_token_ids, *known] for known in tokens],
         # SGLang draws by seed and position in the text: a response that goes on later goes on with the same draws.
@@ -89,9 +93,9 @@ def body(
             | {"max_new_tokens": sampling.max_new_tokens - len(known), "sampling_seed": requests[place].seed % 2**63}
             for place, known in zip(batch.places, tokens, strict=True)
         ],
-        "return_logprob": True,
-        "stream": True,
     }
+    fields = lists if together else {name: values[0] for name, values in lists.items()}
+    return fields | {"return_logprob": True, "stream": True}
 
 
 def event_of(line: str) -> dict | None:
@@ -150,7 +154,8 @@ def read(
     if not _ended(event):
         return event.get("index", 0), None
     try:
-        index, tokens, meta = event["index"], event["output_ids"], event["meta_info"]
+        # An answer to the form for one sample has no index.
+        index, tokens, meta = event.get("index", 0), event["output_ids"], event["meta_info"]
         reason = meta["finish_reason"]["type"]
         pairs = meta.get("output_token_logprobs") or []
         logprobs, ids = [pair[0] for pair in pairs], [pair[1] for pair in pairs]

@@ -100,8 +100,9 @@ class Sampling:
             ServerError: a server refused a request as wrong.
             RolloutError: a server cannot sample what is asked (a response cut short).
         """
-        waiting = batches_of(self.requests)
+        waiting = batches_of(self.requests, together=self.router is None)
         posted: set[asyncio.Task] = set()
+        done: set[asyncio.Task] = set()
         # No connection is kept: a server closes idle ones, and a request sent into a closing one would look like a dying server.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         timeout = httpx.Timeout(None, connect=_CONNECT_SECONDS)
@@ -122,7 +123,7 @@ class Sampling:
             finally:
                 for task in posted:
                     task.cancel()
-                await asyncio.gather(*posted, return_exceptions=True)
+                await asyncio.gather(*posted, *done, return_exceptions=True)
 
     def _all(self) -> Sequence[Server]:
         return self.fleet.servers if self.router is None else (self.router,)
@@ -168,7 +169,9 @@ class Sampling:
     ) -> tuple[str, bool]:
         """Delivers what comes and takes it out of ``waiting`` (index in the batch -> place). Returns why the rest did not come, and whether the server is to be evicted for it."""
         rids = {index: uuid.uuid4().hex for index in waiting}
-        posted = body(batch, self.requests, self.sampling, self._begun, list(rids.values()))
+        posted = body(
+            batch, self.requests, self.sampling, self._begun, list(rids.values()), together=self.router is None
+        )
         version = self.fleet.version
         whole = False
         try:

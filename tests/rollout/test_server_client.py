@@ -158,7 +158,8 @@ def test_through_a_router_nothing_is_evicted_and_repeats_are_bounded(stand_ins, 
     fleet, (server, router) = stand_ins(ordinary(TAG), lambda body: 503)
     with pytest.raises(NoServersLeft, match="router"):
         ServerClient(fleet, router=router.server.url).generate(requests(1, 2), SAMPLING)
-    assert not server.asked and len(router.asked) == 3 and not fleet.evicted()
+    # Each of the two samples by itself: the router takes no list of them.
+    assert not server.asked and 3 <= len(router.asked) <= 6 and not fleet.evicted()
 
 
 def test_progress_is_told_in_the_callers_thread_up_to_the_total(stand_ins):
