@@ -66,6 +66,19 @@ def test_rollout_and_training_engine_agree_after_every_update(task, tmp_path):
     assert [server["version"] for server in servers["servers"]] == [3, 3]
 
 
+def test_on_policy_two_runs_are_one(task, tmp_path):
+    """Seeds decide the tokens (on a CPU), so the runs agree in everything but the clock and the last bits of the servers' own log-probs."""
+    found = []
+    for name in ("one", "other"):
+        code, said = run([*task, "training.steps=2", f"output={tmp_path / name}"], tmp_path / "log")
+        assert code == 0, said
+        found.append([
+            {key: value for key, value in row.items() if not key.startswith(("seconds", "tokens_per_second", "mismatch"))}
+            for row in rows(tmp_path / name)
+        ])  # fmt: skip
+    assert found[0] == found[1] and len(found[0]) == 2
+
+
 def test_off_policy_by_one_a_lost_server_and_a_killed_trainer(task, servers, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     arguments = [
