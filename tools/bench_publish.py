@@ -6,10 +6,11 @@
     python tools/bench_publish.py --model FOLDER --url http://host:30000   # servers that run already, and serve FOLDER
 
     training ranks (Megatron model, --tp)  -- publish, as a run does -->  stock servers
-    rank 0                                 -- broadcast -->               as many plain processes        "raw": nothing but torch.distributed, into tensors that exist
+    rank 0                                 -- broadcast -->               as many plain processes        "raw": nothing but torch.distributed
 
 Kinds take turns, so that noise meets all alike; medians of ``--repeats`` are shown. **stream** is the phase in which the weights go over and are loaded, **rate** the bytes
-that one server gets by its seconds, **of raw** the raw broadcast's seconds by those. **whole** is the transaction with all of its phases, log-probs compared at the end.
+that one server gets by its seconds, **of raw** the raw broadcast's seconds by those. The raw broadcast is
+measured twice: into tensors that are made for it, as a server makes them, and into tensors that are there, which is the least that can be. **whole** is the transaction with all of its phases, log-probs compared at the end.
 The first publication of a mode also connects, and the very first scrubs; it is shown, and not in the medians. **peak** is how far rank 0's resident memory (VmHWM; on a
 GPU: allocated memory) rose above what it was before the publication: the model is there already.
 """
@@ -33,28 +34,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 MODES = ("distributed", "disk", "ipc")
 PHASES = ("answer", "quiesce", "stream", "verify", "commit", "resume")
 VOCABULARY = 32_768
+# Raw broadcasts, and what the receivers are told.
+RAW = {"new": 2.0, "existing": 1.0}
 RAW_SECONDS = 600
 
 
-def make_model(folder: Path, millions: float) -> None:
-    """Writes a Qwen2-shaped Hugging Face folder of about ``millions`` million random float32 parameters, tied embeddings."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def model_config(millions: float):
+    """A Qwen2 configuration of about ``millions`` million parameters, tied embeddings."""
+    from transformers import Qwen2Config
 
     wanted = millions * 1e6
     # The embedding is a quarter at most.
     vocab, hidden = next(
         (vocab, hidden)
-        for hidden, vocab in ((1024, VOCABULARY), (512, VOCABULARY), (256, 8192), (64, 512))
-        if 4 * vocab * hidden <= wanted or hidden == 64
+        for hidden, vocab in ((1024, VOCABULARY), (512, VOCABULARY), (256, 8192), (128, 512))
+        if 4 * vocab * hidden <= wanted or hidden == 128
     )
-    layers = max(2, round((wanted - vocab * hidden) / (16 * hidden**2)))
-    config = Qwen2Config(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 32, max_position_embeddings=512, tie_word_embeddings=True,
+    heads, kv_heads = hidden // 64, max(1, hidden // 256)
+    layers = max(2, round((wanted - vocab * hidden) / ((14 + 2 * kv_heads / heads) * hidden**2)))
+    return Qwen2Config(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, max_position_embeddings=512, tie_word_embeddings=True,
     )  # fmt: skip
+
+
+def make_model(folder: Path, millions: float) -> None:
+    """Writes a Hugging Face folder of random float32 weights."""
+    import torch
+    from transformers import Qwen2ForCausalLM
+
     torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    Qwen2ForCausalLM(model_config(millions)).save_pretrained(folder)
 
 
 # -- a training rank ------------------------------------------------------------------------------------------------------------------------
@@ -108,12 +118,13 @@ def measure(args: argparse.Namespace) -> None:
         for _ in gatherer.tensors():
             pass
     found: dict = {mode: {"first": None, "whole": [], "phases": [], "peak": 0} for mode in args.modes}
-    raws: list[float] = []
+    raws: dict[str, list[float]] = {kind: [] for kind in RAW}
     version = 0
     for turn in range(args.repeats + 1):
         dist.barrier()
         if raw is not None:
-            raws.append(raw.seconds())
+            for kind, taken in raws.items():
+                taken.append(raw.seconds(kind))
         for mode, publisher in publishers.items():
             version += 1
             dist.barrier()
@@ -134,7 +145,7 @@ def measure(args: argparse.Namespace) -> None:
     if raw is not None:
         raw.close()
         parameters = sum(tensor.numel() for tensor in raw.tensors)
-        raws = raws[1:]  # the first fills the receivers' pages
+        raws = {kind: taken[1:] for kind, taken in raws.items()}  # the first fills the receivers' pages
         (folder / "result.json").write_text(
             json.dumps({"parameters": parameters, "tensors": len(raw.tensors), "raw": raws, "modes": found})
         )
@@ -190,9 +201,9 @@ class RawBroadcast:
         self.group = _raw_group(store, 0, 1 + receivers, platform.backend)
         self.go = torch.ones(1, device=platform.device)
 
-    def seconds(self) -> float:
-        """Broadcasts once, until every receiver has everything."""
-        self._say(1.0)
+    def seconds(self, kind: str) -> float:
+        """Broadcasts once, into "new" or "existing" tensors, until every receiver has everything."""
+        self._say(RAW[kind])
         began = time.perf_counter()
         works = [self.group.broadcast(tensor, 0) for tensor in self.tensors]
         for work in works:
@@ -231,10 +242,12 @@ def receive(folder: str, port: str, rank: str, world: str) -> None:
         group.broadcast(go, 0).wait()
         if not go.item():
             return
-        works = [group.broadcast(tensor, 0) for tensor in tensors]
+        into = tensors if go.item() == RAW["existing"] else [torch.empty_like(tensor) for tensor in tensors]
+        works = [group.broadcast(tensor, 0) for tensor in into]
         for work in works:
             work.wait()
         group.allreduce(go).wait()
+        del into, works
 
 
 def _raw_group(store, rank: int, world: int, backend: str):
@@ -251,15 +264,16 @@ def _raw_group(store, rank: int, world: int, backend: str):
 
 
 def summary(found: dict) -> dict[str, dict]:
-    """By mode: medians of ``stream`` and ``whole`` seconds and of the phases, ``rate`` in bytes/s, ``of_raw`` (1: as fast as the raw broadcast), ``peak`` bytes."""
-    raw = statistics.median(found["raw"])
+    """By mode: medians of ``stream`` and ``whole`` seconds and of the phases, ``rate`` in bytes/s, ``of_raw`` and ``of_raw_existing`` (1: as fast as that raw broadcast), ``peak`` bytes."""
+    raw = {kind: statistics.median(taken) for kind, taken in found["raw"].items()}
     rows = {}
     for mode, row in found["modes"].items():
         phases = {name: statistics.median(turn[name] for turn in row["phases"]) for name in PHASES}
         rows[mode] = {
             "stream": phases["stream"],
             "rate": row["bytes"] / phases["stream"],
-            "of_raw": raw / phases["stream"],
+            "of_raw": raw["new"] / phases["stream"],
+            "of_raw_existing": raw["existing"] / phases["stream"],
             "whole": statistics.median(row["whole"]),
             "first": row["first"],
             "phases": phases,
@@ -274,17 +288,30 @@ def show(found: dict, servers: int) -> None:
     from rich.table import Table
 
     size = next(iter(found["modes"].values()))["bytes"]
-    raw = statistics.median(found["raw"])
+    raw = {kind: statistics.median(taken) for kind, taken in found["raw"].items()}
     table = Table(
-        title=f"{found['parameters'] / 1e6:.0f} M parameters, {found['tensors']} tensors, {size / 1e6:.0f} MB, {servers} server(s), medians of {len(found['raw'])}"
+        title=f"{found['parameters'] / 1e6:.3g} M parameters, {found['tensors']} tensors, {size / 1e6:.3g} MB, {servers} server(s), medians of {len(found['raw']['new'])}"
     )
-    for name in ("mode", "stream", "rate", "of raw", "whole", "its other phases", "first", "peak"):
+    for name in (
+        "mode",
+        "stream",
+        "rate",
+        "of raw, new",
+        "of raw, existing",
+        "whole",
+        "its other phases",
+        "first",
+        "peak",
+    ):
         table.add_column(name, justify="left" if name in ("mode", "its other phases") else "right")
-    table.add_row("raw broadcast", f"{raw:.3f} s", f"{size / raw / 1e6:.0f} MB/s", "1.00")
+    for kind, taken in raw.items():
+        table.add_row(
+            f"raw, {kind} tensors", f"{taken:.3f} s", f"{size / taken / 1e6:.0f} MB/s", f"{raw['new'] / taken:.2f}", f"{raw['existing'] / taken:.2f}"
+        )  # fmt: skip
     for mode, row in summary(found).items():
         others = ", ".join(f"{name} {row['phases'][name]:.2f}" for name in PHASES if name != "stream")
         table.add_row(
-            mode, f"{row['stream']:.3f} s", f"{row['rate'] / 1e6:.0f} MB/s", f"{row['of_raw']:.2f}", f"{row['whole']:.2f} s", others,
+            mode, f"{row['stream']:.3f} s", f"{row['rate'] / 1e6:.0f} MB/s", f"{row['of_raw']:.2f}", f"{row['of_raw_existing']:.2f}", f"{row['whole']:.2f} s", others,
             f"{row['first']:.2f} s", f"{row['peak'] / 1e6:.0f} MB",
         )  # fmt: skip
     console = Console()
