@@ -1,5 +1,6 @@
 """The launcher with real SGLang servers: they start, hang, die, and are gone when they should be."""
 
+import contextlib
 import json
 import os
 import signal
@@ -56,8 +57,12 @@ class Launcher:
 
     def leaders(self) -> list[int]:
         """The process groups of its servers, in their order."""
-        children = psutil.Process(self.process.pid).children()
-        return [child.pid for child in sorted(children, key=lambda child: child.cmdline()[child.cmdline().index("--port") + 1])]  # fmt: skip
+        found = {}
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # has just been killed
+                words = child.cmdline()
+                found[words[words.index("--port") + 1]] = child.pid
+        return [found[port] for port in sorted(found)]
 
     def said(self) -> str:
         return self.errors.read_text()
@@ -111,47 +116,22 @@ def test_the_key_is_in_no_command_line_no_environment_and_no_log(launcher, urls)
     assert all(file.stat().st_mode & 0o077 == 0 for file in launcher.logs.iterdir())
 
 
-def test_a_server_that_hangs_is_started_again_on_its_address(launcher, urls):
-    hung = launcher.leaders()[0]
-    os.kill(hung, signal.SIGSTOP)
-    until(lambda: "has not answered for 6 s: started again" in launcher.said(), 40, "the verdict")
-    until(lambda: f"{urls[0]} is ready again" in launcher.said(), 120, "the server")
-    assert launcher.leaders()[0] != hung and not group(hung)
-    assert sample(urls[0]).status_code == 200
-
-
-def test_a_server_that_dies_three_times_is_left_alone_and_the_other_serves_on(launcher, urls):
-    for _ in range(3):
-        victim = until(lambda: launcher.leaders()[1:2], 10, "the second server")[0]
-        os.kill(victim, signal.SIGKILL)
-        until(lambda: not group(victim), 10, "the end of what it had spawned")  # noqa: B023
-    until(lambda: "for the 3rd time within 600 s: not started again" in launcher.said(), 10, "the verdict")
-    assert len(launcher.leaders()) == 1
-    assert sample(urls[0]).status_code == 200
-
-
-def test_nothing_is_left_of_the_servers_when_their_launcher_is_killed(launcher, urls):
+@pytest.fixture(scope="module")
+def hung(launcher, urls) -> int:
+    """The first server has hung: the launcher has said so, and starts another one while the tests go on. Its process group."""
     leader = launcher.leaders()[0]
-    assert len(group(leader)) >= 4
-    launcher.process.kill()
-    launcher.process.wait()
-    until(lambda: not group(leader), 10, "the end of the server")
+    os.kill(leader, signal.SIGSTOP)
+    until(lambda: "has not answered for 6 s: started again" in launcher.said(), 40, "the verdict")
+    return leader
 
 
-def test_a_launcher_that_is_asked_to_stop_while_servers_start_ends_with_them(demo_start, tmp_path):
-    launcher = Launcher(demo_start, tmp_path)
-    try:
-        leaders = until(lambda: len(launcher.leaders()) == 2 and launcher.leaders(), 60, "the servers' processes")
-        launcher.process.terminate()
-        assert launcher.process.wait(20) == 0
-    finally:
-        launcher.process.kill()
-        launcher.process.wait()
-    assert "SIGTERM: all servers are stopped" in launcher.said()
-    assert not any(group(leader) for leader in leaders) and not launcher.addresses.exists()
+@pytest.fixture(scope="module")
+def again(launcher, urls, hung) -> None:
+    """It is there again."""
+    until(lambda: f"{urls[0]} is ready again" in launcher.said(), 120, "the server")
 
 
-def test_a_model_that_the_server_cannot_load_is_told_with_the_end_of_its_log(demo_start, tmp_path):
+def test_a_model_that_the_server_cannot_load_is_told_with_the_end_of_its_log(hung, demo_start, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     config = json.loads((demo_start / "config.json").read_text())
@@ -170,3 +150,42 @@ def test_a_server_that_is_not_ready_in_time_is_named_and_ended(demo_start, tmp_p
     with pytest.raises(ServingError, match=rf"server {running.urls[0]} was not ready 2 s after its start"):
         running.start()
     assert not group(running.processes[0].pid)
+
+
+def test_a_server_that_hangs_is_started_again_on_its_address(launcher, urls, hung, again):
+    assert launcher.leaders()[0] != hung and not group(hung)
+    assert sample(urls[0]).status_code == 200
+
+
+def test_a_server_that_dies_three_times_is_left_alone_and_the_other_serves_on(launcher, urls, again):
+    for _ in range(3):
+        victim = until(lambda: launcher.leaders()[1:2], 10, "the second server")[0]
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: not group(victim), 10, "the end of what it had spawned")  # noqa: B023
+    until(lambda: "for the 3rd time within 600 s: not started again" in launcher.said(), 10, "the verdict")
+    assert len(launcher.leaders()) == 1
+    assert sample(urls[0]).status_code == 200
+
+
+def test_nothing_is_left_of_the_servers_when_their_launcher_is_killed(launcher, urls):
+    leader = launcher.leaders()[0]
+    processes = group(leader)
+    assert len(processes) >= 4
+    shared = {part.path for one in processes for part in one.memory_maps() if part.path.startswith("/dev/shm/sglang")}
+    launcher.process.kill()
+    launcher.process.wait()
+    until(lambda: not group(leader), 10, "the end of the server")
+    assert shared and not any(Path(name).exists() for name in shared)
+
+
+def test_a_launcher_that_is_asked_to_stop_while_servers_start_ends_with_them(demo_start, tmp_path):
+    launcher = Launcher(demo_start, tmp_path)
+    try:
+        leaders = until(lambda: len(launcher.leaders()) == 2 and launcher.leaders(), 60, "the servers' processes")
+        launcher.process.terminate()
+        assert launcher.process.wait(20) == 0
+    finally:
+        launcher.process.kill()
+        launcher.process.wait()
+    assert "SIGTERM: all servers are stopped" in launcher.said()
+    assert not any(group(leader) for leader in leaders) and not launcher.addresses.exists()

@@ -15,6 +15,7 @@ Only the standard library and SGLang are imported: dcpo_megatron is not installe
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -36,6 +37,7 @@ sys.path[:] = [
 # need a CUDA build of torch; SGLang imports it for pictures.
 STAND_INS = ("sgl_kernel", "torchvision")
 TRACKER_SECONDS = 1.0
+SNAPSHOTS = "/dev/shm/sglang_loads_"
 _kept: list = []
 
 
@@ -150,8 +152,8 @@ def read_api_key() -> str | None:
 def fork_guardian() -> None:
     """A small process that waits for the end of standard input and then ends the server. Call it before there are threads.
 
-    The server's own children die with it (SGLang asks the kernel for that), and multiprocessing's tracker then removes what they left in /dev/shm. What is still in the
-    process group after ``TRACKER_SECONDS`` is killed, the guardian with it.
+    The server's own children die with it (SGLang asks the kernel for that), and multiprocessing's tracker then removes what they left in /dev/shm; what it does not know of
+    is removed here. What is still in the process group after ``TRACKER_SECONDS`` is killed, the guardian with it.
     """
     parent = os.getpid()
     if os.fork() == 0:
@@ -160,13 +162,32 @@ def fork_guardian() -> None:
             signal.signal(number, signal.SIG_IGN)
         while os.read(0, 4096):
             pass
-        if os.getppid() == parent:
-            os.kill(parent, signal.SIGKILL)
-        time.sleep(TRACKER_SECONDS)
-        os.killpg(0, signal.SIGKILL)
+        try:
+            left = shared_files()
+            if os.getppid() == parent:
+                os.kill(parent, signal.SIGKILL)
+            time.sleep(TRACKER_SECONDS)
+            for name in left:
+                with contextlib.suppress(OSError):
+                    os.unlink(name)
+        finally:
+            os.killpg(0, signal.SIGKILL)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
+
+
+def shared_files() -> set[str]:
+    """The files of SGLang's load snapshots that this process group has mapped. They are named at random, and nobody removes those of a killed server."""
+    found = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it has just ended, or is not ours to look at
+            if os.getpgid(int(pid)) == os.getpgid(0):
+                with open(f"/proc/{pid}/maps") as maps:
+                    found |= {
+                        name for line in maps if (name := line.split(maxsplit=5)[-1].strip()).startswith(SNAPSHOTS)
+                    }
+    return found
 
 
 def keep_out_of_the_log(secret: str) -> None:
