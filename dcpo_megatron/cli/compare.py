@@ -148,7 +148,8 @@ def _make_start(plan, seed: int) -> int:
 
 def _warmed(folder: Path, target: float) -> float:
     with contextlib.suppress(OSError, ValueError):
-        return min(1.0, json.loads((folder / "progress.json").read_text())["accuracy"] / target)
+        accuracy = json.loads((folder / "progress.json").read_text())["accuracy"]
+        return 1.0 if accuracy >= target else accuracy / target
     return 0.0
 
 

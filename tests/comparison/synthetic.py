@@ -56,3 +56,8 @@ def make(values: dict[str, tuple[float, float, float, int]] = PAPER, seeds: int 
         for method, row in values.items()
         for seed in range(seeds)
     ]
+
+
+def even_length(response: str, ground_truth: str) -> float:
+    """A reward that a model with random weights earns about half of the time."""
+    return float(len(response) % 2 == 0)
