@@ -15,7 +15,8 @@ from dcpo_megatron.training.checks import check_run
 from dcpo_megatron.training.config import Config, ConfigError, known_keys, load_config, to_yaml
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "configs"
-RECIPES = sorted(EXAMPLES.rglob("*.yaml"))
+# compare.yaml is a plan of `dcpo compare`, not a recipe: tests/comparison/test_plan.py loads it.
+RECIPES = sorted(path for path in EXAMPLES.rglob("*.yaml") if path.name != "compare.yaml")
 GIVEN = ("model.path=model", "data.files=[train.jsonl]")
 
 
