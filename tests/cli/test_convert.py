@@ -159,7 +159,7 @@ def test_an_interrupted_command_says_so_and_the_same_command_goes_on(tmp_path):
         if running.returncode != 0:
             break
         shutil.rmtree(tmp_path / "out")
-    assert running.returncode == 130
+    assert running.returncode == 130, said
     assert said.strip() == "dcpo: interrupted: the same command goes on where this one stopped"
     assert not (tmp_path / "out").exists()
     again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
