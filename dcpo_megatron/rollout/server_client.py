@@ -125,7 +125,7 @@ class PendingGeneration:
         self._changed = threading.Condition()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task | None = None
-        self._cancelled = False
+        self._cancelled = self._ended = False
         self._thread: threading.Thread | None = None
 
     def finish(self, progress: Callable[[int, int], None] | None = None) -> list[Generation]:
@@ -135,7 +135,7 @@ class PendingGeneration:
         try:
             while True:
                 with self._changed:
-                    running = self._thread.is_alive()
+                    running = not self._ended
                     if running and len(self._done) == told:
                         self._changed.wait(_LOOK_SECONDS)
                     finished = len(self._done)
@@ -147,6 +147,7 @@ class PendingGeneration:
         except BaseException:
             self.cancel()
             raise
+        self._thread.join(_CANCEL_SECONDS)
         if self._cancelled:
             raise RolloutError("sampling was cancelled")
         if isinstance(self._error, GaveUp):
@@ -163,7 +164,7 @@ class PendingGeneration:
     def cancel(self) -> None:
         """Gives up what is not finished, at the servers too. Returns when nothing runs any more."""
         with self._changed:
-            self._cancelled = self._cancelled or self._thread.is_alive()
+            self._cancelled = self._cancelled or not self._ended
             if self._task is not None and not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._task.cancel)
         self._thread.join(_CANCEL_SECONDS)
@@ -188,6 +189,8 @@ class PendingGeneration:
             self._error = error
         finally:
             with self._changed:
+                # Not the thread's own end: whoever is woken here would find it alive, and wait again with nobody left to wake it.
+                self._ended = True
                 self._changed.notify_all()
 
     def _deliver(self, place: int, generation: Generation) -> None:
