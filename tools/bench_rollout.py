@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the client of rollout servers costs: its tokens/s beside the same requests posted straight to the same servers, in one run.
 
-    python tools/bench_rollout.py                                          # a small model on one server on a CPU: 32 prompts x 8 responses of 32 tokens
+    python tools/bench_rollout.py                                          # a small model on one server on a CPU: 32 prompts x 8 responses of 64 tokens
     python tools/bench_rollout.py --model FOLDER --url http://host:30000 --prompts 128 --tokens 1024
 
     client      ServerClient.generate, as a run samples: spread over servers, each answer read and checked token by token, with its weight version
@@ -151,8 +151,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--prompts", type=int, default=32)
     made.add_argument("--samples", type=int, default=8, help="responses to a prompt (default 8)")
     made.add_argument("--prompt-tokens", type=int, default=32)
-    made.add_argument("--tokens", type=int, default=32, help="of a response (default 32)")
-    made.add_argument("--repeats", type=int, default=6)
+    made.add_argument("--tokens", type=int, default=64, help="of a response (default 64)")
+    made.add_argument("--repeats", type=int, default=8)
     made.add_argument("--servers", type=int, default=1, help="servers to start (default 1)")
     made.add_argument(
         "--model", metavar="FOLDER", help="serve this Hugging Face folder (default: a small random model)"

@@ -76,7 +76,7 @@ class SampleLog:
             self._watched[prompt_id] += 1
             self._keep({
                 "kind": "visit", "step": step, "prompt_id": prompt_id,
-                "rewards": [r.reward for r in group], "advantages": [round(r.advantage, 5) for r in group],
+                "rewards": [r.reward for r in group], "advantages": [_short(r.advantage) for r in group],
                 "visits": known.get("visits", self._watched[prompt_id]), "mean": known.get("mean"), "std": known.get("std"),
             })  # fmt: skip
         if found:
@@ -110,7 +110,7 @@ class SampleLog:
             response = responses[sequence.number]
             self._keep({
                 "kind": "response", "step": step, "prompt_id": response.prompt_id, "correct": response.correct, "reward": response.reward,
-                "advantage": round(response.advantage, 5), "length": len(now), "minibatch": len(minibatches),
+                "advantage": _short(response.advantage), "length": len(now), "minibatch": len(minibatches),
                 "tokens": _tokens(now, before, response, objective, text_of),
             })  # fmt: skip
         steps = sorted({step for kind, step, _ in self._lines if kind == "response"})
@@ -146,10 +146,12 @@ def _tokens(
     new: torch.Tensor, old: torch.Tensor, response: Response, objective: Objective, text_of: Callable[[int], str]
 ) -> list[list]:
     sequence_level = objective.ratio_level == "sequence"
+    # As the update makes it: one that is beyond fp32 becomes infinite, and the update, not this page, refuses it.
+    advantage = torch.tensor(response.advantage, dtype=torch.float64).to(new.dtype)
     terms = policy_loss(
         new,
         old,
-        torch.full_like(new, response.advantage),
+        advantage.expand_as(new),
         objective,
         response_ids=torch.zeros(len(new), dtype=torch.long) if sequence_level else None,
         response_lengths=torch.tensor([len(new)]) if sequence_level else None,

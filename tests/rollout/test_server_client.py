@@ -1,7 +1,6 @@
 """What the client does with answers, good and bad, and how it spreads requests. Stand-in servers; the real ones are in test_server_client_real.py."""
 
 import threading
-import time
 
 import pytest
 
@@ -170,17 +169,6 @@ def test_progress_is_told_in_the_callers_thread_up_to_the_total(stand_ins):
         requests(2, 3), SAMPLING, lambda *numbers: told.append((*numbers, threading.get_ident()))
     )
     assert told[-1] == (6, 6, threading.get_ident()) and told == sorted(told)
-
-
-def test_whoever_waits_goes_on_when_the_last_response_is_there(stand_ins):
-    fleet, _ = stand_ins(ordinary(TAG))
-    client = ServerClient(fleet)
-    client.generate(requests(1, 1), SAMPLING)  # imports and the like
-    began = time.monotonic()
-    for _ in range(5):
-        client.generate(requests(1, 1), SAMPLING)
-    # The waiting thread looks around every half second by itself.
-    assert time.monotonic() - began < 5 * 0.4
 
 
 def test_a_tag_is_a_version_of_this_run_only():

@@ -114,8 +114,10 @@ def test_a_seed_gives_the_same_response_in_other_company_and_at_another_server(f
 def test_a_response_interrupted_by_new_weights_goes_on_under_them_token_by_token(fleet, folders):
     mode = "retract" if os.environ.get("DCPO_TEST_SGLANG") == "latest" else "abort"
     asked = requests(2, 3)
-    pending = ServerClient(fleet).start(asked, SamplingParams(400))
-    time.sleep(1.5)
+    pending = ServerClient(fleet).start(asked, SamplingParams(600))
+    for server in fleet.servers:
+        wait_for(lambda server=server: busy(server) != "idle")
+    time.sleep(0.2)  # the first tokens
     for server in fleet.servers:
         server.pause(mode)
     for server in fleet.servers:
@@ -125,7 +127,7 @@ def test_a_response_interrupted_by_new_weights_goes_on_under_them_token_by_token
     assert worst_difference({1: EmbeddedEngine(folders[0]), 2: EmbeddedEngine(folders[1])}, asked, generations) < 1e-4
     mixed = [g for g in generations if len(set(g.weight_versions)) == 2]
     assert mixed and all(g.weight_versions == sorted(g.weight_versions) for g in generations)
-    assert all(len(g.token_ids) == 400 for g in generations)
+    assert all(len(g.token_ids) == 600 for g in generations)
 
 
 def test_foreign_weights_are_thrown_away_and_their_server_is_not_asked_again(fleet):

@@ -186,6 +186,7 @@ def trainer_of(responses, history=None):
         watchdog=watchdog,
         timeline=WatchedTimeline(watchdog),
         bad_steps=BadSteps(Path("nowhere"), 5, False),
+        samples=section(visits=lambda *_: None, due=lambda step: False),
     )
 
 

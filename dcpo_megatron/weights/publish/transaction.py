@@ -2,7 +2,7 @@
 
               rank 0                                              the other ranks
     answer    who answers?
-    quiesce   pause, connect, tag "unverified", open session
+    quiesce   pause, empty the prefix cache, connect, tag "unverified", open session
     stream    bucket after bucket ........... gathered by all ... walk the same tensors to their end
     verify    checksums; resume; log-probs
     commit    tag = run and version; the fleet admits the server
@@ -245,6 +245,8 @@ class _Publication:
         )
         self.paused.append(server)
         server.pause(self.options.pause, self._left())
+        # While it is paused nothing enters the cache again.
+        session.flush_cache(server, self.options.pause, self._left())
         if not self.transport.staged:
             self.transport.connect(server, known, self._left())
         self.touched.append(server)
@@ -264,7 +266,6 @@ class _Publication:
     def _finish(self, server: Server) -> None:
         if not self.transport.staged:
             session.end_session(server, self._left())
-        session.flush_cache(server, self.options.pause, self._left())
 
     def _stream(self, walk: Iterator[tuple[Bucket, object]]) -> None:
         for bucket, payload in walk:
