@@ -68,6 +68,10 @@ def test_a_server_inherits_neither_the_rank_nor_the_import_path_nor_the_key_of_i
     cpu = environment(ServerPlan("M", PYTHON, "cpu"), 2, of)
     assert not cpu.keys() & {"PYTHONPATH", "RANK", "MASTER_ADDR", "DCPO_SGLANG_API_KEY"} and cpu["HOME"] == "/h"
     assert cpu["SGLANG_USE_CPU_ENGINE"] == "1"
+    # What the user sets for the server's allocator stays.
+    assert (
+        environment(ServerPlan("M", PYTHON, "cpu"), 2, {"MALLOC_TRIM_THRESHOLD_": "7"})["MALLOC_TRIM_THRESHOLD_"] == "7"
+    )
     cuda = environment(ServerPlan("M", PYTHON, "cuda", python_path="/wheel"), 2, of)
     assert "SGLANG_USE_CPU_ENGINE" not in cuda and cuda["PYTHONPATH"] == "/wheel"
 

@@ -99,6 +99,9 @@ def environment(plan: ServerPlan, servers: int, of: Mapping[str, str] = os.envir
         env["SGLANG_USE_CPU_ENGINE"] = "1"
         # SGLang compiles its seeded sampler, which needs a C++ compiler and does not pay on a CPU.
         env["TORCH_COMPILE_DISABLE"] = "1"
+        # glibc keeps the memory of a bucket of weights for the next one: given back, its pages cost as much again as receiving into them.
+        for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+            env.setdefault(name, str(2**40))
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // servers)))
     return env
 
