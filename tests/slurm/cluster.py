@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import time
 from pathlib import Path
+
+from tests import debian
 
 NEEDED = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "munged")
 NODES = ("n1", "n2")
@@ -33,20 +34,9 @@ def install(deadline: float = 180.0) -> None:
     """Makes sure that the programs are there. Raises :class:`Unavailable` where they are not and cannot be installed."""
     if os.geteuid() != 0:
         raise Unavailable("a test cluster needs root (slurmd starts tasks)")
-    if all(shutil.which(name, path=_path()) for name in NEEDED):
-        return
-    if not shutil.which("apt-get"):
-        raise Unavailable("slurm-wlm and munge are not installed, and there is no apt-get")
-    env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    try:
-        for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", "slurm-wlm", "munge"]):
-            done = subprocess.run(
-                ["apt-get", *words], env=env, capture_output=True, text=True, timeout=deadline, stdin=subprocess.DEVNULL
-            )
-    except subprocess.TimeoutExpired:
-        raise Unavailable(f"apt-get took longer than {deadline:.0f} s") from None
-    if done.returncode or not all(shutil.which(name, path=_path()) for name in NEEDED):
-        raise Unavailable(f"apt-get could not install slurm-wlm and munge: {done.stderr.strip()[-300:]}")
+    reason = debian.install(NEEDED, ("slurm-wlm", "munge"), deadline)
+    if reason:
+        raise Unavailable(reason)
 
 
 class Cluster:

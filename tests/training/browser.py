@@ -1,27 +1,17 @@
 """A headless Chromium for tests: Debian's package, installed where the tests run as root on a machine that has it."""
 
-import os
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
+from tests import debian
+
 _QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")  # fmt: skip
 
 
-def install(deadline: float = 180.0) -> str | None:
+def install() -> str | None:
     """Why there is no browser; None where there is one."""
-    if shutil.which("chromium"):
-        return None
-    if os.geteuid() != 0 or not shutil.which("apt-get"):
-        return "chromium is not installed, and only root with apt-get can install it here"
-    env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    try:
-        for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", "chromium"]):
-            done = subprocess.run(["apt-get", *words], env=env, capture_output=True, text=True, timeout=deadline, stdin=subprocess.DEVNULL)  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return f"apt-get took longer than {deadline:.0f} s"
-    return None if shutil.which("chromium") else f"apt-get could not install chromium: {done.stderr.strip()[-300:]}"
+    return debian.install(("chromium",), ("chromium",))
 
 
 def open_page(file: Path, width: int, height: int, *, picture: Path | None = None, deadline: float = 90.0) -> str:
