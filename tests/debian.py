@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
+def search_path() -> str:
+    """PATH, and the folders of programs for root, which are not on everybody's."""
+    return os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+
+
 def install(programs: Sequence[str], packages: Sequence[str], deadline: float = 180.0) -> str | None:
-    """Why ``programs`` (looked up on PATH) are not there; None where they are. ``deadline``: seconds for each of apt-get's two commands."""
-    # Not there: where the package keeps programs for root alone.
-    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    """Why ``programs`` (looked up on :func:`search_path`) are not there; None where they are. ``deadline``: seconds for each of apt-get's two commands."""
 
     def missing() -> list[str]:
-        return [name for name in programs if not shutil.which(name, path=path)]
+        return [name for name in programs if not shutil.which(name, path=search_path())]
 
     if not missing():
         return None

@@ -147,7 +147,7 @@ def _tokens(
 ) -> list[list]:
     sequence_level = objective.ratio_level == "sequence"
     # As the update makes it: one that is beyond fp32 becomes infinite, and the update, not this page, refuses it.
-    advantage = torch.tensor(response.advantage, dtype=torch.float64).to(new.dtype)
+    advantage = torch.tensor([response.advantage], dtype=new.dtype)
     terms = policy_loss(
         new,
         old,

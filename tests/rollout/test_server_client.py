@@ -1,10 +1,11 @@
 """What the client does with answers, good and bad, and how it spreads requests. Stand-in servers; the real ones are in test_server_client_real.py."""
 
 import threading
+import time
 
 import pytest
 
-from dcpo_megatron.rollout import GenerateRequest, SamplingParams
+from dcpo_megatron.rollout import GenerateRequest, SamplingParams, server_client
 from dcpo_megatron.rollout.fleet import UNVERIFIED, Fleet
 from dcpo_megatron.rollout.server import Server, ServerError
 from dcpo_megatron.rollout.server_client import GaveUp, NoServersLeft, ServerClient
@@ -169,6 +170,22 @@ def test_progress_is_told_in_the_callers_thread_up_to_the_total(stand_ins):
         requests(2, 3), SAMPLING, lambda *numbers: told.append((*numbers, threading.get_ident()))
     )
     assert told[-1] == (6, 6, threading.get_ident()) and told == sorted(told)
+
+
+def test_whoever_waits_goes_on_when_the_last_response_is_there(stand_ins, monkeypatch):
+    class Lingering(threading.Thread):
+        """Is alive for a while after its work is done and told."""
+
+        def run(self):
+            super().run()
+            time.sleep(0.2)
+
+    fleet, _ = stand_ins(ordinary(TAG))
+    # The waiting thread looks around now and then by itself: not within this test.
+    monkeypatch.setattr(server_client, "_LOOK_SECONDS", 3600.0)
+    monkeypatch.setattr(threading, "Thread", Lingering)
+    for _ in range(3):
+        assert len(ServerClient(fleet).generate(requests(1, 1), SAMPLING)) == 1
 
 
 def test_a_tag_is_a_version_of_this_run_only():

@@ -26,10 +26,6 @@ class Unavailable(Exception):
     """This machine cannot run the cluster; says why."""
 
 
-def _path() -> str:
-    return os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-
-
 def install(deadline: float = 180.0) -> None:
     """Makes sure that the programs are there. Raises :class:`Unavailable` where they are not and cannot be installed."""
     if os.geteuid() != 0:
@@ -45,7 +41,7 @@ class Cluster:
     def __init__(self, folder: Path):
         self.folder = folder
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
-        self.env |= {"SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1", "PATH": _path()}
+        self.env |= {"SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1", "PATH": debian.search_path()}
 
     def start(self) -> None:
         """Raises :class:`Unavailable` where a daemon does not come up."""

@@ -2,7 +2,7 @@
 
               rank 0                                              the other ranks
     answer    who answers?
-    quiesce   pause, empty the prefix cache, connect, tag "unverified", open session
+    quiesce   pause, connect, tag "unverified", take memory back, empty the prefix cache
     stream    bucket after bucket ........... gathered by all ... walk the same tensors to their end
     verify    checksums; resume; log-probs
     commit    tag = run and version; the fleet admits the server
@@ -245,8 +245,6 @@ class _Publication:
         )
         self.paused.append(server)
         server.pause(self.options.pause, self._left())
-        # While it is paused nothing enters the cache again.
-        session.flush_cache(server, self.options.pause, self._left())
         if not self.transport.staged:
             self.transport.connect(server, known, self._left())
         self.touched.append(server)
@@ -254,6 +252,8 @@ class _Publication:
         if tag.endswith(session.RELEASED):
             session.resume_memory(server, "weights", self._left())
             session.resume_memory(server, "kv_cache", self._left())
+        # Not before the memory is back. While the server is paused nothing enters the cache again.
+        session.flush_cache(server, self.options.pause, self._left())
         if self.options.scrub and not known:
             noise = verify.scrub(server, self._left())
             if noise is not None:
