@@ -74,6 +74,7 @@ class BlockingServer:
 
     def __init__(self, loads=lambda body: None, info: dict | None = None, environment: dict | None = None):
         self.asked: list[str] = []
+        self.tag = "unpublished"
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -81,7 +82,7 @@ class BlockingServer:
                 outer.asked.append(self.path)
                 told = {
                     "/server_info": {"tp_size": 1} | (info or {}),
-                    "/model_info": {"weight_version": "unpublished"},
+                    "/model_info": {"weight_version": outer.tag},
                     "/openapi.json": {"paths": {"/dcpo_environment": {}} if environment else {}},
                     "/dcpo_environment": environment,
                 }
@@ -90,6 +91,7 @@ class BlockingServer:
             def do_POST(self):
                 outer.asked.append(self.path)
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.tag = body.get("new_version", outer.tag)
                 refusal = None
                 if self.path == "/update_weights_from_distributed":
                     refusal = loads(body)

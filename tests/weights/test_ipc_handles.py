@@ -50,7 +50,7 @@ def opened(entry: str) -> list:
 
 def in_ranks(monkeypatch, world: int, work) -> list:
     """``work(rank)`` in ``world`` threads that stand in for ranks, with an all-gather among them."""
-    here, meet, slots = threading.local(), threading.Barrier(world, timeout=10), [b""] * world
+    here, meet, slots = threading.local(), threading.Barrier(world, timeout=3), [b""] * world
 
     def all_gather_bytes(payload, group, device):
         slots[here.rank] = payload

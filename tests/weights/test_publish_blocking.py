@@ -122,13 +122,13 @@ def test_an_evicted_server_is_given_a_new_group_by_the_next_publication(fleet_of
 def test_the_group_is_made_so_that_its_failures_do_not_end_the_trainer(fleet_of):
     before = {name: value for name, value in os.environ.items() if name.startswith("TORCH_NCCL")}
     one = publisher(fleet_of(BlockingServer()))
-    in_time(lambda: one.publish(iter(weights()), 1))
+    with one.transport.connecting():
+        one.transport.connect(one.fleet.servers[0], known=False, seconds=5.0)
     (group,) = BlockingGroup.made
     assert group.environment == before | {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2"}
     assert {name: value for name, value in os.environ.items() if name.startswith("TORCH_NCCL")} == before
     # The deadline of a request is 1 s: ours is always first.
     assert group.timeout.total_seconds() > 60
-    in_time(one.close)
 
 
 @pytest.fixture

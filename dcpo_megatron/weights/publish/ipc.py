@@ -68,7 +68,7 @@ class IpcTransport:
         written = io.BytesIO()
         pickler = ForkingPickler(written)
         # This pickler's own: everybody else's tensors are pickled as torch does it.
-        pickler.dispatch_table = pickler.dispatch_table.new_child({torch.Tensor: _reduce})
+        pickler.dispatch_table = {**pickler.dispatch_table, torch.Tensor: _reduce}
         pickler.dump(tensors)
         return written.getvalue()
 

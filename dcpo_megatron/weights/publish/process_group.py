@@ -97,7 +97,7 @@ class ProcessGroupTransport:
             if error.status != 400:
                 raise
         limit = min(seconds, self.timeout)
-        if server.url in self._leaving and not self._leaving.pop(server.url).wait(limit):
+        if server.url in self._leaving and not self._leaving[server.url].wait(limit):
             raise RolloutError(
                 f"the group that {server.url} was in could not be taken down within {limit:.0f} s: start the run again, or set publish.mode=disk"
             )
