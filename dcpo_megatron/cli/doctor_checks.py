@@ -409,10 +409,12 @@ def _check_max_connections(facts: Facts) -> Finding | None:
 
 def _check_cumem(facts: Facts) -> Finding | None:
     value = facts.host.environment.get("NCCL_CUMEM_ENABLE")
-    if value is None or not _on_gpu(facts):
-        return None
-    what = f"NCCL_CUMEM_ENABLE={value}: a server that takes weights over nccl must have the same value"
-    return Finding("environment", "info", what, f"start the server with NCCL_CUMEM_ENABLE={value} too, or unset both")
+    if value in (None, "0") or not _on_gpu(facts):
+        return None  # unset: the trainer takes 0, as SGLang does
+    what = (
+        f"NCCL_CUMEM_ENABLE={value}: servers that take weights over nccl must have the same value, and SGLang takes 0"
+    )
+    return Finding("environment", "warn", what, f"unset it, or start each server with NCCL_CUMEM_ENABLE={value} too")
 
 
 def _check_threads(facts: Facts) -> Finding | None:

@@ -47,7 +47,13 @@ def parser() -> argparse.ArgumentParser:
     add("--reward-timeout", type=float, default=5.0, metavar="SECONDS", help="for one response (5)")
     add("--reward-workers", type=_at_least(1), default=1, metavar="N")
     add("--servers", nargs="+", default=[], metavar="URL", help="SGLang servers that serve the model; default: in this process")  # fmt: skip
-    add("--request-timeout", type=float, default=600.0, metavar="SECONDS", help="for a problem's samples on a server")
+    add(
+        "--request-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="of a server's silence until it is asked whether it still samples",
+    )
     add("--batch-size", type=_at_least(1), default=None, metavar="N", help="responses sampled together, and lost together by a kill (64; 512 with servers)")  # fmt: skip
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     add("--dtype", choices=("float32", "bfloat16"), default=None, help="default: float32 on a CPU, bfloat16 on a GPU")

@@ -31,7 +31,7 @@ class ServerClient:
     Args:
         fleet: who serves which weights. Servers that fail are evicted from it; only :meth:`Fleet.admit` brings them back.
         rank, world: of the ranks that sample at the same time: each begins at another server.
-        request_timeout: seconds until the samples of one prompt must be finished, waiting in the server's queue included.
+        request_timeout: seconds without a sign of work from a server until it is asked whether it still samples; one that does not is evicted.
         attempts: how often a response is asked for before the batch fails.
         outstanding: responses that are under way at one server, at most.
         router: address of an sglang-router that spreads the requests instead; weights still go to each server, and its answers are checked all the same.

@@ -2,7 +2,7 @@
 
     waiting  --least loaded server-->  posted  --an event a sample-->  finished
        ^                                  |
-       +---- the unfinished samples ------+   connection lost, 5xx, deadline: the server is evicted
+       +---- the unfinished samples ------+   connection lost, 5xx, silent: the server is evicted
                                               foreign weights: thrown away, the server is evicted
                                               ended by a pause for new weights: goes on, here or elsewhere, from its last token
 
@@ -37,6 +37,7 @@ from dcpo_megatron.rollout.server_answers import (
     refusal_or_failure,
     tags,
 )
+from dcpo_megatron.rollout.server_silence import Silence
 
 _CONNECT_SECONDS = 10.0
 _ABORT_SECONDS = 2.0
@@ -64,7 +65,7 @@ class Sampling:
         router: requests go there; None: straight to the servers of ``fleet``.
         first: index of the server that is asked first among equally loaded ones.
         oldest: the oldest weight version that tokens may be from.
-        seconds: deadline of one posted request.
+        seconds: of a server's silence until it is asked whether it still works (:class:`~dcpo_megatron.rollout.server_silence.Silence`).
         attempts: how often a sample may be asked for in vain.
         outstanding: samples posted to one server at a time, at most; the others wait for whichever server has room.
     """
@@ -107,6 +108,9 @@ class Sampling:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         timeout = httpx.Timeout(None, connect=_CONNECT_SECONDS)
         async with httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False) as http:
+            self._silence = {
+                server.url: Silence(http, server, self.seconds, asks=self.router is None) for server in self._all()
+            }
             try:
                 while waiting or posted:
                     while waiting and (server := self._choose(len(waiting[0].places))) is not None:
@@ -172,11 +176,11 @@ class Sampling:
         posted = body(
             batch, self.requests, self.sampling, self._begun, list(rids.values()), together=self.router is None
         )
-        version = self.fleet.version
+        version, silence = self.fleet.version, self._silence[server.url]
         whole = False
         try:
             async with (
-                asyncio.timeout(self.seconds),
+                silence.deadline(),
                 http.stream("POST", f"{server.url}/generate", json=posted, headers=headers(server.api_key)) as answer,
             ):
                 if answer.status_code >= 400:
@@ -184,6 +188,7 @@ class Sampling:
                     raise refusal_or_failure(content, answer.status_code)
                 async for line in answer.aiter_lines():
                     if (event := event_of(line)) is not None:
+                        silence.broken()
                         await self._verified(server, event)
                         self._take(event, server, waiting, self.fleet.version == version)
             whole = True
@@ -197,7 +202,7 @@ class Sampling:
             ) from None
         except (TimeoutError, httpx.HTTPError, Failed) as error:
             self._slow.add(server.url)
-            return self._failure(error), True
+            return self._failure(error, silence), True
         except (ForeignWeights, BadAnswer) as error:
             return str(error), True
         except Unsure as error:
@@ -240,10 +245,11 @@ class Sampling:
         versions = [version for tag in tags(event) if (version := self.fleet.unverified_version_of(tag)) is not None]
         while self.router is None and versions and max(versions) > (self.fleet.version or 0) and self._trusted(server):
             await asyncio.sleep(_LOOK_SECONDS)
+            self._silence[server.url].broken()  # the wait is ours
 
-    def _failure(self, error: Exception) -> str:
+    def _failure(self, error: Exception, silence: Silence) -> str:
         if isinstance(error, TimeoutError):
-            return f"it did not finish its responses within request_timeout={self.seconds:g} s: it hangs, or is too busy for that deadline"
+            return silence.reason
         if isinstance(error, httpx.HTTPError):
             return f"the connection was lost ({type(error).__name__}: {error})"
         return f"it failed: {error}"

@@ -21,7 +21,7 @@ from dcpo_megatron.rollout import SamplingParams
 from dcpo_megatron.training.bad_steps import BadSteps
 from dcpo_megatron.training.checks import CheckedRun
 from dcpo_megatron.training.config import ConfigError, to_yaml
-from dcpo_megatron.training.engines import make_engine
+from dcpo_megatron.training.engines import make_engine, settle_nccl
 from dcpo_megatron.training.gpu import GpuMonitor
 from dcpo_megatron.training.loop import Trainer
 from dcpo_megatron.training.resume import (
@@ -67,6 +67,7 @@ def build_trainer(run_: CheckedRun) -> Trainer:
         )
 
     timeout = collective_timeout(config.training.timeout_seconds)
+    warning = settle_nccl(config, run_.platform.is_cpu)
     platforms.start(run_.platform, timeout)
     watchdog = Watchdog(folder, dist.get_rank(), dist.get_world_size(), config.training.timeout_seconds)
     watchdog.start()
@@ -110,6 +111,8 @@ def build_trainer(run_: CheckedRun) -> Trainer:
     if is_writer:
         (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     sinks = Sinks(config, folder, is_writer, config.training.steps, None if found.state is None else step)
+    if warning is not None:
+        sinks.announce(warning)
     engine = make_engine(
         run_,
         policy,

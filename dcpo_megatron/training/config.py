@@ -150,7 +150,11 @@ class ServersSection(Section):
     start_timeout_seconds: float = Field(
         600.0, gt=0, description="deadline for servers to answer, at the start and after all of them were gone"
     )
-    request_timeout_seconds: float = Field(600.0, gt=0, description="deadline of one response")
+    request_timeout_seconds: float = Field(
+        600.0,
+        gt=0,
+        description="seconds without a sign of work from a server until it is asked whether it still samples",
+    )
 
 
 class PublishSection(Section):
@@ -160,6 +164,7 @@ class PublishSection(Section):
     )
     bucket_bytes: int = Field(512 * 1024**2, ge=1, description="weights on their way at a time, at most")
     timeout_seconds: float = Field(600.0, gt=0, description="deadline of each phase of a publication")
+    bucket_timeout_seconds: float = Field(120.0, gt=0, description="deadline of one bucket at one server")
     address: str | None = Field(
         None,
         description="how servers reach rank 0 (mode distributed; default: loopback for servers on it, else this host's address)",

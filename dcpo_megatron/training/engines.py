@@ -26,7 +26,7 @@ from dcpo_megatron.training.heartbeat import health_folder
 from dcpo_megatron.training.probe import TrainingProbe
 from dcpo_megatron.training.server_engine import ServerEngine, wait_together
 from dcpo_megatron.training.server_health import ServerHealth
-from dcpo_megatron.weights.publish import PublishOptions, WeightPublisher
+from dcpo_megatron.weights.publish import PublishOptions, WeightPublisher, nccl
 from dcpo_megatron.weights.transfer import WeightGatherer
 
 
@@ -108,6 +108,12 @@ def _server_engine(run_: CheckedRun, policy, gatherer, prompts: PromptSet, annou
     )
 
 
+def settle_nccl(config: Config, is_cpu: bool) -> str | None:
+    """Where weights will go to servers over NCCL: what must be the same there, set before NCCL's first call. A warning, or None."""
+    by_nccl = config.rollout.engine == "sglang" and config.publish.mode == "distributed" and not is_cpu
+    return nccl.settle_cumem() if by_nccl else None
+
+
 def publish_options(config: Config, is_cpu: bool) -> PublishOptions:
     """How the configuration wants weights to be published."""
     publish = config.publish
@@ -116,6 +122,7 @@ def publish_options(config: Config, is_cpu: bool) -> PublishOptions:
         backend="gloo" if is_cpu else "nccl",
         bucket_bytes=publish.bucket_bytes,
         timeout=publish.timeout_seconds,
+        bucket_timeout=publish.bucket_timeout_seconds,
         address=publish.address,
         folder=(publish.folder or Path(config.output) / "published") if publish.mode == "disk" else None,
         verify=publish.verify,

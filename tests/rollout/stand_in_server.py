@@ -32,13 +32,24 @@ def ordinary(tag: str):
 
 
 class StandIn:
-    """``answer(body)`` gives the events of a /generate request, lines to send as they are, or an HTTP status. ``asked``: the bodies so far."""
+    """``answer(body)`` gives the events of a /generate request, lines to send as they are, or an HTTP status. ``asked``: the bodies so far.
+
+    ``works``, ``running``: what it says of itself, whether it samples and how many requests it holds."""
 
     def __init__(self, answer):
         self.asked: list[dict] = []
+        self.works, self.running = True, 1
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(200 if self.path == "/v1/loads" or outer.works else 503)
+                self.end_headers()
+                if self.path == "/v1/loads":
+                    self.wfile.write(
+                        json.dumps({"loads": [{"num_running_reqs": outer.running, "num_waiting_reqs": 0}]}).encode()
+                    )
+
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 events = []

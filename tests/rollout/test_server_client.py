@@ -154,6 +154,51 @@ def test_a_server_that_tells_no_spans_is_not_believed_when_weights_changed_meanw
     assert len(servers[0].asked) == 2 and not fleet.evicted()
 
 
+def test_the_deadline_counts_from_a_servers_last_sign_of_work_and_not_from_the_end_of_its_queue(stand_ins):
+    turn = threading.Lock()
+
+    def one_after_the_other(body):
+        with turn:
+            time.sleep(0.25)
+            return ordinary(TAG)(body)
+
+    fleet, (server,) = stand_ins(one_after_the_other)
+    server.works = False  # what it does is enough: nobody asks
+    assert len(ServerClient(fleet, request_timeout=0.6).generate(requests(5, 1), SAMPLING)) == 5
+    assert len(server.asked) == 5 and not fleet.evicted()
+
+
+def test_a_server_that_is_long_silent_but_samples_is_waited_for(stand_ins):
+    def long_response(body):
+        time.sleep(1.0)
+        return ordinary(TAG)(body)
+
+    fleet, (_, other) = stand_ins(long_response, ordinary(TAG))
+    generations = ServerClient(fleet, request_timeout=0.2).generate(requests(1, 1), SAMPLING)
+    assert generations[0].token_ids == [1] * 4 and not fleet.evicted() and not other.asked
+
+
+@pytest.mark.parametrize(
+    ("works", "running", "reason"), [(False, 1, "it hangs"), (True, 0, "holds none of the responses")]
+)
+def test_a_silent_server_that_samples_for_nobody_or_lost_the_request_is_evicted(
+    stand_ins, monkeypatch, works, running, reason
+):
+    monkeypatch.setattr("dcpo_megatron.rollout.server_silence._AGAIN_SECONDS", 0.05)
+
+    def never(body):
+        time.sleep(3.0)
+        return []
+
+    fleet, (server, other) = stand_ins(never, ordinary(TAG))
+    server.works, server.running = works, running
+    began = time.monotonic()
+    assert len(ServerClient(fleet, request_timeout=0.3).generate(requests(1, 2), SAMPLING)) == 2
+    assert time.monotonic() - began < 2.5 and len(other.asked) == 1
+    why = fleet.evicted()[server.server.url]
+    assert reason in why and "request_timeout=0.3" in why
+
+
 def test_through_a_router_nothing_is_evicted_and_repeats_are_bounded(stand_ins, monkeypatch):
     monkeypatch.setattr("dcpo_megatron.rollout.server_sampling._PAUSE_SECONDS", 0.01)
     fleet, (server, router) = stand_ins(ordinary(TAG), lambda body: 503)

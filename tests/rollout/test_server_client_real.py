@@ -168,13 +168,13 @@ def busy(server: Server) -> str:
 
 def test_a_server_that_hangs_is_evicted_at_the_deadline_and_found_again_when_it_answers(fleet, running):
     group = running.processes[0].pid
-    client = ServerClient(fleet, request_timeout=20)
+    client = ServerClient(fleet, request_timeout=8)
     pending = client.start(requests(4, 2), SamplingParams(60))
     os.killpg(group, signal.SIGSTOP)
     try:
         generations = pending.finish()
         assert [len(g.token_ids) for g in generations] == [60] * 8
-        assert "request_timeout=20" in fleet.evicted()[fleet.servers[0].url]
+        assert "request_timeout=8" in fleet.evicted()[fleet.servers[0].url]
         assert client.probe_evicted(timeout=1) == []
     finally:
         os.killpg(group, signal.SIGCONT)

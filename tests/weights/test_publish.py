@@ -17,7 +17,7 @@ from dcpo_megatron.rollout.fleet import Fleet
 from dcpo_megatron.rollout.server import Server
 from dcpo_megatron.verification.cases import make_model
 from dcpo_megatron.verification.ranks import RankPool
-from dcpo_megatron.weights.publish import PublishOptions, WeightPublisher
+from dcpo_megatron.weights.publish import PublishOptions, WeightPublisher, nccl
 from tests.sglang_servers import serve
 from tests.weights.publish_jobs import CPU, HfProbe
 
@@ -159,6 +159,13 @@ def test_servers_sample_as_the_training_model_does_after_every_update(
         assert report.difference < 1e-5 and {"quiesce", "stream", "verify", "commit", "resume"} <= report.seconds.keys()
         for url in running.urls:
             assert_serves(Server(url), probes[version], f"{run_id}-{version}")
+
+
+def test_a_server_tells_what_must_be_the_trainers_too(fleet):
+    for server in fleet.servers:
+        assert server.offers(nccl.ENVIRONMENT)
+        assert server.get(nccl.ENVIRONMENT).keys() == {"torch", "nccl", nccl.CUMEM}
+        assert server.get(nccl.ENVIRONMENT)[nccl.CUMEM] == "0"  # SGLang's own doing
 
 
 def test_all_ranks_raise_the_same_error_when_no_server_is_left(pool, models):

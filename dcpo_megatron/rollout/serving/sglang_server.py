@@ -1,4 +1,4 @@
-"""What the server environment's Python runs, by this file's path: stock SGLang, with four things around it that the project needs.
+"""What the server environment's Python runs, by this file's path: stock SGLang, with five things around it that the project needs.
 
     launcher -- pipe --> standard input: one line of JSON, {"api_key": ...}; then nothing, until the launcher is gone
                             |                 end of file --> the guardian ends them all
@@ -9,6 +9,7 @@
 2. However the launcher ends, the server ends: a killed launcher closes the pipe too. This also reaches through ssh and into containers, where a parent-death signal does not.
 3. On a CPU, inert stand-ins for the two imports that have nothing behind them there. They stand in the module's body because spawned processes run it too.
 4. On a CPU, what SGLang lacks there for sampling by each request's own seed (``--enable-deterministic-inference``).
+5. GET /dcpo_environment: what of this environment must be the trainer's too where weights come over NCCL.
 
 Only the standard library and SGLang are imported: dcpo_megatron is not installed in the server environment.
 """
@@ -136,6 +137,17 @@ def murmur_hash32(seed, positions, columns):
     return (state ^ state >> 16).to(torch.uint32)
 
 
+def tell_environment() -> None:
+    """Adds GET /dcpo_environment to the server: torch, NCCL's version (null where this torch has none) and NCCL_CUMEM_ENABLE, as SGLang has set it."""
+    import torch
+    from sglang.srt.entrypoints.http_server import app
+
+    @app.get("/dcpo_environment")
+    async def environment() -> dict:
+        nccl = list(torch.cuda.nccl.version()) if torch.distributed.is_nccl_available() else None
+        return {"torch": torch.__version__, "nccl": nccl, "NCCL_CUMEM_ENABLE": os.environ.get("NCCL_CUMEM_ENABLE")}
+
+
 def read_api_key() -> str | None:
     """The key from the launcher's line on standard input. Ends the process where standard input is not the launcher's pipe."""
     if not stat.S_ISFIFO(os.fstat(0).st_mode) and not stat.S_ISSOCK(os.fstat(0).st_mode):
@@ -219,7 +231,9 @@ def main() -> None:
     from sglang.srt.server_args import prepare_server_args
 
     load_plugins()
-    run_server(prepare_server_args(arguments))
+    server_args = prepare_server_args(arguments)
+    tell_environment()
+    run_server(server_args)
 
 
 ON_CPU = os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"

@@ -2,6 +2,7 @@
 
 buckets.py          the walk cut into buckets                         (pure)
 process_group.py    nccl or gloo          }
+nccl.py             what its two sides need in common
 disk.py             safetensors           }  how a bucket gets there
 ipc.py              CUDA IPC, shared memory }
 session.py          the small requests around it

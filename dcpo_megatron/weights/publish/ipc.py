@@ -1,25 +1,33 @@
 """Weights handed over in place, to servers on the same host: CUDA IPC handles on a GPU, shared memory on a CPU.
 
-    every rank: pickled handles of its copy of the bucket  --all-gather-->  rank 0: POST /update_weights_from_tensor, one entry for each tensor-parallel rank
+    ranks on a server's GPU: pickled handles of their copy of the bucket  --all-gather-->  rank 0: POST /update_weights_from_tensor, one entry a tensor-parallel rank
 
 Server ``i`` of ``tp`` GPUs takes entries ``i * tp ...``: servers are listed in the order of the GPUs they share with the training ranks. The handles are pickles that the
 server reads with its own list of allowed names; nothing pickled is read here. No bytes of weights pass through HTTP.
+
+A handle keeps its memory until somebody has opened it, so only ranks make one whose server will. It names its GPU by uuid, as SGLang's own senders do: with another
+CUDA_VISIBLE_DEVICES the index is another GPU's.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 from multiprocessing.reduction import ForkingPickler
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as torch_multiprocessing
+from torch.multiprocessing import reductions
 
 from dcpo_megatron.mcore.collectives import all_gather_bytes
 from dcpo_megatron.rollout.protocol import RolloutError
 from dcpo_megatron.rollout.server import Server
 from dcpo_megatron.weights.publish.buckets import Bucket
+
+# Of the device, among the arguments of torch's rebuild_cuda_tensor.
+_DEVICE = 6
 
 
 class IpcTransport:
@@ -35,7 +43,18 @@ class IpcTransport:
         self._first: dict[str, tuple[int, int]] = {}
 
     def prepare(self, bucket: Bucket) -> list[str]:
-        """This rank's bucket as handles, of all ranks in their order. Collective; also keeps a rank from dropping a bucket before it was loaded."""
+        """The bucket as handles, of all ranks in their order, "" of one that no server shares a GPU with. Collective; also keeps a rank from dropping a bucket before it was loaded."""
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        wanted = sorted({rank for first, tp in self._first.values() for rank in range(first, first + tp)})
+        # Rank 0 alone speaks to servers.
+        wanted = json.loads(self._gather(json.dumps(wanted).encode() if rank == 0 else b"")[0])
+        mine = base64.b64encode(self._handles(bucket)) if rank in wanted else b""
+        return [entry.decode() for entry in self._gather(mine)]
+
+    def _gather(self, mine: bytes) -> list[bytes]:
+        return all_gather_bytes(mine, dist.group.WORLD, self.device) if dist.is_initialized() else [mine]
+
+    def _handles(self, bucket: Bucket) -> bytes:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.ipc_collect()
@@ -47,16 +66,14 @@ class IpcTransport:
             tensors = [(name, tensor.clone().share_memory_()) for name, tensor in bucket.tensors]
             bucket.tensors = tensors
         written = io.BytesIO()
-        ForkingPickler(written).dump(tensors)
-        mine = base64.b64encode(written.getvalue())
-        if not dist.is_initialized():
-            return [mine.decode()]
-        return [entry.decode() for entry in all_gather_bytes(mine, dist.group.WORLD, self.device)]
+        pickler = ForkingPickler(written)
+        # This pickler's own: everybody else's tensors are pickled as torch does it.
+        pickler.dispatch_table = {**pickler.dispatch_table, torch.Tensor: _reduce}
+        pickler.dump(tensors)
+        return written.getvalue()
 
     def connect(self, server: Server, known: bool, seconds: float) -> None:
         """Finds out which handles are the server's. Raises RolloutError where servers and training ranks do not lie on the same GPUs."""
-        if known and server.url in self._first:
-            return
         tp = int(server.get("/server_info", timeout=seconds).get("tp_size") or 1)
         first, world = self.urls.index(server.url) * tp, dist.get_world_size() if dist.is_initialized() else 1
         if self.device.type != "cuda":
@@ -78,6 +95,10 @@ class IpcTransport:
         """What is known of a server is asked anew."""
         self._first.pop(server.url, None)
 
+    def over(self) -> None:
+        """No server takes what is left of this publication's walk; all are asked anew by the next."""
+        self._first.clear()
+
     def committed(self) -> None:
         """Frees memory that servers have let go of."""
         if self.device.type == "cuda":
@@ -85,3 +106,12 @@ class IpcTransport:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _reduce(tensor: torch.Tensor) -> tuple:
+    """torch's own handle; for a GPU's memory with the GPU's uuid in the place of its index (SGLang's ``utils/patch_torch.py`` takes either)."""
+    rebuild, arguments = reductions.reduce_tensor(tensor)
+    if rebuild is reductions.rebuild_cuda_tensor:
+        uuid = str(torch.cuda.get_device_properties(arguments[_DEVICE]).uuid)
+        arguments = (*arguments[:_DEVICE], uuid, *arguments[_DEVICE + 1 :])
+    return rebuild, arguments

@@ -1,10 +1,14 @@
 """Weights through a process group: one group for each server, of this rank (0) and the server's tensor-parallel ranks (1, 2, ...).
 
-    POST /init_weights_update_group  ---->  server joins     |   TCPStore, PrefixStore(name), stand-alone group, as SGLang makes its own
-    POST /update_weights_from_distributed {names, ...}  ->   |   one broadcast a tensor; the server answers when it has loaded them
+    POST /init_weights_update_group            ---->  server joins            |   TCPStore, PrefixStore(name), stand-alone group, as SGLang makes its own
+    POST /update_weights_from_distributed      ---->  server broadcasts       |   one broadcast a tensor; the server answers when it has loaded them
+         at the same time, in a thread: our broadcasts                        |   NCCL's first one blocks until the server has made its side, on that POST
+         both over, one failed, or the deadline: abort the group, evict       |
 
 A group for each server and not one for all: where a server dies or stops in the middle of a broadcast, those behind it in the tree would wait for it until their own
 deadline of half an hour, which cannot be set. A group is kept as long as its server lives.
+
+Whatever can block in C++ (joining, broadcasts, taking a group down) runs in a thread that nobody joins, and the wait for it has a deadline.
 """
 
 from __future__ import annotations
@@ -13,9 +17,10 @@ import datetime
 import socket
 import threading
 import zlib
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import torch
@@ -24,16 +29,22 @@ from torch.distributed import distributed_c10d as c10d
 
 from dcpo_megatron.rollout.protocol import RolloutError
 from dcpo_megatron.rollout.server import Server, ServerError
+from dcpo_megatron.weights.publish import nccl
 from dcpo_megatron.weights.publish.buckets import Bucket
 
+# How long the server's own words are waited for after our side failed, and both sides' leaving.
+_WORDS_SECONDS, _FAREWELL_SECONDS = 2.0, 5.0
 _LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
 @dataclass
 class _Group:
+    server: Server
     name: str
     group: dist.ProcessGroup
     store: dist.TCPStore  # the server's ranks speak to it as long as the group lives
+    doubt: str  # what may be the reason if it fails
+    gone: threading.Event = field(default_factory=threading.Event)  # its name can be used again
 
 
 class ProcessGroupTransport:
@@ -44,6 +55,11 @@ class ProcessGroupTransport:
     def __init__(self, backend: str, device: torch.device, address: str | None, timeout: float):
         self.backend, self.device, self.address, self.timeout = backend, device, address, timeout
         self._groups: dict[str, _Group] = {}
+        self._leaving: dict[str, threading.Event] = {}
+        # gloo has deadlines of its own, and no abort.
+        self._aborts = backend != "gloo"
+        if backend == "nccl":
+            nccl.bound_waiting(timeout)
 
     def prepare(self, bucket: Bucket) -> None:
         """Nothing: only rank 0 sends."""
@@ -56,7 +72,8 @@ class ProcessGroupTransport:
         if bound is not None:
             default.bound_device_id = None
         try:
-            yield
+            with nccl.errors_stay_here() if self._aborts else nullcontext():
+                yield
         finally:
             if bound is not None:
                 default.bound_device_id = bound
@@ -65,88 +82,143 @@ class ProcessGroupTransport:
         """Joins a group with ``server``, or keeps the one it has if the server is still the one that joined it (``known``).
 
         Raises:
-            RolloutError: a server of several pipeline stages or data-parallel copies, or one that did not join within ``seconds``.
+            RolloutError: a server of several pipeline stages or data-parallel copies, with another NCCL, or one that did not join within ``seconds``.
         """
         if known and server.url in self._groups:
             return
         self.drop(server)
-        ranks = _ranks(server)
+        info = server.get("/server_info", timeout=seconds)
+        ranks = _ranks(server, info)
+        doubt = nccl.compare(server, info, seconds) if self.backend == "nccl" else ""
         name = f"dcpo-weights-{zlib.crc32(server.url.encode()):08x}"
         try:  # what a trainer that was killed has left behind
             server.post("/destroy_weights_update_group", {"group_name": name}, timeout=seconds)
         except ServerError as error:
             if error.status != 400:
                 raise
+        limit = min(seconds, self.timeout)
+        if server.url in self._leaving and not self._leaving[server.url].wait(limit):
+            raise RolloutError(
+                f"the group that {server.url} was in could not be taken down within {limit:.0f} s: start the run again, or set publish.mode=disk"
+            )
         address = self.address or _own_address(server.url)
-        limit = datetime.timedelta(seconds=min(seconds, self.timeout))
         try:
-            store = dist.TCPStore(address, 0, 1 + ranks, is_master=True, wait_for_workers=False, timeout=limit)
+            store = dist.TCPStore(
+                address, 0, 1 + ranks, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=limit)
+            )
         except (RuntimeError, OSError) as error:
             raise RolloutError(f"no rendezvous store at {address}: {error}; set publish.address") from error
         body = {
             "master_address": address, "master_port": store.port, "rank_offset": 1, "world_size": 1 + ranks, "group_name": name, "backend": self.backend,
         }  # fmt: skip
-        with ThreadPoolExecutor(1) as thread:
-            asked = thread.submit(server.post, "/init_weights_update_group", body, timeout=limit.total_seconds() + 1)
-            try:
-                group, _ = c10d._new_process_group_helper(
-                    1 + ranks, 0, [], c10d.Backend(self.backend), dist.PrefixStore(name, store), group_name=name, timeout=limit
-                )  # fmt: skip
-            except RuntimeError as error:
-                # The server's own words come first, if it has any.
-                asked.result()
-                raise RolloutError(
-                    f"{server.url} did not join the group within {limit.total_seconds():.0f} s ({error}): can it reach {address}? set publish.address"
-                ) from error
+
+        def join() -> None:
+            # Where it can be aborted, our own deadlines end it long before its own would.
+            timeout = datetime.timedelta(seconds=2 * self.timeout + 60 if self._aborts else limit)
+            group, _ = c10d._new_process_group_helper(
+                1 + ranks, 0, [], c10d.Backend(self.backend), dist.PrefixStore(name, store), group_name=name, timeout=timeout,
+                backend_options=nccl.options(timeout) if self.backend == "nccl" else None,
+            )  # fmt: skip
             c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(1 + ranks)}
-            self._groups[server.url] = _Group(name, group, store)
-            asked.result()
+            self._groups[server.url] = _Group(server, name, group, store, doubt)
+
+        asked = _beside(lambda: server.post("/init_weights_update_group", body, timeout=limit))
+        _both(
+            asked,
+            _beside(join),
+            limit,
+            f"{server.url} did not join the group within {limit:.0f} s: can it reach {address}? set publish.address",
+        )
 
     def send(self, server: Server, bucket: Bucket, payload: None, seconds: float) -> None:
-        """One bucket to one server; returns when the server has loaded it. Raises ServerError or RuntimeError; :meth:`drop` the server then."""
+        """One bucket to one server; returns when the server has loaded it. Raises ServerError or RolloutError; :meth:`drop` the server then."""
         held = self._groups[server.url]
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # the current device is a thread's own
-        works = [
-            dist.broadcast(tensor.to(self.device), src=0, group=held.group, async_op=True)
-            for _, tensor in bucket.tensors
-        ]
-        # It answers after it received everything, or refuses before: no second wait is needed for the broadcasts' sake.
         body = {
             "names": bucket.names, "dtypes": bucket.dtypes, "shapes": bucket.shapes, "group_name": held.name, "flush_cache": False,
         }  # fmt: skip
-        server.post("/update_weights_from_distributed", body, timeout=seconds)
+        asked = _beside(lambda: server.post("/update_weights_from_distributed", body, timeout=seconds))
+        _both(
+            asked,
+            _beside(lambda: self._broadcast(held.group, bucket)),
+            seconds,
+            f"the group with {server.url} broke off a bucket of {bucket.bytes} bytes{held.doubt}",
+        )
+
+    def _broadcast(self, group: dist.ProcessGroup, bucket: Bucket) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # the current device is a thread's own
+        works = [
+            dist.broadcast(tensor.to(self.device), src=0, group=group, async_op=True) for _, tensor in bucket.tensors
+        ]
         for work in works:
             work.wait()
 
     def drop(self, server: Server) -> None:
         """Lets go of the group with ``server``, whatever state it is in; does not wait."""
         held = self._groups.pop(server.url, None)
-        if held is None:
-            return
-        if self.backend == "nccl":
-            held.group.abort()
-        dist.destroy_process_group(held.group)
-        # Broadcasts under way end at their own deadline, and the group's destructor waits for them.
-        threading.Thread(target=_outlive, args=[held], daemon=True).start()
+        if held is not None:
+            self._leaving[server.url] = held.gone
+            threading.Thread(target=_take_down, args=[held, self._aborts], daemon=True).start()
 
     def committed(self) -> None:
         """Nothing is left behind that could be removed."""
 
     def close(self) -> None:
-        """Leaves all groups."""
+        """Leaves all groups; waits for it some seconds at most."""
+        leaving = []
         for held in list(self._groups.values()):
-            dist.destroy_process_group(held.group)
+            body = {"group_name": held.name}
+            # Both sides at the same time: NCCL's destroy can wait for the other's.
+            leaving.append(
+                _beside(
+                    lambda server=held.server, body=body: server.post(
+                        "/destroy_weights_update_group", body, timeout=_FAREWELL_SECONDS
+                    )
+                )
+            )
+            leaving.append(_beside(lambda held=held: _take_down(held, abort=False)))
         self._groups.clear()
+        wait(leaving, timeout=_FAREWELL_SECONDS)
 
 
-def _outlive(held: _Group) -> None:
-    del held
+def _beside(call: Callable[[], object]) -> Future:
+    """``call`` in a thread that nobody joins, not at the interpreter's end either: it may block in C++."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="weights", daemon=True).start()
+    return future
 
 
-def _ranks(server: Server) -> int:
-    """How many ranks of ``server`` receive weights."""
-    info = server.get("/server_info")
+def _both(asked: Future, done: Future, seconds: float, what: str) -> None:
+    """Waits until the server has answered and our part is done. Raises what the server says; RolloutError (``what``) where only our part failed, or nothing came."""
+    wait([asked, done], timeout=seconds + 1, return_when=FIRST_EXCEPTION)
+    if done.done() and done.exception() is not None:
+        wait([asked], timeout=_WORDS_SECONDS)
+    if asked.done():
+        asked.result()
+    if done.done() and done.exception() is not None:
+        raise RolloutError(f"{what} ({' '.join(str(done.exception()).split())[:500]})") from done.exception()
+    if not (asked.done() and done.done()):
+        raise RolloutError(f"{what} (no end within {seconds:.0f} s)")
+
+
+def _take_down(held: _Group, abort: bool) -> None:
+    if abort:
+        with suppress(RuntimeError):  # not in time: destroying it goes on waiting
+            held.group.abort()
+    dist.destroy_process_group(held.group)
+    held.gone.set()
+    # Broadcasts under way end at their own deadline; the group's destructor, here, waits for them.
+
+
+def _ranks(server: Server, info: dict) -> int:
+    """How many ranks of ``server`` receive weights. ``info``: its ``/server_info``."""
     stages, copies = int(info.get("pp_size") or 1), int(info.get("dp_size") or 1)
     if stages > 1 or (copies > 1 and not info.get("enable_dp_attention")):
         raise RolloutError(

@@ -84,6 +84,7 @@ class WeightPublisher:
                 report = _Publication(self, version, probe).run(walk)
             except Exception as error:  # shared with the ranks that wait for it, and raised on all
                 failure = error
+        getattr(self.transport, "over", lambda: None)()
         for _ in walk:  # what is left of it: the other ranks are in its collectives
             pass
         return self._share(report, failure)
