@@ -152,7 +152,7 @@ FAULTS = {
     "no nccl": (torch(GPU, backends=("gloo",)), "distributed", "fail", "without nccl (it has gloo)", "pip install"),
     "closed loopback": (but(CPU, store=REFUSED), "distributed", "fail", "connection refused", "firewall"),
     "unknown name": (but(CPU, gloo=NO_NAME), "distributed", "fail", "unable to resolve", "/etc/hosts"),
-    "unknown name, nccl": (but(GPU, gloo=NO_NAME), "distributed", "warn", "unable to resolve", "/etc/hosts"),
+    "unknown name, nccl": (but(GPU, gloo=NO_NAME), "distributed", "fail", "unable to resolve", "/etc/hosts"),
     "small /dev/shm": (host(CPU, shm_total=GIB // 2, shm_free=GIB // 2), "host", "warn", "0.5 GiB", "--shm-size"),
     "full /dev/shm": (host(CPU, shm_free=0), "host", "warn", "0.0 GiB of 16.0 GiB free", "dead processes"),
     "few open files": (host(CPU, open_files=1024), "host", "warn", "1024 files", "ulimit -n"),

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from dcpo_megatron.rollout.serving.gpus import gpus_of
 
 from dcpo_megatron.cli.serve import main
 from dcpo_megatron.rollout.serving import ServerPlan, ServingError, start_servers
 from dcpo_megatron.rollout.serving.command import MODULE, command_line, environment
-from dcpo_megatron.rollout.serving.gpus import gpus_of
 
 PYTHON = (sys.executable,)
 
