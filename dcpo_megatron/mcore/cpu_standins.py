@@ -117,6 +117,10 @@ def _from_each(collective, part: torch.Tensor, rank: int, group) -> None:
         part.copy_(whole)
 
 
+def _no_gpu(device=None):
+    raise RuntimeError("there is no GPU on the CPU platform")
+
+
 def install() -> None:
     """Redirects CUDA requests of this process to the CPU; from then on there is no GPU for it. Calling it again does nothing.
 
@@ -168,6 +172,7 @@ def install() -> None:
     # On a host with a GPU too: torch.compile, for one, asks the driver about every device that there is, in code that never leaves the CPU.
     cuda.is_available = lambda: False
     cuda.device_count = lambda: 0
+    cuda.get_device_properties = _no_gpu
     cuda.current_device = lambda: torch.device("cpu")
     cuda.set_device = lambda device: None
     cuda.synchronize = lambda device=None: None
