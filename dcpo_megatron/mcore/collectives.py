@@ -23,6 +23,12 @@ def make_host_group(timeout: datetime.timedelta) -> None:
         _companion = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=timeout))
 
 
+def forget_host_group() -> None:
+    """When the groups are destroyed: what is held here would keep its threads and sockets."""
+    global _companion
+    _companion = None
+
+
 def host_group() -> dist.ProcessGroup:
     """All ranks, for tensors on the host: the companion where there is one, otherwise the default group."""
     world = dist.group.WORLD

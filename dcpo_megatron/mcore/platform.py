@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from dcpo_megatron.mcore.collectives import make_host_group
+from dcpo_megatron.mcore.collectives import forget_host_group, make_host_group
 
 
 @dataclass(frozen=True)
@@ -115,4 +115,5 @@ def stop() -> None:
         from megatron.core import parallel_state
 
         parallel_state.destroy_model_parallel()
+        forget_host_group()
         dist.destroy_process_group()

@@ -70,19 +70,17 @@ def make_engine(
 
 def _server_engine(run_: CheckedRun, policy, gatherer, prompts: PromptSet, announce, tick) -> ServerEngine:
     config, device, rank = run_.config, run_.platform.device, dist.get_rank()
-    colocated = config.publish.colocated
     try:
         key = read_api_key(config.servers.api_key_file)
     except ValueError as error:
         raise ConfigError(f"servers.api_key_file: {error}") from None
     addresses = _addresses(config, key, announce, tick)
-    shares = colocated or config.publish.mode == "ipc"
-    for note in check_servers_gpus(addresses, gpu_of(run_.platform), shares):
+    for note in check_servers_gpus(addresses, gpu_of(run_.platform), shared=config.publish.mode == "ipc"):
         announce(note)
     servers = [Server(url, api_key=key, timeout=config.publish.timeout_seconds) for url in addresses]
     # A run that is started again has the same version numbers, and not always the same weights.
     (run_id, *_) = all_gather_on_host(f"dcpo-{secrets.token_hex(6)}".encode())
-    shared = SharedGpu(policy) if colocated else None
+    shared = SharedGpu(policy) if config.publish.colocated else None
     fleet = Fleet(servers, run_id.decode())
     client = ServerClient(
         fleet,

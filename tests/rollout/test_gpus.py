@@ -125,6 +125,19 @@ def test_the_servers_of_the_readme_are_on_gpus_4_to_7_and_say_so(demo_start, tmp
         assert start["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] == "true"
 
 
+def test_the_ranks_of_the_readme_are_on_gpus_0_to_3(tmp_path):
+    rank = tmp_path / "rank.py"
+    rank.write_text(
+        "import os, pathlib\nfrom dcpo_megatron.gpus import visible_gpus\nnumber = int(os.environ['LOCAL_RANK'])\n"
+        f"pathlib.Path({str(tmp_path)!r}, f'gpu-{{number}}').write_text(visible_gpus()[number].uuid)\n"
+    )
+    launch = f"import sys; from dcpo_megatron.cli.launch import run_ranks; sys.exit(run_ranks(4, [{str(rank)!r}]))"
+    done = on_eight_gpus(sys.executable, "-c", launch, CUDA_VISIBLE_DEVICES="0,1,2,3")
+    said, _ = done.communicate(timeout=60)
+    assert done.returncode == 0, said
+    assert [(tmp_path / f"gpu-{number}").read_text() for number in range(4)] == UUIDS[:4]
+
+
 @pytest.mark.parametrize(("visible", "ranks"), [("0,1,2,3", 4), (None, 8), ("", 1)])
 def test_the_start_script_takes_as_many_ranks_as_gpus_are_visible(tmp_path, visible, ranks):
     # An interpreter that counts as the real one does, and starts nothing; nvidia-smi shows all eight, whatever the variable says.

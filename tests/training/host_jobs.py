@@ -6,13 +6,13 @@ import torch
 import torch.distributed as dist
 
 
-def servers_gpus(servers: dict, ranks: list, colocated: bool):
+def servers_gpus(servers: dict, ranks: list, shared: bool):
     """What the check says on this rank: notes, or the refusal's sentences."""
     from dcpo_megatron.training.config import ConfigError
     from dcpo_megatron.training.shared_gpus import check_servers_gpus
 
     try:
-        return check_servers_gpus(servers, ranks[dist.get_rank()], colocated)
+        return check_servers_gpus(servers, ranks[dist.get_rank()], shared)
     except ConfigError as error:
         return str(error)
 

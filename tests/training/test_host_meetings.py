@@ -33,8 +33,8 @@ def test_a_batch_is_the_same_where_the_default_group_carries_nothing_from_rank_t
         assert "differ by 0.3 nats" in message
 
 
-def check(pool, servers: dict, ranks: list, colocated: bool = False):
-    first, second = pool.run("tests.training.host_jobs:servers_gpus", 2, servers, ranks, colocated)
+def check(pool, servers: dict, ranks: list, shared: bool = False):
+    first, second = pool.run("tests.training.host_jobs:servers_gpus", 2, servers, ranks, shared)
     assert first == second
     return first
 
@@ -46,14 +46,14 @@ def test_a_server_on_a_ranks_gpu_is_refused_on_every_rank_with_both_names(pool):
 
 
 def test_colocated_servers_on_other_gpus_are_refused(pool):
-    said = check(pool, {HERE: [uuid(1), uuid(2)], THERE: [uuid(0)]}, RANKS, colocated=True)
-    assert said.startswith(f"publish.colocated=true, but {HERE} has GPUs that no rank has ({uuid(2)})")
+    said = check(pool, {HERE: [uuid(1), uuid(2)], THERE: [uuid(0)]}, RANKS, shared=True)
+    assert f"{HERE} has GPUs that no rank has ({uuid(2)})" in said and "publish.mode=distributed" in said
     assert "\n" not in said
 
 
 def test_gpus_of_their_own_and_shared_ones_on_purpose_are_as_they_should_be(pool):
     assert check(pool, {HERE: [uuid(4), uuid(5)], THERE: [uuid(6)]}, RANKS) == []
-    assert check(pool, {HERE: [uuid(0)], THERE: [uuid(1)]}, RANKS, colocated=True) == []
+    assert check(pool, {HERE: [uuid(0)], THERE: [uuid(1)]}, RANKS, shared=True) == []
 
 
 def test_a_server_beside_the_ranks_whose_gpus_nobody_told_is_named_and_one_elsewhere_is_not(pool):
