@@ -15,8 +15,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from dcpo_megatron.mcore.collectives import forget_host_group, make_host_group
-
 
 @dataclass(frozen=True)
 class Platform:
@@ -106,6 +104,8 @@ def start(platform: Platform, timeout_seconds: float = 600.0) -> None:
     else:
         store = dist.HashStore()
         dist.init_process_group(platform.backend, store=store, rank=0, world_size=1, timeout=timeout)
+    from dcpo_megatron.mcore.collectives import make_host_group
+
     make_host_group(timeout)
 
 
@@ -113,6 +113,8 @@ def stop() -> None:
     """Destroys the process groups, so that a finished rank leaves no thread behind."""
     if dist.is_initialized():
         from megatron.core import parallel_state
+
+        from dcpo_megatron.mcore.collectives import forget_host_group
 
         parallel_state.destroy_model_parallel()
         forget_host_group()
