@@ -90,6 +90,9 @@ import torch
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 2  # as torch tells it where there are two
 from dcpo_megatron.mcore.platform import prepare, select_platform
 
+built_for, torch.version.cuda = torch.version.cuda, "13.0"
+assert select_platform().name == "cuda"  # seen, as long as nobody has asked for the CPU
+torch.version.cuda = built_for
 prepare(select_platform("cpu"))
 assert not torch.cuda.is_available() and torch.cuda.device_count() == 0
 router = torch.compile(lambda scores, bias: scores if bias is None else scores + bias)  # as a mixture's router does it
