@@ -9,7 +9,7 @@
 # This file is bash and Python at once: to bash, what follows is a script and the Python below a here-document; to
 # Python (torchrun hands it the file) the script is a string.
 #
-# Started by bash it takes from the environment: NPROC_PER_NODE (default: the GPUs of this host, or 1), and for several nodes NNODES, NODE_RANK,
+# Started by bash it takes from the environment: NPROC_PER_NODE (default: the visible GPUs of this host, or 1), and for several nodes NNODES, NODE_RANK,
 # MASTER_ADDR, MASTER_PORT; PYTHON names the interpreter (default: the project's .venv, else python3).
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -18,11 +18,9 @@ if [ -z "${PYTHON:-}" ]; then
   [ -x "$here/../.venv/bin/python" ] && [ -z "${VIRTUAL_ENV:-}" ] && PYTHON="$here/../.venv/bin/python"
 fi
 if [ -z "${NPROC_PER_NODE:-}" ]; then
-  NPROC_PER_NODE=1
-  if command -v nvidia-smi >/dev/null 2>&1; then
-    gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l)"
-    [ "$gpus" -gt 0 ] && NPROC_PER_NODE="$gpus"
-  fi
+  # Those that CUDA_VISIBLE_DEVICES leaves: servers may have the others.
+  NPROC_PER_NODE="$(PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m dcpo_megatron.gpus)"
+  [ "$NPROC_PER_NODE" -gt 0 ] || NPROC_PER_NODE=1
 fi
 if [ "${NNODES:-1}" = 1 ]; then
   exec "$PYTHON" "$here/pretrain_dcpo.sh" --ranks "$NPROC_PER_NODE" "$@"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from dcpo_megatron.cli.doctor_facts import CudaView, Driver, Facts, Gpu, Problem, TorchBuild
 from dcpo_megatron.cli.doctor_probes import REQUIRED
+from dcpo_megatron.gpus import select
 
 OLDEST_PYTHON = (3, 11)
 OLDEST_TORCH = (2, 6)
@@ -120,7 +121,11 @@ def check_optional(facts: Facts) -> list[Finding]:
     packages = facts.packages
     findings = [_check_transformer_engine(facts), _check_apex(facts)]
     for name in ("triton", "flash-attn"):
-        if name in packages:
+        if name == "triton" and name in packages and _on_gpu(facts) and facts.host.triton_lacks:
+            what = f"{_named(name, packages[name])}: {facts.host.triton_lacks}; model.head=auto takes plain PyTorch"
+            fix = "install gcc and Python's headers, on every node (Debian: apt install gcc python3-dev)"
+            findings.append(Finding("optional", "warn", what, fix))
+        elif name in packages:
             findings.append(Finding("optional", "ok", _named(name, packages[name])))
         else:
             findings.append(Finding("optional", "info", f"{name} is not installed (of use on GPUs only)"))
@@ -257,7 +262,7 @@ def _check_agreement(facts: Facts, driver: Driver, cuda: CudaView) -> list[Findi
         fix = f"nvidia-smi must list them; after an update of the driver, reboot; {GIVE_GPUS}"
         return [Finding("gpu", "fail", what, fix)]
     findings = []
-    expected = len(driver.gpus) if visible is None else len(visible.split(","))
+    expected = len(driver.gpus) if visible is None else len(select(visible, None))
     if cuda.count != expected and not any(gpu.mig for gpu in driver.gpus):
         whose = "the driver sees" if visible is None else f"CUDA_VISIBLE_DEVICES={visible} names"
         what = f"{whose} {counted(expected, 'GPU')}, torch sees {cuda.count}"
@@ -305,11 +310,12 @@ def check_distributed(facts: Facts) -> list[Finding]:
     if isinstance(torch, Problem):
         return []
     findings: list[Finding | None] = []
-    needed = "nccl" if _on_gpu(facts) else "gloo"
-    if needed in torch.backends:
+    needed = ["gloo", "nccl"] if _on_gpu(facts) else ["gloo"]
+    missing = [name for name in needed if name not in torch.backends]
+    if not missing:
         findings.append(Finding("distributed", "ok", f"backends: {', '.join(torch.backends)}"))
     else:
-        what = f"torch {torch.version} was built without {needed} (it has {', '.join(torch.backends) or 'no backend'})"
+        what = f"torch {torch.version} was built without {' and '.join(missing)} (it has {', '.join(torch.backends) or 'no backend'})"
         findings.append(Finding("distributed", "fail", what, REINSTALL_TORCH))
     if isinstance(facts.store, Problem):
         fix = "allow TCP connections on 127.0.0.1: see the firewall, the sandbox, and `ip addr show lo`"
@@ -319,8 +325,8 @@ def check_distributed(facts: Facts) -> list[Finding]:
         findings.append(Finding("distributed", "ok", what))
     if "gloo" in torch.backends and isinstance(facts.gloo, Problem):
         fix = "let the host name resolve (in /etc/hosts: 127.0.1.1 and the name), or export GLOO_SOCKET_IFNAME=lo"
-        status = "fail" if needed == "gloo" else "warn"
-        findings.append(_unanswered("distributed", status, "a gloo group of one", facts.gloo, fix))
+        # Also on GPUs: what ranks tell each other on the host goes through gloo.
+        findings.append(_unanswered("distributed", "fail", "a gloo group of one", facts.gloo, fix))
     elif "gloo" in torch.backends:
         findings.append(Finding("distributed", "ok", "a gloo group of one works"))
     return [finding for finding in findings if finding is not None]

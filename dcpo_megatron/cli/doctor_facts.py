@@ -72,7 +72,7 @@ class Apex:
 
 @dataclass(frozen=True)
 class Host:
-    """The operating system's side; sizes in bytes, None where it does not tell. ``environment``: what is set."""
+    """The operating system's side; sizes in bytes, None where it does not tell. ``environment``: what is set. ``triton_lacks``: what its kernels cannot be built without."""
 
     python: tuple[int, int, int]
     cores: float
@@ -82,6 +82,7 @@ class Host:
     folder: str
     disk_free: int | None
     environment: dict[str, str]
+    triton_lacks: str | None = None
 
 
 @dataclass(frozen=True)

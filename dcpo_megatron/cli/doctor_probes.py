@@ -26,6 +26,7 @@ from typing import Any
 
 from dcpo_megatron.cli.doctor_facts import Apex, CudaView, Driver, Facts, Gpu, Host, Problem, TorchBuild
 from dcpo_megatron.cli.doctor_stages import STAGES
+from dcpo_megatron.mcore.head_blocks import missing_to_build
 
 # Distribution -> the module that it installs.
 REQUIRED = {
@@ -124,6 +125,7 @@ def look_at_host() -> Host:
         folder=folder,
         disk_free=_space(folder)[1] if folder else None,
         environment={name: os.environ[name] for name in VARIABLES if name in os.environ},
+        triton_lacks=missing_to_build(),
     )
 
 

@@ -37,6 +37,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
     result.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs of one server (default: %(default)s)")
     result.add_argument(
+        "--gpus",
+        metavar="LIST",
+        help="which GPUs the servers share out: 4-7, or 4,5,6,7 (numbers among the visible ones), or uuids (default: from 0 on)",
+    )
+    result.add_argument(
         "--colocated", action="store_true", help="the trainer shares the GPUs: their memory can be released"
     )
     result.add_argument("--host", default="127.0.0.1", help="interface (default: %(default)s); another one needs a key")
@@ -102,6 +107,7 @@ def _serve(args: argparse.Namespace, passed_on: list[str]) -> int:
             command=[args.python] if args.python else shlex.split(args.command or ""),
             device=args.device,
             tp=args.tp,
+            gpus=args.gpus,
             colocated=args.colocated,
             host=args.host,
             port=args.port,

@@ -1,9 +1,49 @@
-"""Small collectives that torch.distributed offers with pickle only, done with plain bytes."""
+"""What ranks tell each other on the host: through a gloo group, also where the default group is nccl's.
+
+A collective of nccl spins on the GPU until the slowest rank has come. Where servers sample on that GPU it takes their time, and what ranks meet about between
+two steps (counts, sentences, bytes) is on the host anyway. On a CPU the default group is this group.
+"""
 
 from __future__ import annotations
 
+import datetime
+
 import torch
 import torch.distributed as dist
+
+CPU = torch.device("cpu")
+# (default group, its gloo companion): a new default group gets a new one.
+_companion: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+
+
+def make_host_group(timeout: datetime.timedelta) -> None:
+    """Makes the gloo companion of the default group, where that is not gloo's own and has none. Collective over all ranks."""
+    global _companion
+    if dist.get_backend() != "gloo" and host_group() is dist.group.WORLD:
+        _companion = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=timeout))
+
+
+def forget_host_group() -> None:
+    """When the groups are destroyed: what is held here would keep its threads and sockets."""
+    global _companion
+    _companion = None
+
+
+def host_group() -> dist.ProcessGroup:
+    """All ranks, for tensors on the host: the companion where there is one, otherwise the default group."""
+    world = dist.group.WORLD
+    return _companion[1] if _companion is not None and _companion[0] is world else world
+
+
+def all_reduce_on_host(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    """``values`` (on the host) reduced over all ranks, in place; returned too."""
+    dist.all_reduce(values, op=op, group=host_group())
+    return values
+
+
+def all_gather_on_host(payload: bytes) -> list[bytes]:
+    """Every rank's bytes, in rank order."""
+    return all_gather_bytes(payload, host_group(), CPU)
 
 
 def all_gather_bytes(payload: bytes, group: dist.ProcessGroup, device: torch.device) -> list[bytes]:

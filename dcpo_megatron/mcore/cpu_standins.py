@@ -117,8 +117,12 @@ def _from_each(collective, part: torch.Tensor, rank: int, group) -> None:
         part.copy_(whole)
 
 
+def _no_gpu(device=None):
+    raise RuntimeError("there is no GPU on the CPU platform")
+
+
 def install() -> None:
-    """Redirects CUDA requests of this process to the CPU. Calling it again does nothing.
+    """Redirects CUDA requests of this process to the CPU; from then on there is no GPU for it. Calling it again does nothing.
 
     Raises:
         RuntimeError: a CUDA device is in use already; redirecting it would silently move work off the GPU.
@@ -165,6 +169,10 @@ def install() -> None:
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
 
     cuda = torch.cuda
+    # On a host with a GPU too: torch.compile, for one, asks the driver about every device that there is, in code that never leaves the CPU.
+    cuda.is_available = lambda: False
+    cuda.device_count = lambda: 0
+    cuda.get_device_properties = _no_gpu
     cuda.current_device = lambda: torch.device("cpu")
     cuda.set_device = lambda device: None
     cuda.synchronize = lambda device=None: None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import sysconfig
+from pathlib import Path
 from types import ModuleType
 
 HEADS = ("auto", "torch", "triton")
@@ -13,13 +16,30 @@ def missing_for_triton(device_type: str) -> str | None:
     """Why Triton kernels cannot run on this kind of device; None where they can (on a CPU only in Triton's interpreter)."""
     if importlib.util.find_spec("triton") is None:
         return "triton does not import"
-    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "there is no GPU"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return missing_to_build() if device_type == "cuda" else "there is no GPU"
+
+
+def missing_to_build() -> str | None:
+    """What Triton lacks to build what starts its kernels, at the first one: a C compiler (``CC``, else gcc or clang) or Python's headers; None where it has both."""
+    compiler = os.environ.get("CC")
+    if compiler is not None and shutil.which(compiler) is None:
+        return f"Triton needs a C compiler, and CC={compiler} is none"
+    if compiler is None and not (shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler, and there is neither gcc nor clang (Debian: apt install gcc)"
+    # Where Triton looks: not at Debian's own scheme, which names another folder.
+    scheme = sysconfig.get_default_scheme()
+    headers = Path(sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"])
+    if not (headers / "Python.h").is_file():
+        return (
+            f"Triton needs Python's headers, and there is no {headers / 'Python.h'} (Debian: apt install python3-dev)"
+        )
     return None
 
 
 def head_blocks(head: str, device_type: str) -> ModuleType:
-    """The module that works on blocks of logits: ``auto`` takes Triton's on a GPU where Triton imports, plain PyTorch's elsewhere.
+    """The module that works on blocks of logits: ``auto`` takes Triton's on a GPU where Triton works, plain PyTorch's elsewhere.
 
     Raises:
         ValueError: an unknown name, or ``triton`` where it cannot be had, with the reason.

@@ -93,17 +93,20 @@ def has_transformer_engine() -> bool:
 def start(platform: Platform, timeout_seconds: float = 600.0) -> None:
     """Makes the default process group from torchrun's environment (or of one rank alone where there is none).
 
-    Every later collective raises after ``timeout_seconds`` instead of waiting for ever.
+    Beside nccl's it makes a gloo group of all ranks (:mod:`dcpo_megatron.mcore.collectives`). Every later collective raises after ``timeout_seconds`` instead of waiting for ever.
     """
     prepare(platform)
-    if dist.is_initialized():
-        return
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if dist.is_initialized():
+        pass
+    elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(platform.backend, timeout=timeout)
     else:
         store = dist.HashStore()
         dist.init_process_group(platform.backend, store=store, rank=0, world_size=1, timeout=timeout)
+    from dcpo_megatron.mcore.collectives import make_host_group
+
+    make_host_group(timeout)
 
 
 def stop() -> None:
@@ -111,5 +114,8 @@ def stop() -> None:
     if dist.is_initialized():
         from megatron.core import parallel_state
 
+        from dcpo_megatron.mcore.collectives import forget_host_group
+
         parallel_state.destroy_model_parallel()
+        forget_host_group()
         dist.destroy_process_group()

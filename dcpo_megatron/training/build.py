@@ -12,6 +12,7 @@ from dcpo_megatron.advantages import RewardHistory
 from dcpo_megatron.data import DataError, PromptOptions, PromptSampler, load_prompts
 from dcpo_megatron.data.packing import PackingOptions
 from dcpo_megatron.mcore import platform as platforms
+from dcpo_megatron.mcore.head_blocks import missing_for_triton
 from dcpo_megatron.mcore.layout import alignment, make_groups, rank_position, sequence_alignment
 from dcpo_megatron.mcore.model import ModelOptions, OptimizerOptions
 from dcpo_megatron.mcore.step import PolicyModel
@@ -73,7 +74,7 @@ def build_trainer(run_: CheckedRun) -> Trainer:
     watchdog.start()
     make_groups(run_.layout, timeout_minutes=math.ceil(timeout / 60))
     position = rank_position()
-    found = find_checkpoint(folder, run_.platform.device)
+    found = find_checkpoint(folder)
     if found.state is not None and found.state.data != data_fingerprint(prompts):
         raise ConfigError(
             f"output={folder} holds a run on other prompts than data.files now gives: bring the run's own data, or give another output"
@@ -143,7 +144,6 @@ def build_trainer(run_: CheckedRun) -> Trainer:
         group_size=config.rollout.group_size,
         correct_at=config.reward.correct_at,
         seed=config.training.seed,
-        device=run_.platform.device,
         timeline=timeline,
         whole_prompts=config.rollout.engine == "sglang",
     )
@@ -152,7 +152,6 @@ def build_trainer(run_: CheckedRun) -> Trainer:
         run_.hf_folder,
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
-        device=run_.platform.device,
         timeout=config.checkpoint.timeout_seconds,
     )
     packing = PackingOptions(
@@ -170,6 +169,8 @@ def build_trainer(run_: CheckedRun) -> Trainer:
             None if found.state is None else step,
         ),
     )  # fmt: skip
+    if config.model.head == "auto" and not run_.platform.is_cpu and (missing := missing_for_triton("cuda")):
+        sinks.announce(f"model.head=auto takes plain PyTorch: {missing}")
     for note in found.notes:
         sinks.announce(note)
     if found.path is not None:

@@ -140,6 +140,11 @@ def _server_problems(config: Config) -> list[str]:
             found.append(
                 "rollout.max_staleness=1 samples beside training, which the embedded engine cannot: set rollout.engine=sglang, or rollout.max_staleness=0"
             )
+        if publish.colocated:
+            found.append(
+                "publish.colocated=true frees the memory of servers on the ranks' GPUs, and rollout.engine=embedded has no servers: "
+                "set rollout.engine=sglang publish.mode=ipc, or publish.colocated=false"
+            )
         if servers.urls or servers.file:
             found.append("servers are given, but rollout.engine=embedded does not use them: set rollout.engine=sglang")
         return found

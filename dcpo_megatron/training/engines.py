@@ -8,11 +8,10 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from dcpo_megatron.data import PromptSet
-from dcpo_megatron.mcore.collectives import all_gather_bytes
+from dcpo_megatron.mcore.collectives import all_gather_on_host
 from dcpo_megatron.mcore.model import DTYPES
 from dcpo_megatron.mcore.step import PolicyModel
 from dcpo_megatron.rollout import EmbeddedEngine, RolloutEngine, RolloutError
@@ -26,6 +25,7 @@ from dcpo_megatron.training.heartbeat import health_folder
 from dcpo_megatron.training.probe import TrainingProbe
 from dcpo_megatron.training.server_engine import ServerEngine, wait_together
 from dcpo_megatron.training.server_health import ServerHealth
+from dcpo_megatron.training.shared_gpus import SharedGpu, check_servers_gpus, gpu_of
 from dcpo_megatron.weights.publish import PublishOptions, WeightPublisher, nccl
 from dcpo_megatron.weights.transfer import WeightGatherer
 
@@ -74,12 +74,13 @@ def _server_engine(run_: CheckedRun, policy, gatherer, prompts: PromptSet, annou
         key = read_api_key(config.servers.api_key_file)
     except ValueError as error:
         raise ConfigError(f"servers.api_key_file: {error}") from None
-    servers = [
-        Server(url, api_key=key, timeout=config.publish.timeout_seconds)
-        for url in _addresses(config, key, device, announce, tick)
-    ]
+    addresses = _addresses(config, key, announce, tick)
+    for note in check_servers_gpus(addresses, gpu_of(run_.platform), shared=config.publish.mode == "ipc"):
+        announce(note)
+    servers = [Server(url, api_key=key, timeout=config.publish.timeout_seconds) for url in addresses]
     # A run that is started again has the same version numbers, and not always the same weights.
-    (run_id, *_) = all_gather_bytes(f"dcpo-{secrets.token_hex(6)}".encode(), dist.group.WORLD, device)
+    (run_id, *_) = all_gather_on_host(f"dcpo-{secrets.token_hex(6)}".encode())
+    shared = SharedGpu(policy) if config.publish.colocated else None
     fleet = Fleet(servers, run_id.decode())
     client = ServerClient(
         fleet,
@@ -93,6 +94,7 @@ def _server_engine(run_: CheckedRun, policy, gatherer, prompts: PromptSet, annou
         publish_options(config, run_.platform.is_cpu),
         device=device,
         probe=TrainingProbe(policy, prompts.prompts) if config.publish.verify else None,
+        **({"make_room": shared.make_room} if shared else {}),
     )
     health = ServerHealth(health_folder(Path(config.output)), fleet) if rank == 0 else None
     return ServerEngine(
@@ -100,11 +102,11 @@ def _server_engine(run_: CheckedRun, policy, gatherer, prompts: PromptSet, annou
         publisher,
         fleet,
         gatherer,
-        device=device,
         start_timeout=config.servers.start_timeout_seconds,
         announce=announce,
         tick=tick,
         health=health,
+        shared=shared,
     )
 
 
@@ -133,48 +135,53 @@ def publish_options(config: Config, is_cpu: bool) -> PublishOptions:
     )
 
 
-def listed_servers(file: Path) -> list[str]:
-    """The addresses in a file of ``dcpo serve`` (a JSON list), or in all ``*.json`` of a folder, in the order of their names; [] while there are none."""
-    found: list[str] = []
+def listed_servers(file: Path) -> dict[str, list[str] | None]:
+    """The servers in a file of ``dcpo serve`` (a JSON list), or in all ``*.json`` of a folder, in the order of their names; none while there are none.
+
+    An entry is an address, or ``{"url": address, "gpus": [uuid, ...]}``: address -> uuids of its GPUs, None where the file does not tell.
+    """
+    found: dict[str, list[str] | None] = {}
     for part in sorted(file.glob("*.json")) if file.is_dir() else [file]:
         try:
-            urls = json.loads(part.read_text(encoding="utf-8"))
+            entries = json.loads(part.read_text(encoding="utf-8"))
+            for entry in entries if isinstance(entries, list) else [None]:
+                url, gpus = (entry, None) if isinstance(entry, str) else (entry["url"], list(entry["gpus"]))
+                found.setdefault(url, gpus)
         except FileNotFoundError:
             continue
-        except ValueError:
-            urls = None
-        if not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):
+        except (ValueError, TypeError, KeyError):
             raise ConfigError(
                 f"servers.file: {part} is not a JSON list of addresses: give the file that `dcpo serve` writes"
-            )
-        found += [url for url in urls if url not in found]
+            ) from None
     return found
 
 
-def _addresses(config: Config, key: str | None, device: torch.device, announce, tick) -> list[str]:
-    """The servers of the run, the same on every rank, as soon as enough of them answer."""
+def _addresses(config: Config, key: str | None, announce, tick) -> dict[str, list[str] | None]:
+    """The servers of the run, the same on every rank, as soon as enough of them answer: address -> uuids of its GPUs where they are known."""
     servers = config.servers
     wanted = servers.count or servers.min_healthy if servers.file else len(servers.urls)
     seconds = servers.start_timeout_seconds
     seen: dict[str, bool] = {}
+    listed: dict[str, list[str] | None] = {}
 
     def look() -> str | None:
         try:
-            urls = list(servers.urls) or listed_servers(Path(servers.file))
+            now = dict.fromkeys(servers.urls) if servers.urls else listed_servers(Path(servers.file))
         except ConfigError as error:
             return f"!{error}"
-        for url in urls:
+        listed.clear()
+        listed.update(now)
+        for url in listed:
             if not seen.get(url):
                 with contextlib.closing(Server(url, api_key=key)) as server:
                     seen[url] = server.alive(timeout=2.0)
-        return json.dumps(urls) if len(urls) >= wanted and all(seen[url] for url in urls) else None
+        return json.dumps(listed) if len(listed) >= wanted and all(seen[url] for url in listed) else None
 
     announce(f"waiting for {wanted} rollout servers, at most {seconds:.0f} s")
-    found = wait_together(look, seconds, device, tick)
+    found = wait_together(look, seconds, tick)
     if found is None:
         # Those that answer will do, where they are enough.
-        found = wait_together(lambda: json.dumps([[url, seen[url]] for url in seen]), 1.0, device)
-        answers = dict(json.loads(found))
+        answers, listed = json.loads(wait_together(lambda: json.dumps([seen, listed]), 1.0))
         if sum(answers.values()) < servers.min_healthy:
             silent = [url for url, answered in answers.items() if not answered]
             what = f"{', '.join(silent)} did not answer" if silent else f"{servers.file} lists {len(answers)} servers"
@@ -183,7 +190,7 @@ def _addresses(config: Config, key: str | None, device: torch.device, announce, 
                 "or correct servers.urls or servers.file"
             )
         announce(f"going on with {sum(answers.values())} of {max(wanted, len(answers))} rollout servers")
-        return list(answers)
+        return {url: listed.get(url) for url in answers}
     if found.startswith("!"):
         raise ConfigError(found[1:])
     return json.loads(found)

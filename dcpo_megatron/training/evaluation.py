@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from dcpo_megatron.data import Prompt
+from dcpo_megatron.mcore.collectives import all_reduce_on_host
 from dcpo_megatron.rewards import Rewarder
 from dcpo_megatron.rollout import GenerateRequest, RolloutEngine, SamplingParams
 from dcpo_megatron.training.rollout_phase import share, stream_seed
@@ -25,7 +26,6 @@ def evaluate(
     stop_token_ids: tuple[int, ...],
     correct_at: float,
     seed: int,
-    device: torch.device,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """``greedy``: share of prompts answered right at temperature 0; ``accuracy``: right answers over ``samples`` samples a prompt at ``temperature``;
@@ -50,9 +50,7 @@ def evaluate(
             counts[2] += sum(len(generation.token_ids) for generation in generations)
     counts[3] = sum(rewarder.failures.values())
     rewarder.failures.clear()
-    counts = counts.to(device)
-    dist.all_reduce(counts)
-    right_greedy, right, tokens, failures = counts.tolist()
+    right_greedy, right, tokens, failures = all_reduce_on_host(counts).tolist()
     total = len(prompts) * samples
     return {
         "greedy": right_greedy / len(prompts),

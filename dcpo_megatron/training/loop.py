@@ -20,6 +20,7 @@ from dcpo_megatron.advantages.history_file import load_history, save_history_sta
 from dcpo_megatron.data import PromptSampler, PromptSet, Response
 from dcpo_megatron.data.packing import PackingOptions
 from dcpo_megatron.mcore import platform as platforms
+from dcpo_megatron.mcore.collectives import host_group
 from dcpo_megatron.mcore.random_state import random_state, set_random_state
 from dcpo_megatron.mcore.step import PolicyModel
 from dcpo_megatron.mcore.training_state import take_snapshot
@@ -290,7 +291,6 @@ class Trainer:
             version=self.engine.version,
             limit=limit,
             counts_here=self.policy.position.owns_loss,
-            device=self.run_.platform.device,
         )
 
     def _rollout_metrics(self, rollout: RolloutResult, version: int) -> dict[str, float]:
@@ -347,7 +347,6 @@ class Trainer:
             stop_token_ids=self.phase.sampling.stop_token_ids,
             correct_at=config.reward.correct_at,
             seed=config.training.seed,
-            device=self.run_.platform.device,
             progress=self.watchdog.progress,
         )
         self.evaluations[step] = result
@@ -361,7 +360,7 @@ class Trainer:
             write_hf_folder(self.folder / name, tensors, self.run_.hf_folder)
         for _ in tensors:
             pass
-        dist.barrier()
+        dist.barrier(group=host_group())
 
     def _finish(self, train_seconds: float) -> dict:
         config, steps = self.run_.config, self.history_of_metrics

@@ -13,10 +13,10 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.distributed as dist
 
 from dcpo_megatron.data import Response
 from dcpo_megatron.mcore.batch import Sequence as TrainingSequence
+from dcpo_megatron.mcore.collectives import all_reduce_on_host
 
 
 class MismatchError(RuntimeError):
@@ -40,7 +40,6 @@ def check_mismatch(
     version: int,
     limit: float,
     counts_here: bool,
-    device: torch.device,
 ) -> None:
     """Compares old with rollout log-probs of the step, before its first update. Collective over all ranks.
 
@@ -66,9 +65,7 @@ def check_mismatch(
             for place, part in ((0, slice(old, None)), (2, slice(0, old))):
                 sums[place] += difference[part][held[part]].sum()
                 sums[place + 1] += held[part].sum()
-    sums = sums.to(device)
-    dist.all_reduce(sums)
-    fresh, fresh_count, aged, aged_count = sums.tolist()
+    fresh, fresh_count, aged, aged_count = all_reduce_on_host(sums).tolist()
     mean, count, which = (
         (fresh / fresh_count, fresh_count, "sampled under the weights of now")
         if fresh_count

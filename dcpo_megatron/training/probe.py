@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from dcpo_megatron.data import Prompt
 from dcpo_megatron.mcore.batch import Sequence as TrainingSequence
+from dcpo_megatron.mcore.collectives import all_reduce_on_host
 from dcpo_megatron.mcore.step import PolicyModel
 
 PROBES, PROBE_TOKENS = 4, 64
@@ -55,6 +55,4 @@ class TrainingProbe:
         if position.owns_loss and position.data_rank == 0:
             # With context parallelism each rank has its places, and NaN at the others.
             values = torch.cat([found[number].double() for number in range(len(ids))]).nan_to_num(0.0)
-        values = values.to(policy.platform.device)
-        dist.all_reduce(values)
-        return [part.tolist() for part in values.split(lengths)]
+        return [part.tolist() for part in all_reduce_on_host(values).split(lengths)]

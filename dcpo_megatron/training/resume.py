@@ -16,7 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dcpo_megatron.data import PromptSet
-from dcpo_megatron.mcore.collectives import all_gather_bytes
+from dcpo_megatron.mcore.collectives import all_gather_on_host
 from dcpo_megatron.training import checkpoint_folder as folders
 from dcpo_megatron.training.config import Config, ConfigError
 
@@ -156,7 +156,7 @@ class Found:
     notes: list[str]
 
 
-def find_checkpoint(folder: Path, device) -> Found:
+def find_checkpoint(folder: Path) -> Found:
     """The newest whole checkpoint of a run. Collective: ranks share the work of summing up its files."""
     root, notes = folder / "checkpoints", []
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -165,7 +165,7 @@ def find_checkpoint(folder: Path, device) -> Found:
         if rank == 0:
             folders.remove_leftovers(root)
             step = max(folders.complete_steps(root), default=None)
-        (answer, *_) = all_gather_bytes(json.dumps(step).encode(), dist.group.WORLD, device)
+        (answer, *_) = all_gather_on_host(json.dumps(step).encode())
         step = json.loads(answer)
         if step is None:
             return Found(None, None, notes)
@@ -178,7 +178,7 @@ def find_checkpoint(folder: Path, device) -> Found:
                 state = RunState.from_json((path / RUN_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             problem = str(error)
-        problems = all_gather_bytes((problem or "").encode(), dist.group.WORLD, device)
+        problems = all_gather_on_host((problem or "").encode())
         problem = next((text.decode() for text in problems if text), None)
         if problem is None:
             return Found(path, state, notes)

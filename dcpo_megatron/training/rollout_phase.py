@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from dcpo_megatron.advantages import RewardHistory, group_advantages, keep_mixed_groups
 from dcpo_megatron.data import Prompt, Response, decode_responses, encode_responses
-from dcpo_megatron.mcore.collectives import all_gather_bytes
+from dcpo_megatron.mcore.collectives import CPU, all_gather_bytes, host_group
 from dcpo_megatron.objectives import Objective, soft_overlong_penalty
 from dcpo_megatron.rewards import Rewarder
 from dcpo_megatron.rollout import GenerateRequest, Generation, RolloutEngine, SamplingParams
@@ -38,7 +38,7 @@ class RolloutResult:
 
 @dataclass
 class RolloutPhase:
-    """Samples and judges. ``group`` is the group of all ranks that sample; ``device`` carries its messages; ``timeline`` gets the spans rollout, reward,
+    """Samples and judges. ``group`` is the group of all ranks that sample, for messages on the host (None: all ranks); ``timeline`` gets the spans rollout, reward,
     rollout_wait and advantage."""
 
     engine: RolloutEngine
@@ -50,7 +50,6 @@ class RolloutPhase:
     group_size: int
     correct_at: float
     seed: int
-    device: torch.device
     group: dist.ProcessGroup | None = None
     timeline: Timeline = field(default_factory=Timeline)
     whole_prompts: bool = (
@@ -113,7 +112,7 @@ class RolloutPhase:
         return dist.get_rank(self.group), dist.get_world_size(self.group)
 
     def _exchange_group(self):
-        return self.group if self.group is not None else dist.group.WORLD
+        return self.group if self.group is not None else host_group()
 
     def begin(
         self, prompts: Sequence[Prompt], step: int, finished: dict[tuple[str, int], Generation] | None = None
@@ -211,10 +210,10 @@ class RolloutPhase:
             (response.finish_reason == "length" for response in mine),
         )
         sums = [*(math.fsum(column) for column in columns), failures, len(mine)]
-        values = torch.tensor(sums, dtype=torch.float64, device=self.device)
+        values = torch.tensor(sums, dtype=torch.float64)
         # The first meeting after sampling: who is done early waits here for the slowest rank.
         with self.timeline.span("rollout_wait"):
-            dist.all_reduce(values, group=self.group)
+            dist.all_reduce(values, group=self._exchange_group())
             found = values.tolist()
         return dict(zip(names, found, strict=True))
 
@@ -231,7 +230,7 @@ class RolloutPhase:
             response.advantage = advantage
 
     def _gather(self, responses: list[Response]) -> list[Response]:
-        payloads = all_gather_bytes(encode_responses(responses), self._exchange_group(), self.device)
+        payloads = all_gather_bytes(encode_responses(responses), self._exchange_group(), CPU)
         # What this rank sent it has already.
         rank, _ = self._world()
         parts = (responses if place == rank else decode_responses(payload) for place, payload in enumerate(payloads))
@@ -239,7 +238,7 @@ class RolloutPhase:
 
     def _union(self, ids) -> set[str]:
         payloads = all_gather_bytes(
-            "\n".join(sorted({i.encode().hex() for i in ids})).encode(), self._exchange_group(), self.device
+            "\n".join(sorted({i.encode().hex() for i in ids})).encode(), self._exchange_group(), CPU
         )
         return {bytes.fromhex(line).decode() for payload in payloads for line in payload.decode().split("\n") if line}
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dcpo_megatron.mcore.collectives import all_gather_bytes
+from dcpo_megatron.mcore.collectives import all_gather_on_host, all_reduce_on_host, host_group
 from dcpo_megatron.mcore.training_state import HostMemory, Snapshot
 from dcpo_megatron.training import checkpoint_folder as folders
 from dcpo_megatron.weights.conversion import write_index_with_companions
@@ -57,10 +57,10 @@ class CheckpointSaver:
     ``memory``: what snapshots should be copied into; free whenever no save is under way.
     """
 
-    def __init__(self, root: Path, hf_folder: Path, *, keep_last: int, keep_every: int, device, timeout: float):
+    def __init__(self, root: Path, hf_folder: Path, *, keep_last: int, keep_every: int, timeout: float):
         self.root, self.hf_folder = root, hf_folder
         self.keep_last, self.keep_every = keep_last, keep_every
-        self.device, self.timeout = device, timeout
+        self.timeout = timeout
         self.memory = HostMemory()
         self._step: int | None = None
         self._thread: threading.Thread | None = None
@@ -101,7 +101,7 @@ class CheckpointSaver:
                 work.mkdir(parents=True)
         except OSError as error:
             self._problem = f"{work}: {error.strerror or error}"
-        dist.barrier()
+        dist.barrier(group=host_group())
         # Rendered here, so that the thread has little to do that keeps Python's lock: training would wait for a thread that has to wait for a core.
         pieces = [render(piece.key, piece.offsets, piece.data) for piece in snapshot.tensors]
         pieces += [render(key, None, data) for key, data in snapshot.objects]
@@ -145,11 +145,8 @@ class CheckpointSaver:
         if self.busy:
             status = _WRITING if self._thread.is_alive() else _FAILED if self._problem else _DONE
         # Largest of: still writing (2), failed (1); a save is over where no rank is writing.
-        flags = torch.tensor(
-            [status == _WRITING, status == _FAILED, stop_requested], dtype=torch.int32, device=self.device
-        )
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        writing, failed, stop = (bool(flag) for flag in flags.tolist())
+        flags = torch.tensor([status == _WRITING, status == _FAILED, stop_requested], dtype=torch.int32)
+        writing, failed, stop = map(bool, all_reduce_on_host(flags, dist.ReduceOp.MAX).tolist())
         if not self.busy or writing:
             return [], stop
         return [self._complete(failed)], stop
@@ -171,7 +168,7 @@ class CheckpointSaver:
         step, work = self._step, self._work
         problem = None
         if failed:
-            messages = all_gather_bytes((self._problem or "").encode(), dist.group.WORLD, self.device)
+            messages = all_gather_on_host((self._problem or "").encode())
             problem = next(message.decode() for message in messages if message)
         if dist.get_rank() == 0:
             try:
@@ -184,7 +181,7 @@ class CheckpointSaver:
             except OSError as error:
                 problem = f"{error.strerror or error} ({work})"
                 shutil.rmtree(work, ignore_errors=True)
-        (problem_bytes, *_) = all_gather_bytes((problem or "").encode(), dist.group.WORLD, self.device)
+        (problem_bytes, *_) = all_gather_on_host((problem or "").encode())
         self._step, self._thread, self._common = None, None, {}
         return SaveReport(step, problem_bytes.decode() or None, time.monotonic() - self._started)
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from dcpo_megatron.mcore.collectives import all_gather_bytes
+from dcpo_megatron.mcore.collectives import all_gather_on_host, all_reduce_on_host
 from dcpo_megatron.rollout import GenerateRequest, Generation, RolloutError, SamplingParams
 from dcpo_megatron.rollout.fleet import Fleet
 from dcpo_megatron.rollout.server_client import NoServersLeft, ServerClient
 from dcpo_megatron.training.server_health import ServerHealth
+from dcpo_megatron.training.shared_gpus import SharedGpu
 from dcpo_megatron.weights.publish import WeightPublisher
 
 # How often in one batch all servers may be lost before the run ends.
@@ -51,6 +52,7 @@ class ServerEngine:
         announce: says what happened, on the rank that writes.
         tick: called while waiting, which has a deadline of its own.
         health: is told of every change; None on ranks that do not write.
+        shared: this rank's half of a GPU that servers are on too; None: they are on others.
     """
 
     def __init__(
@@ -60,15 +62,15 @@ class ServerEngine:
         fleet: Fleet,
         weights: Iterable[tuple[str, torch.Tensor]],
         *,
-        device: torch.device,
         start_timeout: float,
         announce: Callable[[str], None] = print,
         tick: Callable[[], None] = lambda: None,
         health: ServerHealth | None = None,
+        shared: SharedGpu | None = None,
     ):
         self.client, self.publisher, self.fleet, self.weights = client, publisher, fleet, weights
-        self.device, self.start_timeout, self.announce, self.tick = device, start_timeout, announce, tick
-        self.health = health
+        self.start_timeout, self.announce, self.tick = start_timeout, announce, tick
+        self.health, self.shared = health, shared
 
     @property
     def version(self) -> int | None:
@@ -100,12 +102,11 @@ class ServerEngine:
                 finished |= dict(zip(missing, attempt(), strict=True))
             except NoServersLeft as error:
                 finished |= {missing[place]: generation for place, generation in error.finished.items()}
-            lacking = torch.tensor([len(requests) - len(finished)], device=self.device)
-            dist.all_reduce(lacking)
+            lacking = int(all_reduce_on_host(torch.tensor(len(requests) - len(finished))))
             self._note()
-            if not lacking.item():
+            if not lacking:
                 return [finished[place] for place in range(len(requests))]
-            self._recover(int(lacking.item()))
+            self._recover(lacking)
             rest = [requests[place] for place in range(len(requests)) if place not in finished]
 
             def attempt(rest=rest) -> list[Generation]:
@@ -124,7 +125,6 @@ class ServerEngine:
         back = wait_together(
             lambda: "back" if any(server.alive(timeout=_LOOK_SECONDS) for server in self.fleet.servers) else None,
             self.start_timeout,
-            self.device,
             self.tick,
         )
         if back is None:
@@ -144,8 +144,10 @@ class ServerEngine:
             self.announce(f"rollout server {url} is not used until it has taken new weights: {reason}")
 
     def release_memory(self) -> None:
-        """Idle servers on the trainer's GPUs free them; the next publication takes the memory back. Raises RolloutError, the same on every rank."""
+        """Idle servers on the trainer's GPUs free them, and the optimizer comes back; the next publication turns it round. Raises RolloutError, the same on every rank."""
         self.publisher.release_memory()
+        if self.shared is not None:
+            self.shared.take_back()
 
     def _note(self) -> None:
         if self.health is not None:
@@ -161,7 +163,7 @@ class ServerEngine:
 
 
 def wait_together(
-    look: Callable[[], str | None], seconds: float, device: torch.device, tick: Callable[[], None] = lambda: None
+    look: Callable[[], str | None], seconds: float, tick: Callable[[], None] = lambda: None
 ) -> str | None:
     """Collective: rank 0 calls ``look`` until it gives a text, for ``seconds`` at most. Every rank returns that text, or None where time ran out.
 
@@ -174,7 +176,7 @@ def wait_together(
             found = look() or ("" if time.monotonic() < until else _OUT_OF_TIME)
             if not found:
                 time.sleep(_LOOK_SECONDS / 4)
-        (answer, *_) = all_gather_bytes(found.encode(), dist.group.WORLD, device)
+        (answer, *_) = all_gather_on_host(found.encode())
         tick()
         if answer:
             text = answer.decode()

@@ -183,6 +183,8 @@ def test_the_host_is_read_as_it_is(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     host = look_at_host()
     assert host.python == tuple(sys.version_info[:3]) and host.folder == str(tmp_path)
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    assert look_at_host().triton_lacks == "Triton needs a C compiler, and CC=/nowhere/cc is none"
     assert host.environment["CUDA_VISIBLE_DEVICES"] == "" and "OMP_NUM_THREADS" not in host.environment
     assert host.cores > 0 and host.disk_free > 0
     assert host.open_files in (resource.getrlimit(resource.RLIMIT_NOFILE)[0], sys.maxsize)

@@ -56,6 +56,7 @@ def train_and_save(hf: str, parallel: dict, folder: str, optimizer: str, dtype: 
     policy = _policy(hf, parallel, optimizer, dtype, load=True)
     _steps(policy, range(2))
     snapshot = take_snapshot(policy)
+    _same_from_the_host(policy, snapshot)
     target = Path(folder)
     target.mkdir(exist_ok=True, parents=True)
     pieces = [(p.key, p.offsets, p.data) for p in snapshot.tensors] + [(k, None, b) for k, b in snapshot.objects]
@@ -66,7 +67,25 @@ def train_and_save(hf: str, parallel: dict, folder: str, optimizer: str, dtype: 
         tensors = {key: entry for _, table in gathered for key, entry in table.items()}
         write_index(target, tensors, [record for found, _ in gathered for record in found], snapshot.common)
     dist.barrier()
+    policy.offload.to_device()
     return _steps(policy, range(2, 5)), _weights(policy), snapshot.bytes
+
+
+def _same_from_the_host(policy, snapshot) -> None:
+    """Optimizer and gradients leave, and what a checkpoint takes meanwhile is what it took before. The policy is left without them."""
+    from dcpo_megatron.mcore.offload import OptimizerOffload
+    from dcpo_megatron.mcore.training_state import take_snapshot
+
+    offload = OptimizerOffload(policy)
+    before = {id(tensor): tensor.untyped_storage().data_ptr() for tensor in offload._tensors()}
+    policy.offload = offload  # comes back before the next step
+    offload.to_host()
+    assert all(tensor.untyped_storage().data_ptr() != before[id(tensor)] for tensor in offload._tensors())
+    buffers = [buffer for chunk in policy.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    assert buffers and all(buffer.grad_data.untyped_storage().size() == 0 for buffer in buffers)
+    away = take_snapshot(policy)
+    assert [(p.key, p.offsets) for p in away.tensors] == [(p.key, p.offsets) for p in snapshot.tensors]
+    assert all(torch.equal(a.data, b.data) for a, b in zip(away.tensors, snapshot.tensors, strict=True))
 
 
 def restore_and_train(hf: str, parallel: dict, folder: str, optimizer: str, dtype: str):

@@ -84,6 +84,42 @@ def test_the_same_seed_draws_the_same_numbers_as_without_the_standins(processes)
     assert processes["with"]["drawn"] == processes["without"]["drawn"]
 
 
+ON_A_GPU_HOST = """
+import torch
+
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 2  # as torch tells it where there are two
+from dcpo_megatron.mcore.platform import prepare, select_platform
+
+built_for, torch.version.cuda = torch.version.cuda, "13.0"
+assert select_platform().name == "cuda"  # seen, as long as nobody has asked for the CPU
+torch.version.cuda = built_for
+prepare(select_platform("cpu"))
+assert not torch.cuda.is_available() and torch.cuda.device_count() == 0
+router = torch.compile(lambda scores, bias: scores if bias is None else scores + bias)  # as a mixture's router does it
+scores = torch.ones(2, requires_grad=True)
+router(scores, None).sum().backward()
+compiled = torch.compile(lambda x: torch.nn.functional.silu(x) * 2, backend="aot_eager")
+assert compiled(torch.zeros(2)).tolist() == [0.0, 0.0]
+try:
+    select_platform("cuda")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_on_a_host_with_gpus_the_cpu_platform_has_none_and_compiled_functions_run():
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ON_A_GPU_HOST],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "torch sees no CUDA device" in done.stdout
+
+
 # The tests below run in this process, where conftest has installed the stand-ins.
 
 CALLS = {

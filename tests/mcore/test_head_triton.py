@@ -4,12 +4,14 @@ import importlib.util
 import os
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 import torch
 
+from dcpo_megatron.gpus import visible_gpus
 from dcpo_megatron.mcore import head_torch
-from dcpo_megatron.mcore.head_blocks import head_blocks
+from dcpo_megatron.mcore.head_blocks import head_blocks, missing_to_build
 from dcpo_megatron.mcore.platform import select_platform
 from dcpo_megatron.training.checks import _package_problems
 from dcpo_megatron.training.config import load_config
@@ -82,7 +84,8 @@ def test_in_tritons_interpreter_the_kernels_give_what_plain_pytorch_gives():
     run_program("cpu", TRITON_INTERPRET="1")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+# Asked of the driver: in this process the stand-ins of the CPU platform hide a GPU.
+@pytest.mark.skipif(torch.version.cuda is None or not visible_gpus(), reason="there is no GPU")
 def test_on_a_gpu_the_compiled_kernels_give_what_plain_pytorch_gives():
     run_program("cuda")
 
@@ -122,3 +125,40 @@ def test_a_run_that_demands_triton_is_refused_before_it_starts_where_it_cannot_b
         assert all(
             line.startswith("model.head=triton, but ") and line.endswith(": set model.head=auto") for line in found
         )
+
+
+@pytest.fixture
+def a_gpu_without(monkeypatch, tmp_path):
+    """A host with Triton where kernels cannot be built: no compiler on the path, or no Python.h."""
+
+    def lack(compiler: bool):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.delenv("CC", raising=False)
+        find_spec = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *rest: True if name == "triton" else find_spec(name, *rest)
+        )
+        if compiler:
+            monkeypatch.setenv("PATH", str(tmp_path))
+        else:
+            gcc = tmp_path / "gcc"
+            gcc.write_text("")
+            gcc.chmod(0o755)
+            monkeypatch.setenv("PATH", str(tmp_path))
+            monkeypatch.setattr(sysconfig, "get_paths", lambda *scheme: {"include": str(tmp_path)})
+
+    return lack
+
+
+@pytest.mark.parametrize(("compiler", "reason"), [(True, "neither gcc nor clang"), (False, "there is no .*/Python.h")])
+def test_where_kernels_cannot_be_built_auto_is_plain_pytorch_and_triton_is_refused(a_gpu_without, compiler, reason):
+    a_gpu_without(compiler)
+    assert head_blocks("auto", "cuda") is head_torch
+    with pytest.raises(ValueError, match=f"model.head=triton, but Triton needs .*{reason}.*: set model.head=auto"):
+        head_blocks("triton", "cuda")
+
+
+def test_a_compiler_that_is_named_and_not_there_is_named_again(a_gpu_without, monkeypatch):
+    a_gpu_without(compiler=True)
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    assert "CC=/nowhere/cc is none" in missing_to_build()

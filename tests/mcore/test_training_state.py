@@ -37,7 +37,9 @@ def pool(request):
     ],
     ids=lambda value: "-".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else str(value),
 )
-def test_a_restored_optimizer_goes_on_bit_for_bit(pool, tmp_path, kind, ranks, parallel, optimizer, dtype):
+def test_a_restored_optimizer_goes_on_bit_for_bit_and_so_does_one_that_was_on_the_host(
+    pool, tmp_path, kind, ranks, parallel, optimizer, dtype
+):
     make_model(kind, str(tmp_path / "hf"))
     arguments = (str(tmp_path / "hf"), parallel, str(tmp_path / "saved"), optimizer, dtype)
     before = pool.run("tests.mcore.state_jobs:train_and_save", ranks, *arguments)

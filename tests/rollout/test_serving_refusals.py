@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from dcpo_megatron.cli.serve import main
-from dcpo_megatron.rollout.serving import ServerPlan, ServingError, start_servers
+from dcpo_megatron.rollout.serving import ServerPlan, ServingError, gpus_for, start_servers
 from dcpo_megatron.rollout.serving.command import MODULE, command_line, environment
-from dcpo_megatron.rollout.serving.gpus import gpus_of
 
 PYTHON = (sys.executable,)
 
@@ -77,9 +76,13 @@ def test_a_server_inherits_neither_the_rank_nor_the_import_path_nor_the_key_of_i
 
 
 def test_visible_devices_decide_how_many_gpus_there_are(monkeypatch):
+    def count(device: str) -> int | None:
+        found = gpus_for(device, None)
+        return None if found is None else len(found)
+
     for value, auto, cuda in (("", None, 0), ("-1", None, 0), ("0", 1, 1), ("GPU-aa,GPU-bb", 2, 2)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
-        assert (gpus_of("auto"), gpus_of("cuda"), gpus_of("cpu")) == (auto, cuda, None)
+        assert (count("auto"), count("cuda"), count("cpu")) == (auto, cuda, None)
 
 
 def test_the_servers_module_asks_for_the_launchers_pipe():

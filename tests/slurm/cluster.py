@@ -119,6 +119,12 @@ class Cluster:
         words = self.call("scontrol", "show", "job", "-o", job).stdout.split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
+    def cores(self, job: str) -> dict[str, int]:
+        """The cores of each step of a running job, by the nodes it is on; the job's own shell is left out."""
+        lines = self.call("scontrol", "show", "step", "-o", job).stdout.splitlines()
+        steps = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
+        return {step["NodeList"]: int(step["CPUs"]) for step in steps if not step["StepId"].endswith("batch")}
+
     def wait(self, job: str, condition, deadline: float, what: str) -> dict[str, str]:
         """Waits until ``condition(facts)``; raises TimeoutError, which names ``what``, after ``deadline`` seconds."""
         until = time.monotonic() + deadline

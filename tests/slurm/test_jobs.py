@@ -52,7 +52,9 @@ def test_a_job_on_two_nodes_trains_to_the_end_with_a_log_for_each_rank(undisturb
     assert sorted(file.name for file in logs.iterdir()) == ["rank-0.log", "rank-1.log"]
     assert f"step {STEPS}" in (logs / "rank-0.log").read_text()
     # n1 is a name that nobody resolves: its address was asked for.
-    assert "restart 0, 2 ranks on n[1-2] (servers on the last 0 nodes), meeting at 127.0.0.1:" in log_of(folder, job)
+    assert "restart 0, 2 ranks of 2 cores on n[1-2] (servers on the last 0 nodes), meeting at 127.0.0.1:" in log_of(
+        folder, job
+    )
 
 
 def test_a_job_warned_of_its_time_limit_and_then_preempted_ends_with_the_run_of_an_undisturbed_one_bit_for_bit(
@@ -86,6 +88,8 @@ def test_a_job_that_is_cancelled_saves_and_is_not_queued_again(cluster, folder, 
     run = folder / "cancelled"
     job = submit(cluster, folder, "train.sbatch", str(run), *task)
     cluster.wait(job, lambda facts: steps_done(run) >= 3, 60, "step 3")
+    # A rank a node, each with all of its two cores; one core is what srun gives a task of itself.
+    assert cluster.cores(job) == {"n[1-2]": 4}
     cluster.call("scancel", job)
     facts = cluster.wait_for_the_end(job)
     assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")

@@ -36,9 +36,12 @@ def test_a_job_trains_on_one_node_and_samples_on_the_other_and_leaves_no_server(
         ROOT / "examples" / "slurm" / "train.sbatch", str(run), *task, "optimizer.warmup_steps=0",
         options=(f"--output={tmp_path}/job.log", f"--export={variables}"), cwd=ROOT,
     )  # fmt: skip
+    cluster.wait(job, lambda facts: (run / "metrics.jsonl").is_file() or facts["JobState"] != "RUNNING", 150, "step 1")
+    cores = cluster.cores(job)
     facts = cluster.wait_for_the_end(job, 150)
     logs = {file.name: file.read_text() for file in [tmp_path / "job.log", *(run / "logs" / job).glob("*.log")]}
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("COMPLETED", "0:0", "0"), logs
+    assert cores == {"n1": 2, "n2": 2}, logs  # the rank's and the server's nodes, whole
     assert sorted(logs) == ["job.log", "rank-0.log", "serve-n2.log"]
     assert (run / "servers" / "api-key").stat().st_mode & 0o777 == 0o600
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

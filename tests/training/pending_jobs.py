@@ -40,7 +40,6 @@ def _phase(start: str, beside: bool, whole_prompts: bool = False):
         group_size=4,
         correct_at=0.5,
         seed=3,
-        device=torch.device("cpu"),
         whole_prompts=whole_prompts,
     )
 
@@ -102,7 +101,7 @@ def mismatch(gap: float, aged_gap: float, limit: float):
     sequences = [Sequence(0, [1], [2] * 8, old_logprobs=hidden, rollout_logprobs=rollout), Sequence(0, [1], [2] * 8)]
     try:
         check_mismatch(
-            3, sequences, [response], version=5, limit=limit, counts_here=dist.get_rank() == 0, device=torch.device("cpu")
+            3, sequences, [response], version=5, limit=limit, counts_here=dist.get_rank() == 0
         )  # fmt: skip
     except MismatchError as error:
         return str(error)

@@ -408,6 +408,11 @@ def test_a_run_that_cannot_work_is_refused_with_its_reason(config_of, overrides,
     assert problems(config_of(*overrides), world_size) == sentences
 
 
+def test_shared_gpus_without_servers_are_refused(config_of):
+    (line,) = problems(config_of("publish.colocated=true"))
+    assert "rollout.engine=embedded has no servers" in line and "publish.colocated=false" in line
+
+
 def test_the_edges_of_the_limits_are_allowed(config_of):
     check_run(config_of("training.micro_batch_tokens=24", "objective.overlong_buffer=15"), 1)
     check_run(config_of("rollout.max_response_tokens=56"), 1)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dcpo_megatron.gpus import VISIBLE
 from dcpo_megatron.rollout.serving.api_key import API_KEY_VARIABLE
 
 MODULE = Path(__file__).with_name("sglang_server.py")
@@ -42,6 +43,8 @@ CPU = (
     # It would only sample once more: nothing is compiled or captured.
     "--skip-server-warmup",
 )  # fmt: skip
+# These of SGLang's own arguments decide for themselves on which GPUs a server is.
+PLACING = ("--base-gpu-id", "--gpu-id-step", "--tp", "--tp-size", "--tensor-parallel-size", "--dp", "--dp-size", "--data-parallel-size", "--pp-size", "--pipeline-parallel-size")  # fmt: skip
 # A launcher among a trainer's ranks must not make the server one of them, and the trainer's import path leads to another torch.
 NOT_PASSED_ON = (
     "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
@@ -63,6 +66,8 @@ class ServerPlan:
         arguments: more of SGLang's, after the defaults.
         api_key: what every request must carry; None: nothing.
         python_path: folders to put on the server's import path, such as an unpacked wheel.
+        gpus: names for CUDA_VISIBLE_DEVICES, of the GPUs that the servers share out; None: that variable stays as it is.
+        uuids: of the GPUs that servers take from, in their order; None for one that is not known.
     """
 
     model: str
@@ -74,6 +79,8 @@ class ServerPlan:
     arguments: tuple[str, ...] = ()
     api_key: str | None = field(default=None, repr=False)
     python_path: str | None = None
+    gpus: tuple[str, ...] | None = None
+    uuids: tuple[str | None, ...] = ()
 
 
 def command_line(plan: ServerPlan, number: int, port: int) -> list[str]:
@@ -87,6 +94,13 @@ def command_line(plan: ServerPlan, number: int, port: int) -> list[str]:
     return [*words, *plan.arguments]
 
 
+def uuids_of(plan: ServerPlan, number: int) -> list[str] | None:
+    """The uuids of server ``number``'s GPUs; None where they are not known, or the user's own arguments place it."""
+    mine = plan.uuids[number * plan.tp : (number + 1) * plan.tp]
+    placed = any(word.partition("=")[0] in PLACING for word in plan.arguments)
+    return None if placed or None in mine or not mine else list(mine)
+
+
 def environment(plan: ServerPlan, servers: int, of: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The variables of one of ``servers`` servers on this host."""
     env = {name: value for name, value in of.items() if name not in NOT_PASSED_ON}
@@ -95,6 +109,14 @@ def environment(plan: ServerPlan, servers: int, of: Mapping[str, str] = os.envir
     # /health says whether the HTTP process answers, at once and while paused; /health_generate still samples a token.
     env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "false"
     env["PYTHONUNBUFFERED"] = "1"
+    if plan.gpus is not None:
+        env[VISIBLE] = ",".join(plan.gpus)
+    if plan.device == "cuda":
+        # Numbers are those of nvidia-smi, also where the GPUs of a host differ.
+        env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+        if plan.colocated:
+            # Captured graphs are among the memory that a server can release.
+            env.setdefault("SGLANG_MEMORY_SAVER_CUDA_GRAPH", "true")
     if plan.device == "cpu":
         env["SGLANG_USE_CPU_ENGINE"] = "1"
         # SGLang compiles its seeded sampler, which needs a C++ compiler and does not pay on a CPU.

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dcpo_megatron.rollout.protocol import RolloutError
-from dcpo_megatron.rollout.serving.command import ServerPlan, command_line, environment
+from dcpo_megatron.rollout.serving.command import ServerPlan, command_line, environment, uuids_of
 from dcpo_megatron.rollout.serving.process import ServerProcess
 
 WIDE = {"0.0.0.0", "::", ""}
@@ -48,7 +48,7 @@ class Servers:
         start_seconds: each must be healthy that many seconds after a start.
         hung_seconds: a server whose HTTP process does not answer for so long counts as dead.
         advertise: the name under which other hosts reach this one (default: ``plan.host``, or this host's name where that is every interface).
-        address_file: gets the JSON list of the URLs once all are healthy; removed on stopping.
+        address_file: gets the JSON list of the servers once all are healthy (:func:`addresses`); removed on stopping.
         say: takes one line of progress.
 
     Raises:
@@ -76,6 +76,7 @@ class Servers:
         name = advertise or (socket.gethostname() if plan.host in WIDE else plan.host)
         name = f"[{name}]" if ":" in name else name
         self.urls = [f"http://{name}:{port}" for port in ports]
+        self._addresses = addresses(plan, self.urls)
         self._start_seconds, self._hung_seconds = start_seconds, hung_seconds
         self._address_file, self._say = address_file, say
         env = environment(plan, len(ports))
@@ -105,7 +106,7 @@ class Servers:
                 watched.start()
             self._wait_for_all()
             if self._address_file is not None:
-                _write(self._address_file, self.urls)
+                _write(self._address_file, self._addresses)
         except OSError as error:
             self.stop()
             raise ServingError(f"servers cannot be started: {error}") from error
@@ -243,10 +244,16 @@ def _refuse_taken(host: str, port: int) -> None:
         raise ServingError(f"port {port} is in use on {host}: give another with --port")
 
 
-def _write(file: Path, urls: list[str]) -> None:
+def addresses(plan: ServerPlan, urls: Sequence[str]) -> list:
+    """What an address file says: of each server its URL, or ``{"url": ..., "gpus": [uuid, ...]}`` where its GPUs are known."""
+    found = [(url, uuids_of(plan, number)) for number, url in enumerate(urls)]
+    return [url if gpus is None else {"url": url, "gpus": gpus} for url, gpus in found]
+
+
+def _write(file: Path, servers: list) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.part")  # a reader of the folder takes *.json
-    part.write_text(json.dumps(urls) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(servers) + "\n", encoding="utf-8")
     os.replace(part, file)
 
 

@@ -52,14 +52,15 @@ def flush_cache(server: Server, pause: str, seconds: float) -> None:
 
 
 def release_memory(server: Server, seconds: float) -> None:
-    """Frees the weights and the cache of an idle server (started with --enable-memory-saver). Raises ServerError."""
+    """Frees all memory that an idle server can free (started with --enable-memory-saver): weights, cache, and captured graphs where it knows that. Raises ServerError."""
     tag = server.weight_version()
     if not tag.endswith(RELEASED):
         # The tag first: memory taken back that was never released ends the server, memory never taken back only this publication.
-        server.post("/release_memory_occupation", {"tags": ["kv_cache", "weights"]}, timeout=seconds)
+        # Without tags: every kind of memory that its version knows.
+        server.post("/release_memory_occupation", {}, timeout=seconds)
         tag_weights(server, tag + RELEASED, seconds)
 
 
-def resume_memory(server: Server, part: str, seconds: float) -> None:
-    """Takes ``part`` ("weights" or "kv_cache") back. Raises ServerError."""
-    server.post("/resume_memory_occupation", {"tags": [part]}, timeout=seconds)
+def resume_memory(server: Server, seconds: float) -> None:
+    """Takes back what :func:`release_memory` freed. Raises ServerError."""
+    server.post("/resume_memory_occupation", {}, timeout=seconds)

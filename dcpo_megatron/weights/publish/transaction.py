@@ -26,7 +26,7 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 
-from dcpo_megatron.mcore.collectives import all_gather_bytes
+from dcpo_megatron.mcore.collectives import all_gather_on_host
 from dcpo_megatron.rollout.fleet import Fleet
 from dcpo_megatron.rollout.protocol import RolloutError
 from dcpo_megatron.rollout.server import Server, ServerError
@@ -50,10 +50,19 @@ class WeightPublisher:
         options: see :class:`PublishOptions`, the same on every rank.
         device: this rank's, on which the tensors are.
         probe: the training model's log-probs, for verification; the same on every rank. None: by checksum alone.
+        make_room: called on every rank before servers take their memory back; collective.
     """
 
-    def __init__(self, fleet: Fleet, options: PublishOptions, *, device: torch.device, probe: Probe | None = None):
-        self.fleet, self.options, self.device, self.probe = fleet, options, device, probe
+    def __init__(
+        self,
+        fleet: Fleet,
+        options: PublishOptions,
+        *,
+        device: torch.device,
+        probe: Probe | None = None,
+        make_room: Callable[[], None] = lambda: None,
+    ):
+        self.fleet, self.options, self.device, self.probe, self.make_room = fleet, options, device, probe, make_room
         self.transport = self._make_transport()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
 
@@ -77,6 +86,7 @@ class WeightPublisher:
         probe = None
         if self.options.verify and self.probe is not None:
             probe = (self.probe.sequences(), self.probe.logprobs())
+        self.make_room()  # not earlier: the probe is a forward pass
         walk = self._walk(tensors)
         report, failure = None, None
         if self.rank == 0:
@@ -124,7 +134,7 @@ class WeightPublisher:
             }
             mine = json.dumps(outcome).encode()
         if dist.is_initialized():
-            (mine, *_) = all_gather_bytes(mine, dist.group.WORLD, self.device)
+            (mine, *_) = all_gather_on_host(mine)
         if failure is not None:
             raise failure
         outcome = json.loads(mine)
@@ -251,8 +261,7 @@ class _Publication:
         self.touched.append(server)
         session.tag_weights(server, f"{self.fleet.tag(self.version)}{session.UNVERIFIED}", self._left())
         if tag.endswith(session.RELEASED):
-            session.resume_memory(server, "weights", self._left())
-            session.resume_memory(server, "kv_cache", self._left())
+            session.resume_memory(server, self._left())
         # Not before the memory is back. While the server is paused nothing enters the cache again.
         session.flush_cache(server, self.options.pause, self._left())
         if self.options.scrub and not known:

@@ -1,0 +1,1 @@
+"""What stands for hardware that the machine of the tests lacks. Each says what it stands for."""

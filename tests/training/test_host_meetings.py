@@ -1,0 +1,86 @@
+"""What ranks agree on beside the GPU: through gloo, whatever the default group is; and which GPUs servers may be on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dcpo_megatron.training.config import ConfigError
+from dcpo_megatron.training.engines import listed_servers
+from dcpo_megatron.verification.ranks import RankPool
+from tests.standins.pynvml import uuid
+
+ROOT = Path(__file__).resolve().parents[2]
+RANKS = [uuid(0), uuid(1)]
+HERE, THERE = "http://127.0.0.1:30000", "http://192.0.2.1:30000"
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool(2, python_path=[str(ROOT)]) as pool:
+        yield pool
+
+
+def test_a_batch_is_the_same_where_the_default_group_carries_nothing_from_rank_to_rank(pool, demo_start):
+    job = "tests.training.host_jobs:a_batch"
+    wanted, found = pool.run(job, 2, str(demo_start), False), pool.run(job, 2, str(demo_start), True)
+    assert found == wanted
+    for batches, answer, (reports, stop), count, message in found:
+        # Rewards of both ranks, and advantages from all of them, bit for bit those over gloo.
+        assert [len(batch) for batch in batches] == [12, 12]
+        assert any(response.advantage for batch in batches for response in batch)
+        assert (answer, reports, stop, count) == ("a server", [], True, [0.2, 1.0])
+        assert "differ by 0.3 nats" in message
+
+
+def check(pool, servers: dict, ranks: list, shared: bool = False):
+    first, second = pool.run("tests.training.host_jobs:servers_gpus", 2, servers, ranks, shared)
+    assert first == second
+    return first
+
+
+def test_a_server_on_a_ranks_gpu_is_refused_on_every_rank_with_both_names(pool):
+    said = check(pool, {HERE: [uuid(1), uuid(2)], THERE: [uuid(4)]}, RANKS)
+    assert said.startswith(f"{HERE} is on GPUs of this run ({uuid(1)} is rank 1's too)")
+    assert "dcpo serve --gpus" in said and "publish.colocated=true" in said and THERE not in said
+
+
+def test_colocated_servers_on_other_gpus_are_refused(pool):
+    said = check(pool, {HERE: [uuid(1), uuid(2)], THERE: [uuid(0)]}, RANKS, shared=True)
+    assert f"{HERE} has GPUs that no rank has ({uuid(2)})" in said and "publish.mode=distributed" in said
+    assert "\n" not in said
+
+
+def test_gpus_of_their_own_and_shared_ones_on_purpose_are_as_they_should_be(pool):
+    assert check(pool, {HERE: [uuid(4), uuid(5)], THERE: [uuid(6)]}, RANKS) == []
+    assert check(pool, {HERE: [uuid(0)], THERE: [uuid(1)]}, RANKS, shared=True) == []
+
+
+def test_a_server_beside_the_ranks_whose_gpus_nobody_told_is_named_and_one_elsewhere_is_not(pool):
+    (said,) = check(pool, {HERE: None, THERE: None}, RANKS)
+    assert said.startswith(f"which GPUs {HERE} has is not known: see that they are not the ranks'")
+    # On the CPU there is nothing to know.
+    assert check(pool, {HERE: None}, [None, None]) == []
+
+
+def test_address_files_are_read_with_and_without_gpus(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"url": HERE, "gpus": RANKS}, THERE]))
+    (tmp_path / "b.json").write_text(json.dumps([THERE, "http://c:1"]))
+    assert listed_servers(tmp_path) == {HERE: RANKS, THERE: None, "http://c:1": None}
+    assert listed_servers(tmp_path / "none.json") == {}
+    for wrong in ("{}", '{"url": "a"}', '[{"url": "a"}]', "[1]", "nothing"):
+        (tmp_path / "a.json").write_text(wrong)
+        with pytest.raises(ConfigError, match=r"a.json is not a JSON list of addresses"):
+            listed_servers(tmp_path / "a.json")
+
+
+def test_a_servers_gpu_is_told_by_the_uuid_that_nvidia_smi_shows(monkeypatch):
+    import torch
+
+    from dcpo_megatron.mcore.platform import Platform
+    from dcpo_megatron.training.shared_gpus import gpu_of
+
+    properties = type("Properties", (), {"uuid": uuid(3).removeprefix("GPU-")})()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert gpu_of(Platform("cuda", "nccl", torch.device("cuda", 0))) == uuid(3)
+    assert gpu_of(Platform("cpu", "gloo", torch.device("cpu"))) is None
