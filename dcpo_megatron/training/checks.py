@@ -79,10 +79,11 @@ def _package_problems(config: Config, platform: Platform) -> list[str]:
         found.append(
             "the installed package `apex` is not NVIDIA Apex (it has no amp_C), and Megatron-Core would import it: run `pip uninstall apex`"
         )
-    try:
-        use_transformer_engine(config.model.transformer_engine, config.model.dtype, platform)
-    except ValueError as error:
-        found.append(str(error))
+    if config.model.transformer_engine == "on":
+        try:
+            use_transformer_engine("on", config.model.dtype, platform)
+        except ValueError as error:
+            found.append(str(error))
     if config.model.head == "triton":
         missing = missing_for_triton("cpu" if platform.is_cpu else "cuda")
         if missing:

@@ -42,12 +42,15 @@ def _description(model) -> dict[str, tuple]:
 def build_both(hf: str, parallel: dict):
     """``(classes with Transformer Engine, parameters with it, parameters without it, Hugging Face tensors that come back)`` of this rank."""
     from megatron.core import parallel_state
+    from megatron.core.transformer.moe import moe_utils
 
     from dcpo_megatron.weights.transfer import WeightGatherer
 
     plain = _description(_model(hf, parallel, "off", load=False))
+    assert moe_utils.te_general_gemm is None  # the router's product, TF32 in float32
     parallel_state.destroy_model_parallel()
     model = _model(hf, parallel, "on", load=True)
+    assert moe_utils.te_general_gemm is not None
     classes = {cls.__module__.split(".")[0] for module in model.modules[0].modules() for cls in type(module).__mro__}
     back = {name: tensor.clone() for name, tensor in WeightGatherer(model).tensors()}
     return classes, _description(model), plain, back
