@@ -29,6 +29,7 @@ from dcpo_megatron.mcore.hf_config import ModelShape
 from dcpo_megatron.mcore.layout import ParallelLayout, RankPosition, padded_vocab
 from dcpo_megatron.mcore.norm import RMSNorm
 from dcpo_megatron.mcore.platform import Platform, has_transformer_engine
+from dcpo_megatron.mcore.rotary import PositionRotary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -110,6 +111,8 @@ def transformer_config(
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         persist_layer_norm=False,
+        # Transformer Engine's kernel turns a packed row in one go; without it see rotary.py.
+        apply_rope_fusion=uses_transformer_engine(options, platform),
         recompute_granularity="full" if options.recompute == "full" else None,
         recompute_method="uniform" if options.recompute == "full" else None,
         recompute_num_layers=1 if options.recompute == "full" else None,
@@ -191,6 +194,7 @@ def build_model(
             rotary_base=shape.rope_base,
             vp_stage=vp_stage,
         )
+        chunk.rotary_pos_emb = PositionRotary(shape.head_dim, 1.0, use_cpu_initialization=platform.is_cpu)
         # The checkpoint's own frequencies, whatever its rotary scheme.
         chunk.rotary_pos_emb.inv_freq = torch.tensor(
             shape.inverse_frequencies, dtype=torch.float32, device=platform.device

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from dcpo_megatron.mcore.head_blocks import head_blocks
 from dcpo_megatron.mcore.hf_config import ModelShape
 from dcpo_megatron.mcore.layout import ParallelLayout, RankPosition, alignment, padded_vocab, sequence_alignment
 from dcpo_megatron.mcore.loss import MAX_NAMES, SUM_NAMES, can_fuse, make_loss
-from dcpo_megatron.mcore.model import ModelOptions, OptimizerOptions, build_model, build_trainable, unwrap
+from dcpo_megatron.mcore.model import ModelOptions, OptimizerOptions, build_model, build_trainable, unwrap, uses_transformer_engine
 from dcpo_megatron.mcore.platform import Platform
 from dcpo_megatron.objectives import Objective
 
@@ -91,7 +92,12 @@ class PolicyModel:
             row_align=self._align,
             context_size=self.position.context_size,
             context_rank=self.position.context_rank,
+            by_position=self._by_position,
         )
+
+    @cached_property
+    def _by_position(self) -> bool:
+        return not uses_transformer_engine(self.options, self.platform)
 
     @property
     def _align(self) -> int:
