@@ -1,6 +1,6 @@
 """Builds stock Megatron-Core models from a Hugging Face configuration: GPTModel chunks, DistributedDataParallel around them, and the optimizer.
 
-Layers come from Transformer Engine where it imports on a GPU, otherwise from Megatron-Core's local spec with two parts of ours put in
+Layers come from Transformer Engine for bfloat16 where it imports on a GPU, otherwise from Megatron-Core's local spec with two parts of ours put in
 (:mod:`~dcpo_megatron.mcore.norm`, :mod:`~dcpo_megatron.mcore.attention`), since the stock ones refuse sequence parallelism, packed rows and context
 parallelism.
 """
@@ -28,7 +28,7 @@ from dcpo_megatron.mcore.attention import CausalCoreAttention
 from dcpo_megatron.mcore.hf_config import ModelShape
 from dcpo_megatron.mcore.layout import ParallelLayout, RankPosition, padded_vocab
 from dcpo_megatron.mcore.norm import RMSNorm
-from dcpo_megatron.mcore.platform import Platform, has_transformer_engine
+from dcpo_megatron.mcore.platform import Platform, use_transformer_engine
 from dcpo_megatron.mcore.rotary import PositionRotary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -47,16 +47,7 @@ class ModelOptions:
 
 def uses_transformer_engine(options: ModelOptions, platform: Platform) -> bool:
     """Whether layers come from Transformer Engine. Raises ValueError where it is demanded and cannot be had."""
-    if options.transformer_engine == "off" or platform.is_cpu:
-        if options.transformer_engine == "on":
-            raise ValueError("model.transformer_engine=on needs a GPU: set it to auto")
-        return False
-    found = has_transformer_engine()
-    if options.transformer_engine == "on" and not found:
-        raise ValueError(
-            "model.transformer_engine=on, but transformer_engine does not import: install it or set it to auto"
-        )
-    return found
+    return use_transformer_engine(options.transformer_engine, options.dtype, platform)
 
 
 def transformer_config(
@@ -112,7 +103,7 @@ def transformer_config(
         bias_activation_fusion=False,
         persist_layer_norm=False,
         # Transformer Engine's kernel turns a packed row in one go; without it see rotary.py.
-        apply_rope_fusion=uses_transformer_engine(options, platform),
+        apply_rope_fusion=use_transformer_engine(options.transformer_engine, options.dtype, platform),
         recompute_granularity="full" if options.recompute == "full" else None,
         recompute_method="uniform" if options.recompute == "full" else None,
         recompute_num_layers=1 if options.recompute == "full" else None,
@@ -176,7 +167,7 @@ def build_model(
         raise ValueError(f"model.dtype={options.dtype!r} is not known: use {' or '.join(DTYPES)}")
     model_parallel_cuda_manual_seed(seed)
     config = transformer_config(shape, layout, options, platform)
-    transformer_engine = uses_transformer_engine(options, platform)
+    transformer_engine = use_transformer_engine(options.transformer_engine, options.dtype, platform)
     chunk_count = layout.virtual_pipeline if layout.interleaved else 1
     chunks = []
     for stage in range(chunk_count):

@@ -25,8 +25,8 @@ from dcpo_megatron.mcore.head_blocks import head_blocks
 from dcpo_megatron.mcore.hf_config import ModelShape
 from dcpo_megatron.mcore.layout import ParallelLayout, RankPosition, alignment, padded_vocab, sequence_alignment
 from dcpo_megatron.mcore.loss import MAX_NAMES, SUM_NAMES, can_fuse, make_loss
-from dcpo_megatron.mcore.model import ModelOptions, OptimizerOptions, build_model, build_trainable, unwrap, uses_transformer_engine
-from dcpo_megatron.mcore.platform import Platform
+from dcpo_megatron.mcore.model import ModelOptions, OptimizerOptions, build_model, build_trainable, unwrap
+from dcpo_megatron.mcore.platform import Platform, use_transformer_engine
 from dcpo_megatron.objectives import Objective
 
 
@@ -97,7 +97,7 @@ class PolicyModel:
 
     @cached_property
     def _by_position(self) -> bool:
-        return not uses_transformer_engine(self.options, self.platform)
+        return not use_transformer_engine(self.options.transformer_engine, self.options.dtype, self.platform)
 
     @property
     def _align(self) -> int:
