@@ -109,6 +109,7 @@ def take_snapshot(policy: PolicyModel, memory: HostMemory | None = None) -> Snap
     """
     memory = memory or HostMemory()
     memory.reset()
+    policy.finish_gathering()
     _prepare(policy.optimizer)
     tensors, objects = [], []
     if all(isinstance(part, DistributedOptimizer) for part in _parts(policy.optimizer)):

@@ -73,6 +73,28 @@ def test_data_parallel_ranks_share_the_writing(pool, tmp_path):
     assert max(written) <= 1.1 * sum(written) / len(written)
 
 
+@pytest.mark.parametrize(
+    ("kind", "ranks", "parallel"),
+    [
+        ("dense", 2, {}),
+        ("dense", 4, dict(tensor=2, sequence_parallel=True)),
+        ("tied", 4, dict(pipeline=2)),
+        ("moe", 4, dict(expert=2)),
+    ],
+    ids=["dp2", "tp2-sp-dp2", "pp2-dp2-tied", "dp4-ep2-moe"],
+)
+def test_weights_and_gradients_that_travel_beside_the_computation_are_the_same_ones(
+    pool, tmp_path, kind, ranks, parallel
+):
+    make_model(kind, str(tmp_path / "hf"))
+    job = "tests.mcore.overlap_jobs:train", ranks, str(tmp_path / "hf"), parallel
+    for (buckets, found), (whole, wanted) in zip(pool.run(*job, "on"), pool.run(*job, "off"), strict=True):
+        assert buckets >= whole
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert len(ours) == len(theirs)
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
 def test_boxes_cover_a_stretch_once_and_in_order(shape, data):
     from dcpo_megatron.mcore.optimizer_shards import boxes
