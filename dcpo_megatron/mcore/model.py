@@ -23,7 +23,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from dcpo_megatron.mcore import compat  # noqa: F401 - settles what differs between versions
+from dcpo_megatron.mcore import compat  # settles what differs between versions
 from dcpo_megatron.mcore.attention import CausalCoreAttention
 from dcpo_megatron.mcore.fast_paths import FastPaths, choose_model_paths, choose_overlap, dispatcher_problems
 from dcpo_megatron.mcore.hf_config import ModelShape
@@ -192,6 +192,7 @@ def build_model(
     model_parallel_cuda_manual_seed(seed)
     config = transformer_config(shape, layout, options, platform)
     transformer_engine = uses_transformer_engine(options, platform)
+    compat.choose_router_product(transformer_engine)
     chunk_count = layout.virtual_pipeline if layout.interleaved else 1
     chunks = []
     for stage in range(chunk_count):

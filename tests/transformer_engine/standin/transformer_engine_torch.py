@@ -125,7 +125,7 @@ def get_stream_priority_range() -> tuple[int, int]:
 
 
 def get_fused_attn_backend(*args, **kwargs):
-    return NVTE_Fused_Attn_Backend.NVTE_No_Backend
+    return NVTE_Fused_Attn_Backend.NVTE_No_Backend, "the stand-in has none"
 
 
 # -- products -------------------------------------------------------------------------------------------------------------------------------------
