@@ -61,7 +61,7 @@ class CheckpointSaver:
         self.root, self.hf_folder = root, hf_folder
         self.keep_last, self.keep_every = keep_last, keep_every
         self.device, self.timeout = device, timeout
-        self.memory = HostMemory()
+        self.memory = HostMemory(device)
         self._step: int | None = None
         self._thread: threading.Thread | None = None
         self._awaited = threading.Event()

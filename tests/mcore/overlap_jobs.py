@@ -3,10 +3,10 @@
 import torch
 
 
-def train(hf: str, parallel: dict, overlap: str):
-    """Five updates; what is read of the weights in between, whole or of this rank, and how many buckets travel apart.
+def train(hf: str, parallel: dict, overlap: str, dtype: str = "bfloat16", **options):
+    """Under ModelOptions' ``options``, five updates; what is read of the weights in between, whole or of this rank, and how many buckets travel apart.
 
-    ``(buckets, [published after 1, log-probs after 1, log-probs after 2, snapshot after 2, log-probs after 4, published after 5])``; the third and fourth update
+    ``(names of this rank's parameters, buckets, [published after 1, log-probs after 1, log-probs after 2, snapshot after 2, log-probs after 4, published after 5])``; the third and fourth update
     follow each other without anything between.
     """
     from dcpo_megatron.mcore.batch import Sequence
@@ -19,15 +19,17 @@ def train(hf: str, parallel: dict, overlap: str):
     from dcpo_megatron.objectives import get_preset
     from dcpo_megatron.weights.transfer import WeightGatherer, load_weights
 
+    # What a GPU would compile runs as it is written.
+    torch.compiler.set_stance("force_eager")
     layout = ParallelLayout(**parallel)
     make_groups(layout)
     policy = PolicyModel.create(
-        read_shape(hf), layout, ModelOptions(dtype="bfloat16"), select_platform("cpu"), rank_position()
+        read_shape(hf), layout, ModelOptions(dtype=dtype, **options), select_platform("cpu"), rank_position()
     )
     load_weights(policy, hf)
-    # Without clipping: the norm is a sum whose order follows the buckets.
+    # Without clipping: the norm is a sum whose order follows the buckets. With an eps beside which rounding of small gradients is nothing.
     policy.make_trainable(
-        OptimizerOptions(lr=1e-2, clip_grad=0.0, overlap_grad_reduce=overlap, overlap_param_gather=overlap, bucket_parameters=3000)
+        OptimizerOptions(lr=1e-2, eps=1e-3, clip_grad=0.0, overlap_grad_reduce=overlap, overlap_param_gather=overlap, bucket_parameters=3000)
     )  # fmt: skip
     gatherer = WeightGatherer(policy)
     old, size = torch.full((3,), -2.0), policy.position.data_size
@@ -52,4 +54,5 @@ def train(hf: str, parallel: dict, overlap: str):
     read.append(logprobs())
     update()
     read.append(published())
-    return sum(len(group.buckets) for chunk in policy.chunks for group in chunk.bucket_groups), read
+    names = [name for module in policy.modules for name, _ in module.named_parameters()]
+    return names, sum(len(group.buckets) for chunk in policy.chunks for group in chunk.bucket_groups), read

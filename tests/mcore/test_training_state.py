@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,8 +90,8 @@ def test_weights_and_gradients_that_travel_beside_the_computation_are_the_same_o
     make_model(kind, str(tmp_path / "hf"))
     job = "tests.mcore.overlap_jobs:train", ranks, str(tmp_path / "hf"), parallel
     beside, after = pool.run(*job, "on"), pool.run(*job, "off")
-    assert beside[0][0] > after[0][0] == 1  # buckets of the first stage
-    for (_, found), (_, wanted) in zip(beside, after, strict=True):
+    assert beside[0][1] > after[0][1] == 1  # buckets of the first stage
+    for (*_, found), (*_, wanted) in zip(beside, after, strict=True):
         for ours, theirs in zip(found, wanted, strict=True):
             assert len(ours) == len(theirs)
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -123,3 +124,41 @@ def test_the_next_snapshot_is_copied_into_the_memory_of_the_last():
     # What is asked for within one snapshot never shares memory.
     assert memory.copy(tensors[1]).data_ptr() == places[1]
     assert memory.copy(tensors[1]).data_ptr() != places[1]
+
+
+class GpuCalls:
+    """Notes, in order, what is asked of a GPU: pinned memory, copies that do not wait, the wait for them. Tensors stay where they are."""
+
+    def __init__(self, monkeypatch):
+        self.made = []
+        empty, copy = torch.empty, torch.Tensor.copy_
+
+        def note_empty(*args, **kwargs):
+            if kwargs.pop("pin_memory", False):
+                self.made.append("pinned")
+            return empty(*args, **kwargs)
+
+        def note_copy(into, data, non_blocking=False):
+            self.made.append("copy" if non_blocking else "copy and wait")
+            return copy(into, data)
+
+        monkeypatch.setattr(torch, "empty", note_empty)
+        monkeypatch.setattr(torch.Tensor, "copy_", note_copy)
+        stream = SimpleNamespace(synchronize=lambda: self.made.append("wait"))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+
+
+@pytest.mark.parametrize(("device", "first", "again"), [
+    ("cuda", ["pinned", "copy", "pinned", "copy", "wait"], ["copy", "copy", "wait"]),
+    ("cpu", ["copy and wait"] * 2, ["copy and wait"] * 2),
+])  # fmt: skip
+def test_from_a_gpu_a_snapshot_goes_to_pinned_memory_and_is_waited_for_once(monkeypatch, device, first, again):
+    memory, tensors = HostMemory(torch.device(device)), [torch.ones(2, 3), torch.ones(4)]
+    calls = GpuCalls(monkeypatch)
+    for wanted in (first, again):
+        calls.made.clear()
+        memory.reset()
+        copies = [memory.copy(tensor) for tensor in tensors]
+        memory.wait()
+        assert calls.made == wanted
+        assert all(torch.equal(copy, tensor) for copy, tensor in zip(copies, tensors, strict=True))
