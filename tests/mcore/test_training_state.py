@@ -1,6 +1,7 @@
 """Weights and optimizer come back bit for bit, and in another layout up to rounding."""
 
 import sys
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,6 +96,14 @@ def test_weights_and_gradients_that_travel_beside_the_computation_are_the_same_o
         for ours, theirs in zip(found, wanted, strict=True):
             assert len(ours) == len(theirs)
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_tokens_that_are_gathered_reach_the_experts_that_tokens_sent_one_by_one_reach(pool, tmp_path):
+    make_model("moe", str(tmp_path / "hf"))
+    job = "tests.mcore.overlap_jobs:train", 2, str(tmp_path / "hf"), dict(context=2, expert=2), "off", "float32"
+    for (*_, found), (*_, wanted) in zip(pool.run(*job, token_dispatcher="allgather"), pool.run(*job), strict=True):
+        for ours, theirs in zip(chain.from_iterable(found), chain.from_iterable(wanted), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-5, equal_nan=True)
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
