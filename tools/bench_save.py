@@ -83,7 +83,7 @@ def bench_rank(args, folder: Path) -> None:
             for n in range(args.tokens // length)
         ]
     ]
-    saver = CheckpointSaver(folder / "checkpoints", hf, keep_last=1, keep_every=0, timeout=600)
+    saver = CheckpointSaver(folder / "checkpoints", hf, keep_last=1, keep_every=0, timeout=600, device=platform.device)
     objective, number, times = (
         get_preset("dcpo-paper"),
         0,

@@ -165,22 +165,32 @@ def zigzag_inverse(lengths: list[int], context_size: int) -> torch.Tensor:
 
 
 class PackedRow(PackedSeqParams):
-    """Megatron-Core's packed-sequence parameters plus the attention plan. Boundaries ``cu_seqlens`` are over FULL sequences, in tokens."""
+    """Megatron-Core's packed-sequence parameters plus the attention plan. Boundaries ``cu_seqlens`` are over FULL sequences, in tokens.
 
-    def __init__(self, plan: AttentionPlan, device: torch.device):
+    ``positions``: ``[T]``, the place of each of this rank's tokens in its sequence. Given them, Megatron-Core is told of one plain row (``sbhd``): it turns queries
+    and keys by these positions (:mod:`~dcpo_megatron.mcore.rotary`), and only :class:`CausalCoreAttention` knows the sequences. Transformer Engine's attention
+    reads the boundaries, so its rows have none.
+    """
+
+    def __init__(self, plan: AttentionPlan, device: torch.device, positions: torch.Tensor | None = None):
         ends = torch.tensor([0, *plan.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
         longest = max(plan.lengths)
         super().__init__(
-            qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+            qkv_format="thd" if positions is None else "sbhd",
+            cu_seqlens_q=ends,
+            cu_seqlens_kv=ends,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
         )
         self.plan = plan
+        self.positions = positions
 
 
 class CausalCoreAttention(torch.nn.Module):
     """Drop-in ``core_attention`` of Megatron-Core's ``SelfAttention``: causal, grouped queries, packed (THD) and padded rows, context parallelism.
 
-    Shapes: padded rows take query ``[S, B, heads, d]`` and give ``[S, B, heads * d]``; packed rows take ``[T, heads, d]`` and give ``[T, heads * d]``
-    (all divided by the tensor- and context-parallel sizes as Megatron-Core does).
+    Shapes: padded rows take query ``[S, B, heads, d]`` and give ``[S, B, heads * d]``; packed rows take ``[T, heads, d]`` and give ``[T, heads * d]``, or
+    with a dimension of one between (all divided by the tensor- and context-parallel sizes as Megatron-Core does).
     """
 
     def __init__(
@@ -209,6 +219,9 @@ class CausalCoreAttention(torch.nn.Module):
         self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None, packed_seq_params=None
     ):
         if packed_seq_params is not None:
+            if query.dim() == 4:
+                row = (t.squeeze(1) for t in (query, key, value))
+                return self._rows(*row, packed_seq_params.plan).unsqueeze(1)
             return self._rows(query, key, value, packed_seq_params.plan)
         sequence, batch, heads, width = query.shape
         if self.context_group.size() == 1:

@@ -72,6 +72,7 @@ def make_micro_batch(
     context_size: int = 1,
     context_rank: int = 0,
     pad_id: int = 0,
+    by_position: bool = False,
 ) -> MicroBatch:
     """Lays ``sequences`` out as one micro-batch on this context-parallel rank.
 
@@ -81,6 +82,7 @@ def make_micro_batch(
         packed: one row, sequences end to end, no token attends outside its own; otherwise one sequence a row.
         align: every sequence (packed) or the row (padded) is padded to a multiple of this.
         row_align: the row is, too; a multiple of ``align`` (the last of packed sequences takes the padding).
+        by_position: a packed row carries its tokens' positions (:class:`~dcpo_megatron.mcore.attention.PackedRow`); not for Transformer Engine's attention.
 
     Raises:
         ValueError: a sequence without prompt tokens (nothing predicts its first response token).
@@ -132,15 +134,15 @@ def make_micro_batch(
         values = torch.tensor([getattr(s, name) for s in sequences], dtype=torch.float64)
         return (values[response] if len(sequences) else torch.zeros(0)).float().to(device)
 
+    rows = 1 if packed else len(lengths)
+    input_ids, position_ids = (torch.from_numpy(part.reshape(rows, -1)).to(device) for part in (row, place))
+    packed_row = None
     if packed:
         plan = AttentionPlan(lengths, context_size, context_rank).build(device)
-        packed_row, rows = PackedRow(plan, device), 1
-    else:
-        packed_row, rows = None, len(lengths)
-    input_ids, position_ids = (torch.from_numpy(part.reshape(rows, -1)) for part in (row, place))
+        packed_row = PackedRow(plan, device, position_ids[0] if by_position else None)
     return MicroBatch(
-        input_ids=input_ids.to(device),
-        position_ids=position_ids.to(device),
+        input_ids=input_ids,
+        position_ids=position_ids,
         packed=packed_row,
         positions=positions.to(device),
         targets=targets.to(device),

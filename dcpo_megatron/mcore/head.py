@@ -16,7 +16,7 @@ Bytes, with V rows of the output layer on this rank, H hidden size, w bytes of a
     transient, forward     B + P + 32 n     B + P + 32 n                   F + P + 4 c H
     transient, backward    -                B + P + 4 n H                  -
     what bf16 adds, CPU    4 v H            8 v H                          B, and 2 V H when the gradient is rounded
-    what bf16 adds, GPU    -                4 v H + B / 2                  F / 2 + B, and 2 V H when the gradient is rounded
+    what bf16 adds, GPU    -                4 v H + B / 2                  F / 2, and 2 V H when the gradient is rounded; B more where torch cannot add in place
 
 Kept by the recomputing head: the selected hidden states (they exist once more as the layers' output), the target, log-sum-exp and entropy of each. In fp32 the
 gradients 4 n H and 4 V H are what the backward pass returns, so no extra. With bf16 weights the recomputing head adds up a chunk of the weight's gradient
@@ -45,6 +45,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 
 from dcpo_megatron.mcore.compat import HAS_OUTPUT_PROCESSOR
+from dcpo_megatron.mcore.fast_paths import finish_gathering_of
 from dcpo_megatron.mcore.head_blocks import head_blocks
 from dcpo_megatron.mcore.head_chunks import make_settings
 from dcpo_megatron.mcore.head_fused import FusedHeadAndLoss, TokenLoss
@@ -197,6 +198,7 @@ def response_head(
     if HAS_OUTPUT_PROCESSOR:
 
         def processor(*, hidden_states, output_layer, output_weight, **_others):
+            finish_gathering_of(output_layer)
             return process(hidden_states, output_layer, output_weight)
 
         yield {"output_processor": processor}

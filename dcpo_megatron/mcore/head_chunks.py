@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -76,7 +77,7 @@ def make_settings(
     rank = dist.get_rank(group) if group is not None else 0
     first_row = rank * weight.shape[0]
     if chunk_vocab is None:
-        chunk_vocab = max(1, BLOCK_BYTES // (4 * chunk_tokens) // 128) * 128
+        chunk_vocab = max(128, whole_blocks(BLOCK_BYTES // (4 * chunk_tokens)))
     real_rows = max(0, min(weight.shape[0], vocab - first_row))
     return HeadSettings(first_row, real_rows, temperature, group, blocks, chunk_tokens, chunk_vocab)
 
@@ -85,6 +86,14 @@ def chunks(count: int, size: int) -> Iterator[slice]:
     """``range(count)`` in slices of ``size``."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
+
+
+def whole_blocks(count: int) -> int:
+    """``count``, rounded down to a multiple of 128 where it has that many: a slice of half-precision numbers that begins there is aligned to 256 bytes.
+
+    A GPU's fast products want 16; a slice that begins anywhere has 2.
+    """
+    return max(1, count if count < 128 else count // 128 * 128)
 
 
 def accumulation_dtype(hidden: torch.Tensor) -> torch.dtype:
@@ -107,12 +116,27 @@ def product_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> 
     return torch.mm(left, right, out_dtype=out.dtype, out=out)
 
 
+@cache
+def adds_in_place(kind: str, factor: torch.dtype, result: torch.dtype) -> bool:
+    """Whether torch adds a product of ``factor`` to a tensor of ``result`` in place on a device of this ``kind``: some versions refuse to. Tried once."""
+    ones = torch.ones(8, 8, dtype=factor, device=kind)
+    out = torch.ones(8, 8, dtype=result, device=kind)
+    try:
+        torch.addmm(out, ones, ones, out_dtype=result, out=out)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((out == 9).all())
+
+
 def add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """``out += left @ right``, in fp32 (fp64) throughout; half-precision factors go by rows of ``out``, so that no second ``out`` exists."""
+    """``out += left @ right``, in fp32 (fp64) throughout, without a second ``out``: in place, or by rows of ``out`` where torch cannot with these factors."""
     if left.dtype == out.dtype:
         out.addmm_(left, right)
         return
-    rows = max(1, BLOCK_BYTES // (4 * max(1, out.shape[1])))
+    if adds_in_place(out.device.type, left.dtype, out.dtype):
+        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+        return
+    rows = whole_blocks(BLOCK_BYTES // (4 * max(1, out.shape[1])))
     for part in chunks(out.shape[0], rows):
         out[part] += torch.mm(left[part], right, out_dtype=out.dtype)
 
@@ -122,7 +146,7 @@ def _converted(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice
     if weight.dtype == dtype:
         yield slice(0, weight.shape[0]), weight
         return
-    for part in chunks(weight.shape[0], max(1, BLOCK_BYTES // (4 * max(1, weight.shape[1])))):
+    for part in chunks(weight.shape[0], whole_blocks(BLOCK_BYTES // (4 * max(1, weight.shape[1])))):
         yield part, weight[part].to(dtype)
 
 

@@ -28,6 +28,7 @@ from dcpo_megatron.mcore.head_chunks import (
     no_statistics,
     outcome,
     times_weight,
+    whole_blocks,
 )
 
 # (logprobs [c], entropy [c], which of the n tokens they are) -> their part of the loss, a scalar with gradient.
@@ -37,7 +38,7 @@ TokenLoss = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
 def fused_chunk_tokens(weight: torch.Tensor, chunk_tokens: int) -> int:
     """Tokens of a chunk: a block of fp32 logits over the local vocabulary has at most ``FUSED_BLOCK_BYTES``. The same on every tensor-parallel rank."""
     budget = FUSED_BLOCK_BYTES["cuda" if weight.device.type == "cuda" else "cpu"]
-    return max(1, min(chunk_tokens, budget // (4 * weight.shape[0])))
+    return min(chunk_tokens, whole_blocks(budget // (4 * weight.shape[0])))
 
 
 def loss_gradients(token_loss: TokenLoss, logprobs: torch.Tensor, entropy: torch.Tensor, part: slice):

@@ -25,10 +25,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dcpo_megatron.mcore import compat  # settles what differs between versions
 from dcpo_megatron.mcore.attention import CausalCoreAttention
+from dcpo_megatron.mcore.fast_paths import FastPaths, choose_model_paths, choose_overlap, dispatcher_problems
 from dcpo_megatron.mcore.hf_config import ModelShape
 from dcpo_megatron.mcore.layout import ParallelLayout, RankPosition, padded_vocab
 from dcpo_megatron.mcore.norm import RMSNorm
 from dcpo_megatron.mcore.platform import Platform, use_transformer_engine
+from dcpo_megatron.mcore.rotary import PositionRotary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -42,11 +44,29 @@ class ModelOptions:
     recompute: str = "none"
     vocab_multiple: int = 128
     overlap_p2p: bool = True
+    # auto | on | off, see fast_paths.py
+    bias_activation_fusion: str = "auto"
+    gradient_accumulation_fusion: str = "auto"
+    grouped_experts: str = "auto"
+    moe_permute_fusion: str = "auto"
+    token_dispatcher: str = "alltoall"  # alltoall | allgather | flex
 
 
 def uses_transformer_engine(options: ModelOptions, platform: Platform) -> bool:
     """Whether layers come from Transformer Engine. Raises ValueError where it is demanded and cannot be had."""
     return use_transformer_engine(options.transformer_engine, options.dtype, platform)
+
+
+def model_paths(
+    shape: ModelShape, layout: ParallelLayout, options: ModelOptions, platform: Platform
+) -> tuple[bool, FastPaths]:
+    """``(layers from Transformer Engine, the faster ways that are taken)``. Raises ValueError for what is demanded and cannot be had."""
+    transformer_engine = uses_transformer_engine(options, platform)
+    paths, problems = choose_model_paths(options, platform, transformer_engine, shape.experts)
+    problems += dispatcher_problems(options.token_dispatcher, layout, shape.experts, platform)
+    if problems:
+        raise ValueError("; ".join(problems))
+    return transformer_engine, paths
 
 
 def transformer_config(
@@ -56,6 +76,7 @@ def transformer_config(
     dtype = DTYPES[options.dtype]
     pipelined = layout.pipeline > 1
     interleaved = layout.interleaved
+    transformer_engine, paths = model_paths(shape, layout, options, platform)
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -89,26 +110,29 @@ def transformer_config(
         expert_tensor_parallel_size=layout.expert_tensor or layout.tensor,
         sequence_parallel=layout.sequence_parallel,
         variable_seq_lengths=pipelined,
-        # Checked even without experts: the default dispatcher refuses variable lengths.
-        moe_token_dispatcher_type="alltoall",
+        # Checked even without experts: Megatron-Core's default, allgather, refuses variable lengths.
+        moe_token_dispatcher_type=options.token_dispatcher if shape.experts else "alltoall",
         # With PP=2 the interleaved schedule is silently wrong unless communication overlaps and is not batched.
         overlap_p2p_comm=interleaved and options.overlap_p2p,
         batch_p2p_comm=not (interleaved and options.overlap_p2p),
         use_cpu_initialization=platform.is_cpu,
         # Weights are always loaded; what the skipped initialisation would also have set is set by mark_tensor_parallel.
         perform_initialization=False,
-        gradient_accumulation_fusion=False,
+        # Transformer Engine's layers are told by build_trainable: said here, the output layer would ask for Apex.
+        gradient_accumulation_fusion=paths.gradient_accumulation_fusion and not transformer_engine,
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=paths.bias_activation_fusion,
         persist_layer_norm=False,
+        # Transformer Engine's kernel turns a packed row in one go; without it see rotary.py.
+        apply_rope_fusion=transformer_engine,
         recompute_granularity="full" if options.recompute == "full" else None,
         recompute_method="uniform" if options.recompute == "full" else None,
         recompute_num_layers=1 if options.recompute == "full" else None,
-        **_expert_arguments(shape),
+        **_expert_arguments(shape, paths),
     )
 
 
-def _expert_arguments(shape: ModelShape) -> dict:
+def _expert_arguments(shape: ModelShape, paths: FastPaths) -> dict:
     if not shape.experts:
         return {}
     return dict(
@@ -121,14 +145,17 @@ def _expert_arguments(shape: ModelShape) -> dict:
         # The objective alone is minimised: no load-balancing loss beside it.
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
-        moe_grouped_gemm=False,
+        moe_grouped_gemm=paths.grouped_experts,
+        moe_permute_fusion=paths.moe_permute_fusion,
         moe_router_dtype="fp32",
     )
 
 
 def layer_spec(shape: ModelShape, config: TransformerConfig, transformer_engine: bool, vp_stage: int | None):
     """The block spec: Transformer Engine's layers, or the local ones with our norm and core attention."""
-    common = dict(num_experts=shape.experts or None, moe_grouped_gemm=False, qk_layernorm=shape.qk_norm)
+    common = dict(
+        num_experts=shape.experts or None, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=shape.qk_norm
+    )
     if transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec(**common)
     layer = get_gpt_layer_local_spec(**common, normalization="RMSNorm")
@@ -183,6 +210,7 @@ def build_model(
             rotary_base=shape.rope_base,
             vp_stage=vp_stage,
         )
+        chunk.rotary_pos_emb = PositionRotary(shape.head_dim, 1.0, use_cpu_initialization=platform.is_cpu)
         # The checkpoint's own frequencies, whatever its rotary scheme.
         chunk.rotary_pos_emb.inv_freq = torch.tensor(
             shape.inverse_frequencies, dtype=torch.float32, device=platform.device
@@ -233,21 +261,41 @@ class OptimizerOptions:
     weight_decay: float = 0.1
     clip_grad: float = 1.0
     distributed: bool = True
+    # auto | on | off, see fast_paths.py
+    overlap_grad_reduce: str = "auto"
+    overlap_param_gather: str = "auto"
+    bucket_parameters: int | None = (
+        None  # that travel at a time where communication overlaps; None: Megatron-Core's own
+    )
 
 
-def build_trainable(chunks, options: OptimizerOptions, overlap_grad_reduce: bool = False):
+def build_trainable(chunks, options: OptimizerOptions, platform: Platform, fuse_gradient_accumulation: bool = False):
     """Wraps ``chunks`` in DistributedDataParallel and makes Megatron-Core's (distributed) optimizer for them.
 
     Returns ``(wrapped chunks, optimizer)``. Weights must be loaded already: the optimizer copies its fp32 main weights from them.
+
+    Raises:
+        ValueError: an overlap that is demanded and cannot be had.
     """
     config = unwrap(chunks[0]).config
     # Megatron-Core shards the state of Adam only; plain SGD has none to shard.
     distributed = options.distributed and options.name == "adam"
+    overlap_grad_reduce, overlap_param_gather, problems = choose_overlap(
+        options.overlap_grad_reduce, options.overlap_param_gather, distributed, platform
+    )
+    if problems:
+        raise ValueError("; ".join(problems))
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=distributed,
         overlap_grad_reduce=overlap_grad_reduce,
+        overlap_param_gather=overlap_param_gather,
+        bucket_size=options.bucket_parameters,
     )
+    if fuse_gradient_accumulation:
+        for module in (module for chunk in chunks for module in chunk.modules()):
+            if hasattr(module, "fuse_wgrad_accumulation"):  # a layer of Transformer Engine
+                module.fuse_wgrad_accumulation = True
     wrapped = [
         DistributedDataParallel(config=config, ddp_config=ddp_config, module=chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(chunks)
@@ -270,6 +318,7 @@ def build_trainable(chunks, options: OptimizerOptions, overlap_grad_reduce: bool
             bf16=config.bf16,
             params_dtype=config.params_dtype,
             use_distributed_optimizer=distributed,
+            overlap_param_gather=overlap_param_gather,
         ),
         wrapped,
         use_gloo_process_groups=False,

@@ -13,18 +13,28 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from dcpo_megatron.mcore.batch import MicroBatch, Sequence, make_micro_batch
+from dcpo_megatron.mcore.fast_paths import finish_gathering
 from dcpo_megatron.mcore.head import FUSED_HELD_BYTES, held_by_fused_head, response_head
 from dcpo_megatron.mcore.head_blocks import head_blocks
 from dcpo_megatron.mcore.hf_config import ModelShape
 from dcpo_megatron.mcore.layout import ParallelLayout, RankPosition, alignment, padded_vocab, sequence_alignment
 from dcpo_megatron.mcore.loss import MAX_NAMES, SUM_NAMES, can_fuse, make_loss
-from dcpo_megatron.mcore.model import ModelOptions, OptimizerOptions, build_model, build_trainable, unwrap
+from dcpo_megatron.mcore.model import (
+    ModelOptions,
+    OptimizerOptions,
+    build_model,
+    build_trainable,
+    model_paths,
+    unwrap,
+    uses_transformer_engine,
+)
 from dcpo_megatron.mcore.platform import Platform
 from dcpo_megatron.objectives import Objective
 
@@ -73,7 +83,14 @@ class PolicyModel:
 
     def make_trainable(self, options: OptimizerOptions) -> None:
         """Adds DistributedDataParallel and the optimizer, after the weights are in place."""
-        self.chunks, self.optimizer = build_trainable(self.chunks, options)
+        _, paths = model_paths(self.shape, self.layout, self.options, self.platform)
+        self.chunks, self.optimizer = build_trainable(
+            self.chunks, options, self.platform, paths.gradient_accumulation_fusion
+        )
+
+    def finish_gathering(self) -> None:
+        """Call it before weights are read otherwise than by a forward pass; collective (see :func:`~dcpo_megatron.mcore.fast_paths.finish_gathering`)."""
+        finish_gathering(self.chunks)
 
     @property
     def modules(self) -> list:
@@ -91,7 +108,12 @@ class PolicyModel:
             row_align=self._align,
             context_size=self.position.context_size,
             context_rank=self.position.context_rank,
+            by_position=self._by_position,
         )
+
+    @cached_property
+    def _by_position(self) -> bool:
+        return not uses_transformer_engine(self.options, self.platform)
 
     @property
     def _align(self) -> int:

@@ -57,9 +57,13 @@ class HostMemory:
     """Memory on the host that snapshots are copied into, kept from one snapshot to the next.
 
     New memory has to be given and zeroed by the system page by page, which takes five times as long as the copying itself; training waits for both.
+
+    From a GPU (``device``) tensors go to pinned memory, one after the other without a stop: :meth:`wait` before anything is read. PyTorch gives pinned memory in
+    powers of two of bytes, so it may be up to twice what the tensors need; where the system has none left, memory is plain, and copies are slow and right.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device if device is not None and device.type == "cuda" else None
         self._kept: list[torch.Tensor] = []
         self._used = 0
 
@@ -68,14 +72,28 @@ class HostMemory:
         self._used = 0
 
     def copy(self, data: torch.Tensor) -> torch.Tensor:
-        """A contiguous copy of ``data`` on the host. Fast where snapshots ask for the same shapes in the same order."""
+        """A contiguous copy of ``data`` on the host, whole after :meth:`wait`. Fast where snapshots ask for the same shapes in the same order."""
         if self._used == len(self._kept):
             self._kept.append(torch.empty(0))
         kept = self._kept[self._used]
         if kept.shape != data.shape or kept.dtype != data.dtype:
-            kept = self._kept[self._used] = torch.empty(data.shape, dtype=data.dtype, device="cpu")
+            self._kept[self._used] = kept = torch.empty(0)  # the old one goes before the new one comes
+            kept = self._kept[self._used] = self._new(data)
         self._used += 1
-        return kept.copy_(data.detach())
+        return kept.copy_(data.detach(), non_blocking=self._device is not None)
+
+    def _new(self, data: torch.Tensor) -> torch.Tensor:
+        if self._device is not None:
+            try:
+                return torch.empty(data.shape, dtype=data.dtype, device="cpu", pin_memory=True)
+            except RuntimeError:
+                pass
+        return torch.empty(data.shape, dtype=data.dtype, device="cpu")
+
+    def wait(self) -> None:
+        """Returns when all copies are whole."""
+        if self._device is not None:
+            torch.cuda.current_stream(self._device).synchronize()
 
 
 def _sharded_model(policy: PolicyModel) -> dict:
@@ -107,8 +125,9 @@ def take_snapshot(policy: PolicyModel, memory: HostMemory | None = None) -> Snap
     A tensor that several data-parallel ranks hold is in the snapshot of one of them; they share the work by size. ``memory``: where to copy; the snapshot that was
     taken into it before must have been written.
     """
-    memory = memory or HostMemory()
+    memory = memory or HostMemory(policy.platform.device)
     memory.reset()
+    policy.finish_gathering()
     _prepare(policy.optimizer)
     tensors, objects = [], []
     if all(isinstance(part, DistributedOptimizer) for part in _parts(policy.optimizer)):
@@ -131,6 +150,7 @@ def take_snapshot(policy: PolicyModel, memory: HostMemory | None = None) -> Snap
         elif id(value) in mine:
             data = memory.copy(value.data).reshape(*(1 for _ in range(value.prepend_axis_num)), *value.local_shape)
             tensors.append(SnapshotTensor(value.key, tuple(value.global_shape), tuple(value.global_offset), data))
+    memory.wait()
     return Snapshot(tensors, objects, common)
 
 

@@ -84,6 +84,11 @@ def build_trainer(run_: CheckedRun) -> Trainer:
         transformer_engine=config.model.transformer_engine,
         recompute=config.model.recompute,
         overlap_p2p=config.parallel.overlap_p2p,
+        bias_activation_fusion=config.model.bias_activation_fusion,
+        gradient_accumulation_fusion=config.model.gradient_accumulation_fusion,
+        grouped_experts=config.model.grouped_experts,
+        moe_permute_fusion=config.model.moe_permute_fusion,
+        token_dispatcher=config.parallel.token_dispatcher,
     )
 
     def model(weights: bool) -> PolicyModel:
@@ -103,7 +108,8 @@ def build_trainer(run_: CheckedRun) -> Trainer:
     policy = model(weights=found.path is None)
     reference = model(weights=True) if run_.objective.kl_coef else None
     settings = config.optimizer.model_dump(exclude={"warmup_steps"})
-    policy.make_trainable(OptimizerOptions(**settings))
+    overlap = config.parallel.model_dump(include={"overlap_grad_reduce", "overlap_param_gather"})
+    policy.make_trainable(OptimizerOptions(**settings, **overlap))
     if found.path is not None:
         restore(policy, found.path)
     gatherer = WeightGatherer(policy)
@@ -153,6 +159,7 @@ def build_trainer(run_: CheckedRun) -> Trainer:
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
         timeout=config.checkpoint.timeout_seconds,
+        device=run_.platform.device,
     )
     packing = PackingOptions(
         max_tokens=config.training.micro_batch_tokens,

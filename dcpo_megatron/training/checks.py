@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from dcpo_megatron.mcore.fast_paths import choose_model_paths, choose_overlap, dispatcher_problems
 from dcpo_megatron.mcore.head_blocks import missing_for_triton
 from dcpo_megatron.mcore.hf_config import ModelShape, read_shape
 from dcpo_megatron.mcore.layout import ParallelLayout, alignment
@@ -51,9 +52,10 @@ def check_run(config: Config, world_size: int) -> CheckedRun:
     shape = read_shape(hf_folder)
     if find_checkpoint(weights) is not None:
         MegatronTensors(TorchDistFolder(weights), shape)
-    layout = ParallelLayout(**config.parallel.model_dump(exclude={"overlap_p2p"}))
+    layout = ParallelLayout(**config.parallel.layout())
     found = layout.problems(shape, world_size, config.parallel.overlap_p2p)
     found += _package_problems(config, platform)
+    found += _fast_path_problems(config, platform, shape, layout)
     if not found:
         found += _batch_problems(config, objective, layout, world_size)
     found += _length_problems(config, shape, layout)
@@ -94,6 +96,18 @@ def _package_problems(config: Config, platform: Platform) -> list[str]:
         if importlib.util.find_spec("wandb") is None:
             found.append("logging.wandb=true, but wandb is not installed: pip install wandb")
     return found
+
+
+def _fast_path_problems(config: Config, platform: Platform, shape: ModelShape, layout: ParallelLayout) -> list[str]:
+    try:
+        engine = use_transformer_engine(config.model.transformer_engine, config.model.dtype, platform)
+    except ValueError:
+        engine = False  # said already
+    _, found = choose_model_paths(config.model, platform, engine, shape.experts)
+    found += dispatcher_problems(config.parallel.token_dispatcher, layout, shape.experts, platform)
+    sharded = config.optimizer.name == "adam"
+    overlap = config.parallel.overlap_grad_reduce, config.parallel.overlap_param_gather
+    return found + choose_overlap(*overlap, sharded, platform)[2]
 
 
 def _batch_problems(config: Config, objective: Objective, layout: ParallelLayout, world_size: int) -> list[str]:

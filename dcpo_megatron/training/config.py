@@ -53,8 +53,29 @@ class ModelSection(Section):
         "auto",
         description="gradients formed in the head's forward pass where the objective has a ratio per token; auto: where that holds at most 1 GiB",
     )
+    bias_activation_fusion: Literal["auto", "on", "off"] = Field(
+        "auto", description="a feed-forward layer's activation in one kernel; auto: on a GPU where Triton compiles"
+    )
+    gradient_accumulation_fusion: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="weights' gradients added up by the products themselves; auto: on a GPU with Transformer Engine's layers or Apex's kernel",
+    )
+    grouped_experts: Literal["auto", "on", "off"] = Field(
+        "auto", description="one product for all experts of a rank; auto: with Transformer Engine's layers"
+    )
+    moe_permute_fusion: Literal["auto", "on", "off"] = Field(
+        "auto", description="tokens go to their experts in one kernel; auto: with Transformer Engine's layers on a GPU"
+    )
 
-    @field_validator("transformer_engine", "fused_head_loss", mode="before")
+    @field_validator(
+        "transformer_engine",
+        "fused_head_loss",
+        "bias_activation_fusion",
+        "gradient_accumulation_fusion",
+        "grouped_experts",
+        "moe_permute_fusion",
+        mode="before",
+    )
     @classmethod
     def _words_of_yaml(cls, value: Any) -> Any:
         # YAML 1.1 reads a bare on and off as booleans.
@@ -78,6 +99,27 @@ class ParallelSection(Section):
     overlap_p2p: bool = Field(
         True, description="overlapped stage-to-stage communication; needed by virtual pipelines with pipeline=2"
     )
+    overlap_grad_reduce: Literal["auto", "on", "off"] = Field(
+        "auto", description="gradients travel while the backward pass goes on; auto: on a GPU"
+    )
+    overlap_param_gather: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="updated weights travel while the next forward pass goes on; auto: on a GPU, with overlap_grad_reduce and Adam",
+    )
+    token_dispatcher: Literal["alltoall", "allgather", "flex"] = Field(
+        "alltoall",
+        description="how tokens reach their experts' ranks; flex needs DeepEP, allgather as many tokens on every rank that shares experts",
+    )
+
+    @field_validator("overlap_grad_reduce", "overlap_param_gather", mode="before")
+    @classmethod
+    def _words_of_yaml(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+    def layout(self) -> dict[str, Any]:
+        """The fields of :class:`~dcpo_megatron.mcore.layout.ParallelLayout`: sizes, not how ranks talk."""
+        talk = {"overlap_p2p", "overlap_grad_reduce", "overlap_param_gather", "token_dispatcher"}
+        return self.model_dump(exclude=talk)
 
 
 class DataSection(Section):

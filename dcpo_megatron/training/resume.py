@@ -32,7 +32,8 @@ _FREE = (
 )  # fmt: skip
 _LAYOUT = (
     "parallel.", "training.micro_batch_tokens", "training.packing", "model.head", "model.fused_head_loss", "model.recompute",
-    "model.transformer_engine", "rollout.batch_size",
+    "model.transformer_engine", "model.bias_activation_fusion", "model.gradient_accumulation_fusion", "model.grouped_experts",
+    "model.moe_permute_fusion", "rollout.batch_size",
 )  # fmt: skip
 
 

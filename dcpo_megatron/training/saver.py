@@ -53,15 +53,18 @@ class CheckpointSaver:
         keep_last, keep_every: which complete checkpoints stay (see :func:`~dcpo_megatron.training.checkpoint_folder.prune`).
         device: of the tensors that ranks exchange.
         timeout: seconds that :meth:`finish` waits for the disk.
+        device: of the tensors that snapshots copy.
 
     ``memory``: what snapshots should be copied into; free whenever no save is under way.
     """
 
-    def __init__(self, root: Path, hf_folder: Path, *, keep_last: int, keep_every: int, timeout: float):
+    def __init__(
+        self, root: Path, hf_folder: Path, *, keep_last: int, keep_every: int, timeout: float, device: torch.device
+    ):
         self.root, self.hf_folder = root, hf_folder
         self.keep_last, self.keep_every = keep_last, keep_every
         self.timeout = timeout
-        self.memory = HostMemory()
+        self.memory = HostMemory(device)
         self._step: int | None = None
         self._thread: threading.Thread | None = None
         self._awaited = threading.Event()

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 
 from dcpo_megatron.mcore.families import FAMILIES
-from dcpo_megatron.mcore.families.base import FUSED_NORMS, SIZES, Rule
+from dcpo_megatron.mcore.families.base import FUSED_NORMS, SIZES, Rule, single_expert
 from dcpo_megatron.mcore.hf_config import ModelShape
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
@@ -45,7 +45,7 @@ def rule_for(name: str, shape: ModelShape, layer_offset: int = 0, expert_offset:
         return family.outer[_EMBEDDING if shape.tied_embeddings and name == _OUTPUT else name]
     match = _LAYER.match(name)
     if match:
-        layer, part = int(match[1]) + layer_offset, match[2]
+        layer, part = int(match[1]) + layer_offset, single_expert(match[2])
         expert = _EXPERT.search(part)
         key = part if expert is None else part[: expert.start(1)] + "{e}" + part[expert.end(1) :]
         rule = family.layer.get(FUSED_NORMS.get(key, key))

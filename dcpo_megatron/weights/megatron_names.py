@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dcpo_megatron.mcore.families.base import FUSED_NORMS
+from dcpo_megatron.mcore.families.base import FUSED_NORMS, single_expert
 from dcpo_megatron.mcore.hf_config import ModelShape
 from dcpo_megatron.weights.hf_folder import CheckpointError
 from dcpo_megatron.weights.torch_dist import TorchDistFolder, serialized
@@ -40,7 +40,7 @@ def global_name(name: str, shape: ModelShape, layer_offset: int, expert_offset: 
     match = _LAYER.match(name)
     if match is None:
         return _EMBEDDING if shape.tied_embeddings and name == "output_layer.weight" else name
-    part = FUSED_NORMS.get(match[2], match[2])
+    part = single_expert(FUSED_NORMS.get(match[2], match[2]))
     expert = _EXPERT.match(part)
     if expert:
         part = f"mlp.experts.local_experts.{int(expert[1]) + expert_offset}.{expert[2]}"

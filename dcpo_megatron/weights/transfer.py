@@ -173,6 +173,7 @@ class WeightGatherer:
         ``select`` says what to take of each parameter (its gradient, say): a tensor of the parameter's shape and dtype.
         """
         position, device = self.position, self.model.platform.device
+        self.model.finish_gathering()
         for entry in self.plan:
             parts: list[torch.Tensor] | None = None
             if entry.stage == position.pipeline_rank:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dcpo_megatron.mcore import head_chunks
 from dcpo_megatron.mcore.head import logprobs_from_hidden
 from dcpo_megatron.mcore.head_chunks import BLOCK_BYTES, FUSED_BLOCK_BYTES, add_product, make_settings, product_into
 from dcpo_megatron.mcore.head_fused import fused_chunk_tokens
@@ -213,9 +214,37 @@ def test_by_default_a_block_of_logits_keeps_its_budget_of_bytes(chunk_tokens, ro
     tokens = fused_chunk_tokens(weight, chunk_tokens)
     assert tokens <= chunk_tokens and 4 * tokens * rows <= FUSED_BLOCK_BYTES["cpu"]
 
+    assert tokens < 128 or tokens % 128 == 0 or tokens == chunk_tokens
 
-def test_torch_takes_the_products_that_only_a_gpu_makes():
-    left, right = (torch.empty(6, 6, dtype=torch.bfloat16, device="meta") for _ in range(2))
-    out = torch.empty(6, 6, device="meta")
-    assert product_into(out, left, right.t()) is out
-    add_product(out, left.t(), right)
+
+class Products(TorchDispatchMode):
+    """Notes the operators, and where in its storage each product's left factor begins, in bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.begins = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        if function.name() == "aten::mm.dtype":
+            self.begins.append(args[0].storage_offset() * args[0].element_size())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_torch_takes_the_products_that_only_a_gpu_makes(monkeypatch, in_place):
+    # Qwen2.5-7B's width: 64 MiB of fp32 are 4,681 rows of it, which as bf16 would begin at 2 bytes.
+    monkeypatch.setattr(head_chunks, "adds_in_place", lambda *_: in_place, raising=False)
+    grad, hidden = torch.empty(16, 10_000, dtype=torch.bfloat16, device="meta"), torch.empty(16, 3584, device="meta")
+    out = torch.empty(10_000, 3584, device="meta")
+    assert product_into(out, grad.t(), hidden.bfloat16()) is out
+    with Products() as products:
+        add_product(out, grad.t(), hidden.bfloat16())
+    if in_place:
+        assert products.names[-1] == "aten::addmm.dtype_out" and not products.begins
+    else:
+        assert len(products.begins) == 3 and all(begin % 256 == 0 for begin in products.begins)
+
+
+def test_a_device_whose_torch_cannot_add_half_precision_in_place_is_known():
+    assert not head_chunks.adds_in_place("cpu", torch.bfloat16, torch.float32)

@@ -1,7 +1,9 @@
 """Weights and optimizer come back bit for bit, and in another layout up to rounding."""
 
 import sys
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +77,37 @@ def test_data_parallel_ranks_share_the_writing(pool, tmp_path):
     assert max(written) <= 1.1 * sum(written) / len(written)
 
 
+@pytest.mark.parametrize(
+    ("kind", "ranks", "parallel"),
+    [
+        ("dense", 2, {}),
+        ("dense", 4, dict(tensor=2, sequence_parallel=True)),
+        ("tied", 4, dict(pipeline=2)),
+        ("moe", 4, dict(expert=2)),
+    ],
+    ids=["dp2", "tp2-sp-dp2", "pp2-dp2-tied", "dp4-ep2-moe"],
+)
+def test_weights_and_gradients_that_travel_beside_the_computation_are_the_same_ones(
+    pool, tmp_path, kind, ranks, parallel
+):
+    make_model(kind, str(tmp_path / "hf"))
+    job = "tests.mcore.overlap_jobs:train", ranks, str(tmp_path / "hf"), parallel
+    beside, after = pool.run(*job, "on"), pool.run(*job, "off")
+    assert beside[0][1] > after[0][1] == 1  # buckets of the first stage
+    for (*_, found), (*_, wanted) in zip(beside, after, strict=True):
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert len(ours) == len(theirs)
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_tokens_that_are_gathered_reach_the_experts_that_tokens_sent_one_by_one_reach(pool, tmp_path):
+    make_model("moe", str(tmp_path / "hf"))
+    job = "tests.mcore.overlap_jobs:train", 2, str(tmp_path / "hf"), dict(context=2, expert=2), "off", "float32"
+    for (*_, found), (*_, wanted) in zip(pool.run(*job, token_dispatcher="allgather"), pool.run(*job), strict=True):
+        for ours, theirs in zip(chain.from_iterable(found), chain.from_iterable(wanted), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-5, equal_nan=True)
+
+
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
 def test_boxes_cover_a_stretch_once_and_in_order(shape, data):
     from dcpo_megatron.mcore.optimizer_shards import boxes
@@ -102,3 +135,41 @@ def test_the_next_snapshot_is_copied_into_the_memory_of_the_last():
     # What is asked for within one snapshot never shares memory.
     assert memory.copy(tensors[1]).data_ptr() == places[1]
     assert memory.copy(tensors[1]).data_ptr() != places[1]
+
+
+class GpuCalls:
+    """Notes, in order, what is asked of a GPU: pinned memory, copies that do not wait, the wait for them. Tensors stay where they are."""
+
+    def __init__(self, monkeypatch):
+        self.made = []
+        empty, copy = torch.empty, torch.Tensor.copy_
+
+        def note_empty(*args, **kwargs):
+            if kwargs.pop("pin_memory", False):
+                self.made.append("pinned")
+            return empty(*args, **kwargs)
+
+        def note_copy(into, data, non_blocking=False):
+            self.made.append("copy" if non_blocking else "copy and wait")
+            return copy(into, data)
+
+        monkeypatch.setattr(torch, "empty", note_empty)
+        monkeypatch.setattr(torch.Tensor, "copy_", note_copy)
+        stream = SimpleNamespace(synchronize=lambda: self.made.append("wait"))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+
+
+@pytest.mark.parametrize(("device", "first", "again"), [
+    ("cuda", ["pinned", "copy", "pinned", "copy", "wait"], ["copy", "copy", "wait"]),
+    ("cpu", ["copy and wait"] * 2, ["copy and wait"] * 2),
+])  # fmt: skip
+def test_from_a_gpu_a_snapshot_goes_to_pinned_memory_and_is_waited_for_once(monkeypatch, device, first, again):
+    memory, tensors = HostMemory(torch.device(device)), [torch.ones(2, 3), torch.ones(4)]
+    calls = GpuCalls(monkeypatch)
+    for wanted in (first, again):
+        calls.made.clear()
+        memory.reset()
+        copies = [memory.copy(tensor) for tensor in tensors]
+        memory.wait()
+        assert calls.made == wanted
+        assert all(torch.equal(copy, tensor) for copy, tensor in zip(copies, tensors, strict=True))

@@ -44,6 +44,7 @@ def a_batch(start: str, fake: bool):
     responses = [_responses(phase, step) for step in (7, 8)]
     phase.rewarder.close()
     answer = wait_together(lambda: "a server", 5.0)
-    flags = CheckpointSaver(None, None, keep_last=1, keep_every=0, timeout=5.0).poll(stop_requested=rank == 1)
+    saver = CheckpointSaver(None, None, keep_last=1, keep_every=0, timeout=5.0, device=torch.device("cpu"))
+    flags = saver.poll(stop_requested=rank == 1)
     count = all_reduce_on_host(torch.tensor([0.1, rank], dtype=torch.float64)).tolist()
     return responses, answer, flags, count, mismatch(0.3, 0.0, 0.2)

@@ -401,6 +401,16 @@ def test_a_run_that_fits_gives_its_shape_layout_and_data_ranks(config_of):
                 "model.transformer_engine=on, but it does not import here: install it, or set model.transformer_engine=auto"
             ],
         ),
+        (
+            ["model.grouped_experts=on", "model.gradient_accumulation_fusion=on", "parallel.overlap_param_gather=on"],
+            1,
+            [
+                "model.gradient_accumulation_fusion=on, but neither Transformer Engine's layers nor Apex's "
+                "fused_weight_gradient_mlp_cuda can be had: set model.gradient_accumulation_fusion=auto",
+                "model.grouped_experts=on, but the model has no experts: set model.grouped_experts=auto",
+                "parallel.overlap_param_gather=on, but parallel.overlap_grad_reduce is not on: set parallel.overlap_param_gather=auto",
+            ],
+        ),
     ],
 )  # fmt: skip
 def test_a_run_that_cannot_work_is_refused_with_its_reason(config_of, overrides, world_size, sentences):
@@ -416,6 +426,7 @@ def test_the_edges_of_the_limits_are_allowed(config_of):
     check_run(config_of("training.micro_batch_tokens=24", "objective.overlong_buffer=15"), 1)
     check_run(config_of("rollout.max_response_tokens=56"), 1)
     check_run(config_of("parallel.pipeline=2", "parallel.virtual_pipeline=2"), 2)
+    check_run(config_of("parallel.overlap_grad_reduce=on", "parallel.overlap_param_gather=on"), 1)
 
 
 def test_one_response_a_prompt_is_allowed_where_the_advantage_remembers_earlier_visits(config_of):

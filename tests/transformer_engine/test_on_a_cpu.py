@@ -123,3 +123,19 @@ def test_stock_megatron_loads_a_converted_checkpoint_into_its_layers(pool, model
     )  # fmt: skip
     run_job(MegatronToHf(str(tmp_path / "stock"), str(models / kind)), tmp_path / "back")
     assert_same(load_file(tmp_path / "back" / "model.safetensors"), load_file(models / kind / "model.safetensors"))
+
+
+def test_every_faster_way_together_trains_as_none_of_them_does(pool, models):
+    """Grouped experts, gradients added up by the products, fused activations, overlap: two experts a rank, two ranks, five updates."""
+    job = "tests.mcore.overlap_jobs:train", 2, str(models / "moe"), KINDS["moe"]
+    ways = ("bias_activation_fusion", "gradient_accumulation_fusion", "grouped_experts")
+    with_them, without_them = (
+        pool.run(*job, word, "float32", transformer_engine="on", **dict.fromkeys(ways, word)) for word in ("on", "off")
+    )
+    for (grouped, _, found), (single, _, wanted) in zip(with_them, without_them, strict=True):
+        assert "decoder.layers.0.mlp.experts.linear_fc1.weight1" in grouped
+        assert "decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.weight" in single
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert len(ours) == len(theirs)
+            for a, b in zip(ours, theirs, strict=True):
+                assert float((a - b).norm()) <= 2e-5 * float(b.norm())

@@ -13,6 +13,7 @@ Sizes are words, so that one table serves every size of model (:data:`SIZES`). W
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,6 +145,15 @@ FUSED_NORMS: dict[str, str] = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+
+
+# So are a rank's experts where one product serves them all: its layer has a weight for each.
+_GROUPED = re.compile(r"^mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
+
+
+def single_expert(part: str) -> str:
+    """The local layers' name of a parameter within its layer: ``mlp.experts.linear_fc1.weight3`` -> ``mlp.experts.local_experts.3.linear_fc1.weight``."""
+    return _GROUPED.sub(r"mlp.experts.local_experts.\2.\1.weight", part)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,30 @@
+"""Rotary angles by position: the same numbers as Megatron-Core's own, in a number of operators that the sequences do not change."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dcpo_megatron.verification.ranks import RankPool
+
+LATEST = Path(sys.prefix) / "megatron-core-0.19.2"
+
+
+@pytest.fixture(scope="module", params=["installed", "latest"])
+def measured(request):
+    if request.param == "latest" and not LATEST.is_dir():
+        pytest.skip(f"no Megatron-Core in {LATEST}: `make test` unpacks one")
+    with RankPool(2, python_path=[str(LATEST)] if request.param == "latest" else []) as pool:
+        yield pool.run("tests.mcore.rotary_jobs:count_and_compare", 2)
+
+
+def test_a_layers_operators_do_not_grow_with_the_sequences_of_its_row(measured):
+    for counts, _ in measured:
+        assert counts[2] == counts[16], counts
+
+
+def test_the_whole_row_gets_the_bits_that_each_sequence_gets_from_megatron_core(measured):
+    for _, pairs in measured:
+        for ours, megatrons in pairs:
+            assert torch.equal(ours, megatrons)
