@@ -36,10 +36,16 @@ def parser() -> argparse.ArgumentParser:
         "--device", choices=("cpu", "cuda"), default="cpu", help="cpu with gloo, or cuda with nccl (a GPU a rank)"
     )
     result.add_argument(
-        "--layers",
-        choices=("local", "transformer-engine"),
-        default="local",
-        help="which layers to certify (the second needs GPUs)",
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of weights and activations; bfloat16 has a bound of its own (docs/parallelism.md)",
+    )
+    result.add_argument(
+        "--transformer-engine",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="its layers or the local ones; auto: its layers for bfloat16 on GPUs where it imports",
     )
     result.add_argument("--seed", type=int, default=0, help="of weights and data")
     result.add_argument("--max-ranks", type=int, default=None, help="leave out layouts of more ranks")
@@ -89,8 +95,10 @@ def _check(args: argparse.Namespace, layouts: list) -> None:
         raise ValueError(
             f"--megatron-path {args.megatron_path} has no megatron/core: unpack a wheel of megatron-core there"
         )
-    if args.device == "cpu" and args.layers == "transformer-engine":
-        raise ValueError("--layers transformer-engine needs GPUs: add --device cuda")
+    if args.transformer_engine == "on" and args.device == "cpu":
+        raise ValueError("--transformer-engine on needs GPUs: add --device cuda")
+    if args.transformer_engine == "on" and args.dtype == "float32":
+        raise ValueError("--transformer-engine on computes fp32 products in TF32, ten bits: add --dtype bfloat16")
     if args.device == "cuda":
         import torch
 
@@ -108,11 +116,14 @@ def _run(args: argparse.Namespace, layouts: list, objectives: dict) -> int:
     from dcpo_megatron.verification import certificate
 
     console = Console(highlight=False)
-    facts = versions(args.device, args.megatron_path) | {"layers": args.layers}
+    engine = _layers(args)
+    layers = "local" if engine == "off" else f"transformer-engine {importlib.metadata.version('transformer-engine')}"
+    facts = versions(args.device, args.megatron_path) | {"dtype": args.dtype, "layers": layers}
     console.print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    console.print(
-        f"{len(layouts)} layouts x {len(objectives)} objectives; relative error per parameter, at most {certificate.GRADIENT_TOLERANCE:.0e}"
-    )
+    bound = f"relative error per parameter, at most {certificate.GRADIENT_TOLERANCE:.0e}"
+    if args.dtype == "bfloat16":
+        bound = f"error per parameter in multiples of bf16's own in one process, at most {certificate.BOUNDS[args.dtype].error:g}"
+    console.print(f"{len(layouts)} layouts x {len(objectives)} objectives; {bound}")
     started = time.perf_counter()
     pending: list = []
 
@@ -131,7 +142,8 @@ def _run(args: argparse.Namespace, layouts: list, objectives: dict) -> int:
         report=report,
         timeout=args.timeout,
         seed=args.seed,
-        layers=args.layers,
+        dtype=args.dtype,
+        transformer_engine=engine,
     )
     failed = sorted({verdict.layout for verdict in verdicts if not verdict.passed})
     if args.json:
@@ -144,6 +156,15 @@ def _run(args: argparse.Namespace, layouts: list, objectives: dict) -> int:
         + (f"; failed: {', '.join(failed)}" if failed else "")
     )
     return 1 if failed else 0
+
+
+def _layers(args: argparse.Namespace) -> str:
+    """Transformer Engine "on" or "off". fp32 has the local layers: Transformer Engine computes its products in TF32."""
+    from dcpo_megatron.mcore.platform import has_transformer_engine
+
+    if args.transformer_engine != "auto":
+        return args.transformer_engine
+    return "on" if args.dtype == "bfloat16" and args.device == "cuda" and has_transformer_engine() else "off"
 
 
 def _print_layout(console, verdicts) -> None:
