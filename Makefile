@@ -10,6 +10,9 @@ STAMP = $(VENV)/.installed-cpu
 # on their ranks' import path.
 LATEST = $(VENV)/megatron-core-0.19.2
 
+# Transformer Engine's Python, without its binaries: tests run it on a CPU over a stand-in for its kernels.
+TE = $(VENV)/transformer-engine-2.20.2
+
 # SGLang's own environment: stock servers on the CPU, for tests and demos. The newest is unpacked beside the pinned one, and put on the import path by who wants it.
 SGLANG_VENV ?= .venv-sglang
 SGLANG_RUN = $(SGLANG_VENV)/bin/python
@@ -34,7 +37,7 @@ demo: $(STAMP)
 demo-sglang: $(STAMP) $(SGLANG)
 	$(RUN) -m dcpo_megatron.cli demo --servers 2 --server-python $(SGLANG_RUN) --seed $(SEED) --output runs/demo-sglang
 
-test: $(STAMP) $(LATEST) $(SGLANG) lint
+test: $(STAMP) $(LATEST) $(TE) $(SGLANG) lint
 	DCPO_TEST_SGLANG=required $(RUN) -m pytest tests
 
 # What speaks to real servers, alone, and the same with the newest SGLang.
@@ -76,4 +79,9 @@ certificate: $(STAMP) $(LATEST)
 $(LATEST): | $(STAMP)
 	$(RUN) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --dest $(VENV)/wheels megatron-core==0.19.2
 	$(RUN) -m zipfile -e $(VENV)/wheels/megatron_core-0.19.2-*.whl $@.part
+	mv $@.part $@
+
+$(TE): | $(STAMP)
+	$(RUN) -m pip download --quiet --no-deps --dest $(VENV)/wheels transformer_engine==2.20.2
+	$(RUN) -m zipfile -e $(VENV)/wheels/transformer_engine-2.20.2-*.whl $@.part
 	mv $@.part $@

@@ -77,10 +77,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.max_ranks is not None:
             layouts = [layout for layout in layouts if layout.world <= args.max_ranks]
         _check(args, layouts)
+        engine = _transformer_engine(args)
     except ValueError as error:
         print(f"dcpo: error: {error}", file=sys.stderr)
         return 2
-    return _run(args, layouts, objectives)
+    return _run(args, layouts, objectives, engine)
 
 
 def _check(args: argparse.Namespace, layouts: list) -> None:
@@ -95,10 +96,6 @@ def _check(args: argparse.Namespace, layouts: list) -> None:
         raise ValueError(
             f"--megatron-path {args.megatron_path} has no megatron/core: unpack a wheel of megatron-core there"
         )
-    if args.transformer_engine == "on" and args.device == "cpu":
-        raise ValueError("--transformer-engine on needs GPUs: add --device cuda")
-    if args.transformer_engine == "on" and args.dtype == "float32":
-        raise ValueError("--transformer-engine on computes fp32 products in TF32, ten bits: add --dtype bfloat16")
     if args.device == "cuda":
         import torch
 
@@ -109,15 +106,21 @@ def _check(args: argparse.Namespace, layouts: list) -> None:
             )
 
 
-def _run(args: argparse.Namespace, layouts: list, objectives: dict) -> int:
+def _transformer_engine(args: argparse.Namespace) -> str:
+    """ "on" or "off", as a run of this dtype on this device has it. Raises ValueError where it is asked for and refused."""
+    from dcpo_megatron.mcore.platform import select_platform, use_transformer_engine
+
+    return "on" if use_transformer_engine(args.transformer_engine, args.dtype, select_platform(args.device)) else "off"
+
+
+def _run(args: argparse.Namespace, layouts: list, objectives: dict, engine: str) -> int:
     import torch
     from rich.console import Console
 
     from dcpo_megatron.verification import certificate
 
     console = Console(highlight=False)
-    engine = _layers(args)
-    layers = "local" if engine == "off" else f"transformer-engine {importlib.metadata.version('transformer-engine')}"
+    layers = "local" if engine == "off" else "transformer-engine"
     facts = versions(args.device, args.megatron_path) | {"dtype": args.dtype, "layers": layers}
     console.print(", ".join(f"{name} {value}" for name, value in facts.items()))
     bound = f"relative error per parameter, at most {certificate.GRADIENT_TOLERANCE:.0e}"
@@ -156,15 +159,6 @@ def _run(args: argparse.Namespace, layouts: list, objectives: dict) -> int:
         + (f"; failed: {', '.join(failed)}" if failed else "")
     )
     return 1 if failed else 0
-
-
-def _layers(args: argparse.Namespace) -> str:
-    """Transformer Engine "on" or "off". fp32 has the local layers: Transformer Engine computes its products in TF32."""
-    from dcpo_megatron.mcore.platform import has_transformer_engine
-
-    if args.transformer_engine != "auto":
-        return args.transformer_engine
-    return "on" if args.dtype == "bfloat16" and args.device == "cuda" and has_transformer_engine() else "off"
 
 
 def _print_layout(console, verdicts) -> None:

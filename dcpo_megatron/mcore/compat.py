@@ -14,6 +14,13 @@ HAS_OUTPUT_PROCESSOR = "output_processor" in inspect.signature(GPTModel.forward)
 # 0.16 asks `te_general_gemm is not None` but defines the name only where Transformer Engine imports.
 if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None
+_GEMM_OF_TRANSFORMER_ENGINE = moe_utils.te_general_gemm
+
+
+def choose_router_product(transformer_engine: bool) -> None:
+    """The router of experts takes Transformer Engine's product wherever that imports, local layers or not, and it is TF32 for float32: local layers are
+    given torch's."""
+    moe_utils.te_general_gemm = _GEMM_OF_TRANSFORMER_ENGINE if transformer_engine else None
 
 
 def _keep_step(set_states):

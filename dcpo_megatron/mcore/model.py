@@ -1,6 +1,6 @@
 """Builds stock Megatron-Core models from a Hugging Face configuration: GPTModel chunks, DistributedDataParallel around them, and the optimizer.
 
-Layers come from Transformer Engine where it imports on a GPU, otherwise from Megatron-Core's local spec with two parts of ours put in
+Layers come from Transformer Engine for bfloat16 where it imports on a GPU, otherwise from Megatron-Core's local spec with two parts of ours put in
 (:mod:`~dcpo_megatron.mcore.norm`, :mod:`~dcpo_megatron.mcore.attention`), since the stock ones refuse sequence parallelism, packed rows and context
 parallelism.
 """
@@ -23,12 +23,12 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from dcpo_megatron.mcore import compat  # noqa: F401 - settles what differs between versions
+from dcpo_megatron.mcore import compat  # settles what differs between versions
 from dcpo_megatron.mcore.attention import CausalCoreAttention
 from dcpo_megatron.mcore.hf_config import ModelShape
 from dcpo_megatron.mcore.layout import ParallelLayout, RankPosition, padded_vocab
 from dcpo_megatron.mcore.norm import RMSNorm
-from dcpo_megatron.mcore.platform import Platform, has_transformer_engine
+from dcpo_megatron.mcore.platform import Platform, use_transformer_engine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -46,16 +46,7 @@ class ModelOptions:
 
 def uses_transformer_engine(options: ModelOptions, platform: Platform) -> bool:
     """Whether layers come from Transformer Engine. Raises ValueError where it is demanded and cannot be had."""
-    if options.transformer_engine == "off" or platform.is_cpu:
-        if options.transformer_engine == "on":
-            raise ValueError("model.transformer_engine=on needs a GPU: set it to auto")
-        return False
-    found = has_transformer_engine()
-    if options.transformer_engine == "on" and not found:
-        raise ValueError(
-            "model.transformer_engine=on, but transformer_engine does not import: install it or set it to auto"
-        )
-    return found
+    return use_transformer_engine(options.transformer_engine, options.dtype, platform)
 
 
 def transformer_config(
@@ -174,6 +165,7 @@ def build_model(
     model_parallel_cuda_manual_seed(seed)
     config = transformer_config(shape, layout, options, platform)
     transformer_engine = uses_transformer_engine(options, platform)
+    compat.choose_router_product(transformer_engine)
     chunk_count = layout.virtual_pipeline if layout.interleaved else 1
     chunks = []
     for stage in range(chunk_count):

@@ -21,6 +21,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from dcpo_megatron.mcore.other_layers import settings_of_any_adam
+
 PREFIX = "optimizer.state."
 
 # (key, global shape, offsets, numbers)
@@ -101,5 +103,7 @@ def optimizer_settings(optimizer) -> dict:
     parts = list(getattr(optimizer, "chained_optimizers", [optimizer]))
     if len(parts) > 1:
         optimizer._synchronize_steps()
-    found = [part.state_dict() | {"param_state_sharding_type": "fully_reshardable"} for part in parts]
+    found = [
+        settings_of_any_adam(part.state_dict()) | {"param_state_sharding_type": "fully_reshardable"} for part in parts
+    ]
     return found[0] if len(found) == 1 else dict(enumerate(found))

@@ -80,7 +80,7 @@ def find_apex() -> str:
 
 
 def has_transformer_engine() -> bool:
-    """True where Transformer Engine imports (it needs a GPU build; absent on CPU machines)."""
+    """True where Transformer Engine imports."""
     if importlib.util.find_spec("transformer_engine") is None:
         return False
     try:
@@ -88,6 +88,35 @@ def has_transformer_engine() -> bool:
     except (ImportError, OSError, RuntimeError):
         return False
     return True
+
+
+def use_transformer_engine(wanted: str, dtype: str, platform: Platform) -> bool:
+    """Whether layers come from Transformer Engine, and the optimizer's kernels with them.
+
+    Its kernels multiply float32 numbers in TF32, 10 bits of mantissa, whatever torch is told, and it has no float32 attention with context
+    parallelism (Transformer Engine 2.20). So float32 keeps the local layers, and on a GPU the two together are refused: what was asked for would not
+    be what is computed.
+
+    Args:
+        wanted: "auto" (on a GPU, for bfloat16, where it imports), "on" (wherever it imports) or "off".
+        dtype: of the weights, "float32" or "bfloat16".
+
+    Raises:
+        ValueError: "on" where it does not import, or for float32 on a GPU.
+    """
+    if wanted == "off" or (wanted == "auto" and (platform.is_cpu or dtype != "bfloat16")):
+        return False
+    found = has_transformer_engine()
+    if wanted == "on" and not found:
+        raise ValueError(
+            "model.transformer_engine=on, but it does not import here: install it, or set model.transformer_engine=auto"
+        )
+    if wanted == "on" and dtype == "float32" and not platform.is_cpu:
+        raise ValueError(
+            "model.transformer_engine=on with model.dtype=float32: its kernels multiply float32 in TF32 (10 bits) and have no float32 "
+            "attention with context parallelism: set model.dtype=bfloat16, or model.transformer_engine=auto for layers that keep float32"
+        )
+    return found
 
 
 def start(platform: Platform, timeout_seconds: float = 600.0) -> None:

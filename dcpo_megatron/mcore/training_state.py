@@ -23,6 +23,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from dcpo_megatron.mcore import compat  # noqa: F401 - settles what differs between versions
 from dcpo_megatron.mcore.optimizer_shards import optimizer_pieces, optimizer_settings, parameter_places
+from dcpo_megatron.mcore.other_layers import ask_as_saved, settings_of_any_adam
 from dcpo_megatron.mcore.step import PolicyModel
 
 # `chained_optim_avoid_prefix`: dense and expert parameters have optimizers of their own; their states are told apart by their parameters' names.
@@ -96,8 +97,7 @@ def _parts(optimizer) -> list:
 def _has_state(optimizer) -> bool:
     """Whether there is anything beyond the weights: plain SGD in fp32 has nothing."""
     return not all(
-        isinstance(part.optimizer, torch.optim.SGD) and part.config.params_dtype == torch.float32
-        for part in _parts(optimizer)
+        part.config.optimizer == "sgd" and part.config.params_dtype == torch.float32 for part in _parts(optimizer)
     )
 
 
@@ -159,16 +159,21 @@ def _share(tensors: Iterable[ShardedTensor]) -> set[int]:
 
 
 def restore(policy: PolicyModel, folder: str | os.PathLike) -> None:
-    """Loads weights and optimizer from a checkpoint of any layout. Collective.
+    """Loads weights and optimizer from a checkpoint of any layout, saved with Transformer Engine or without. Collective.
 
     Raises:
         megatron.core.dist_checkpointing.core.CheckpointingException, KeyError: the checkpoint lacks a tensor, or holds another shape.
     """
     _prepare(policy.optimizer)
-    loaded = dist_checkpointing.load(_sharded(policy, is_loading=True), str(folder))
+    loaded = dist_checkpointing.load(ask_as_saved(_sharded(policy, is_loading=True), folder), str(folder))
     for number, chunk in enumerate(policy.modules):
         chunk.load_state_dict(loaded[f"model{number}"])
     if "optimizer" in loaded:
+        parts = _parts(policy.optimizer)
+        for number, part in enumerate(parts):
+            if isinstance(part, DistributedOptimizer):
+                settings = loaded["optimizer"] if len(parts) == 1 else loaded["optimizer"][number]
+                settings_of_any_adam(settings, part.optimizer.defaults)
         policy.optimizer.load_state_dict(loaded["optimizer"])
         _own_steps(policy.optimizer)
     else:
@@ -176,21 +181,17 @@ def restore(policy: PolicyModel, folder: str | os.PathLike) -> None:
 
 
 def _prepare(optimizer) -> None:
-    """PyTorch's Adam makes its state in its first step; Megatron-Core asks for the state's step already when it saves or loads."""
+    """Every Adam makes its state in its first step, but a checkpoint holds it from the start; PyTorch's has the step in it. Plain SGD has none."""
     for part in _parts(optimizer):
         inner = part.optimizer
-        if getattr(part, "init_state_fn", False) is None:  # plain SGD, which has no state to make
+        if part.config.optimizer == "sgd":
             part.init_state_fn = lambda *_: None
-        if not isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)):
+            inner.state.clear()  # momentum buffers of zeros, which fused kernels ask for
             continue
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                if parameter not in inner.state:
-                    inner.state[parameter] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
+        part.init_state_fn(inner, part.config)
+        if isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)):
+            for state in inner.state.values():
+                state.setdefault("step", torch.tensor(0.0))
 
 
 def _own_steps(optimizer) -> None:

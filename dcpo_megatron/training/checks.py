@@ -8,7 +8,7 @@ from pathlib import Path
 from dcpo_megatron.mcore.head_blocks import missing_for_triton
 from dcpo_megatron.mcore.hf_config import ModelShape, read_shape
 from dcpo_megatron.mcore.layout import ParallelLayout, alignment
-from dcpo_megatron.mcore.platform import Platform, find_apex, has_transformer_engine, select_platform
+from dcpo_megatron.mcore.platform import Platform, find_apex, select_platform, use_transformer_engine
 from dcpo_megatron.objectives import Objective
 from dcpo_megatron.training.config import Config, ConfigError
 from dcpo_megatron.weights.conversion import hf_folder_of
@@ -79,10 +79,11 @@ def _package_problems(config: Config, platform: Platform) -> list[str]:
         found.append(
             "the installed package `apex` is not NVIDIA Apex (it has no amp_C), and Megatron-Core would import it: run `pip uninstall apex`"
         )
-    if config.model.transformer_engine == "on" and (platform.is_cpu or not has_transformer_engine()):
-        found.append(
-            "model.transformer_engine=on, but it does not import here on a GPU: install it, or set model.transformer_engine=auto"
-        )
+    if config.model.transformer_engine == "on":
+        try:
+            use_transformer_engine("on", config.model.dtype, platform)
+        except ValueError as error:
+            found.append(str(error))
     if config.model.head == "triton":
         missing = missing_for_triton("cpu" if platform.is_cpu else "cuda")
         if missing:

@@ -39,7 +39,7 @@ class ModelSection(Section):
         "bfloat16", description="of weights and activations; gradients and optimizer state are fp32"
     )
     transformer_engine: Literal["auto", "on", "off"] = Field(
-        "auto", description="layers of Transformer Engine where it imports on a GPU"
+        "auto", description="layers of Transformer Engine: for bfloat16 where it imports on a GPU, demanded, or never"
     )
     recompute: Literal["none", "full"] = Field(
         "none", description="recompute each layer's activations in the backward pass"

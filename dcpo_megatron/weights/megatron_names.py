@@ -25,8 +25,9 @@ from dcpo_megatron.weights.torch_dist import TorchDistFolder, serialized
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(.+)$")
 _FUSED = {plain: fused for fused, plain in FUSED_NORMS.items()}
-# Empty states that Transformer Engine's and the local linear layers ask for.
+# Empty states: the local linear layers ask for theirs, Transformer Engine's norms too (those that it does not fuse into a linear layer).
 _STATES = ("self_attention.linear_qkv", "self_attention.linear_proj")
+_QK_STATES = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 _EMBEDDING = "embedding.word_embeddings.weight"
 OPTIMIZER_PREFIX = "optimizer.state."
 
@@ -81,7 +82,8 @@ def lead_shape(place: Place, shape: ModelShape) -> tuple[int, ...]:
 def layer_states(layer: int, shape: ModelShape) -> list[tuple[str, bytes]]:
     """``(key, serialized object)`` of the empty extra states of one layer, without which stock Megatron-Core refuses the checkpoint."""
     empty = serialized(None)
-    found = [(f"decoder.layers.{part}._extra_state/shard_{layer}_{shape.layers}", empty) for part in _STATES]
+    parts = _STATES + (_QK_STATES if shape.qk_norm else ()) + (("pre_mlp_layernorm",) if shape.experts else ())
+    found = [(f"decoder.layers.{part}._extra_state/shard_{layer}_{shape.layers}", empty) for part in parts]
     for linear in ("linear_fc1", "linear_fc2"):
         if shape.experts:
             found += [
@@ -91,6 +93,11 @@ def layer_states(layer: int, shape: ModelShape) -> list[tuple[str, bytes]]:
         else:
             found.append((f"decoder.layers.mlp.{linear}._extra_state/shard_{layer}_{shape.layers}", empty))
     return found
+
+
+def outer_states() -> list[tuple[str, bytes]]:
+    """The same of what stands outside the layers."""
+    return [("decoder.final_layernorm._extra_state/shard_0_1", serialized(None))]
 
 
 class MegatronTensors:

@@ -18,7 +18,7 @@ from dcpo_megatron.weights.conversion import check_layout, chunk_grid, cut, padd
 from dcpo_megatron.weights.fit import check_folder
 from dcpo_megatron.weights.hf_folder import CheckpointError, SafetensorsFolder
 from dcpo_megatron.weights.mapping import Rule, full_shape, merge, parameter_names, rule_for
-from dcpo_megatron.weights.megatron_names import layer_states, lead_shape, stacked_places
+from dcpo_megatron.weights.megatron_names import layer_states, lead_shape, outer_states, stacked_places
 from dcpo_megatron.weights.torch_dist import Record, write_records
 from dcpo_megatron.weights.work import Unit, file_facts
 
@@ -98,9 +98,8 @@ class HfToMegatron:
                 for offsets, piece in cut(rows, whole, grid):
                     ones = (1,) * len(place.lead)
                     yield place.key, (*place.lead, *offsets), piece.reshape(*ones, *piece.shape)
-        if number < self.shape.layers:
-            for key, data in layer_states(number, self.shape):
-                yield key, None, data
+        for key, data in layer_states(number, self.shape) if number < self.shape.layers else outer_states():
+            yield key, None, data
 
     def _tensor_size(self, rule: Rule) -> int:
         return (self.layout.expert_tensor or self.layout.tensor) if rule.expert else self.layout.tensor

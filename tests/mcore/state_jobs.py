@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 
-def _policy(hf: str, parallel: dict, optimizer: str, dtype: str, load: bool):
+def _policy(hf: str, parallel: dict, optimizer: str, dtype: str, load: bool, transformer_engine: str = "off"):
     from dcpo_megatron.mcore.hf_config import read_shape
     from dcpo_megatron.mcore.layout import ParallelLayout, make_groups, rank_position
     from dcpo_megatron.mcore.model import ModelOptions, OptimizerOptions
@@ -16,9 +16,8 @@ def _policy(hf: str, parallel: dict, optimizer: str, dtype: str, load: bool):
 
     layout = ParallelLayout(**parallel)
     make_groups(layout)
-    policy = PolicyModel.create(
-        read_shape(hf), layout, ModelOptions(dtype=dtype), select_platform("cpu"), rank_position()
-    )
+    options = ModelOptions(dtype=dtype, transformer_engine=transformer_engine)
+    policy = PolicyModel.create(read_shape(hf), layout, options, select_platform("cpu"), rank_position())
     if load:
         load_weights(policy, hf)
     else:
@@ -48,13 +47,19 @@ def _weights(policy) -> list[torch.Tensor]:
     return [parameter.detach().clone() for module in policy.modules for parameter in module.parameters()]
 
 
-def train_and_save(hf: str, parallel: dict, folder: str, optimizer: str, dtype: str):
-    """Two steps, a checkpoint, three steps: gradient norms of the three and this rank's weights after them."""
+def train_and_save(hf: str, parallel: dict, folder: str, optimizer: str, dtype: str, steps: int = 2, **layers):
+    """Steps (two by default), a checkpoint, three steps: gradient norms of the three and this rank's weights after them."""
+    policy = _policy(hf, parallel, optimizer, dtype, load=True, **layers)
+    _steps(policy, range(steps))
+    written = _save(policy, folder)
+    return _steps(policy, range(steps, steps + 3)), _weights(policy), written
+
+
+def _save(policy, folder: str) -> int:
+    """Writes a checkpoint; returns the bytes of this rank's part."""
     from dcpo_megatron.mcore.training_state import take_snapshot
     from dcpo_megatron.weights.torch_dist import write_index, write_records
 
-    policy = _policy(hf, parallel, optimizer, dtype, load=True)
-    _steps(policy, range(2))
     snapshot = take_snapshot(policy)
     target = Path(folder)
     target.mkdir(exist_ok=True, parents=True)
@@ -66,13 +71,17 @@ def train_and_save(hf: str, parallel: dict, folder: str, optimizer: str, dtype: 
         tensors = {key: entry for _, table in gathered for key, entry in table.items()}
         write_index(target, tensors, [record for found, _ in gathered for record in found], snapshot.common)
     dist.barrier()
-    return _steps(policy, range(2, 5)), _weights(policy), snapshot.bytes
+    return snapshot.bytes
 
 
-def restore_and_train(hf: str, parallel: dict, folder: str, optimizer: str, dtype: str):
-    """The checkpoint, three steps."""
+def restore_and_train(
+    hf: str, parallel: dict, folder: str, optimizer: str, dtype: str, steps: int = 2, again: str | None = None, **layers
+):
+    """The checkpoint (saved once more in the folder ``again``), three steps."""
     from dcpo_megatron.mcore.training_state import restore
 
-    policy = _policy(hf, parallel, optimizer, dtype, load=False)
+    policy = _policy(hf, parallel, optimizer, dtype, load=False, **layers)
     restore(policy, folder)
-    return _steps(policy, range(2, 5)), _weights(policy)
+    if again:
+        _save(policy, again)
+    return _steps(policy, range(steps, steps + 3)), _weights(policy)

@@ -398,8 +398,7 @@ def test_a_run_that_fits_gives_its_shape_layout_and_data_ranks(config_of):
             ["model.transformer_engine=on"],
             1,
             [
-                "model.transformer_engine=on, but it does not import here on a GPU: install it, or set "
-                "model.transformer_engine=auto"
+                "model.transformer_engine=on, but it does not import here: install it, or set model.transformer_engine=auto"
             ],
         ),
     ],

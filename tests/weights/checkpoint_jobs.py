@@ -19,7 +19,7 @@ def megatron_version() -> str:
     return megatron.core.__version__
 
 
-def _policy(hf: str, parallel: dict, dtype: str):
+def _policy(hf: str, parallel: dict, dtype: str, transformer_engine: str = "off"):
     from dcpo_megatron.mcore.hf_config import read_shape
     from dcpo_megatron.mcore.layout import ParallelLayout, make_groups, rank_position
     from dcpo_megatron.mcore.model import ModelOptions
@@ -28,21 +28,22 @@ def _policy(hf: str, parallel: dict, dtype: str):
 
     layout = ParallelLayout(**parallel)
     make_groups(layout)
-    return PolicyModel.create(
-        read_shape(hf), layout, ModelOptions(dtype=dtype), select_platform("cpu"), rank_position()
-    )
+    options = ModelOptions(dtype=dtype, transformer_engine=transformer_engine)
+    return PolicyModel.create(read_shape(hf), layout, options, select_platform("cpu"), rank_position())
 
 
 def _sharded(policy) -> dict:
     return {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(policy.modules)}
 
 
-def load_and_save_by_megatron(hf: str, source: str, destination: str, parallel: dict, dtype: str) -> None:
+def load_and_save_by_megatron(
+    hf: str, source: str, destination: str, parallel: dict, dtype: str, transformer_engine: str = "off"
+) -> None:
     """Stock ``dist_checkpointing`` loads ``source`` into a model of any layout and saves it again."""
     from megatron.core import dist_checkpointing
 
     _may_have_children()
-    policy = _policy(hf, parallel, dtype)
+    policy = _policy(hf, parallel, dtype, transformer_engine)
     for chunk in policy.modules:
         for parameter in chunk.parameters():
             torch.nn.init.constant_(parameter, float("nan"))
