@@ -545,8 +545,11 @@ def _run(args: argparse.Namespace) -> int:
         raise _Refused("say where the results go: --output FOLDER")
     if not args.deadline > 0:
         raise _Refused(f"--deadline {args.deadline:g} must be above 0")
-    if args.server_python and not shutil.which(args.server_python):
-        raise _Refused(f"--server-python {args.server_python} is no program")
+    if args.server_python:
+        found = shutil.which(args.server_python)
+        if not found:
+            raise _Refused(f"--server-python {args.server_python} is no program")
+        args.server_python = os.path.abspath(found)
     output = args.output.absolute()
     env = dict(os.environ)
     packages = output / "packages"
