@@ -328,18 +328,17 @@ def main(options: list[str] | None = None) -> int:
     for row in rows:
         if reason := refusal(row, args):
             results[row].append({"skipped": reason})
+    facts = {name: getattr(args, name) for name in ("tokens", "hidden", "vocab", "tp", "dtype", "device", "threads")}
+    facts |= {"torch": torch.__version__, "entropy": args.entropy}
     for _ in range(args.repeats):
         for row in rows:
-            if not results[row] or "skipped" not in results[row][-1]:
-                results[row].append(measure_apart(row, args, options))
-    found = {row: summary(measured) for row, measured in results.items()}
-    print(table(found))
-    if args.json:
-        facts = {
-            name: getattr(args, name) for name in ("tokens", "hidden", "vocab", "tp", "dtype", "device", "threads")
-        }
-        facts |= {"torch": torch.__version__, "entropy": args.entropy}
-        Path(args.json).write_text(json.dumps({"settings": facts, "measurements": results}, indent=1), encoding="utf-8")
+            if results[row] and "skipped" in results[row][-1]:
+                continue
+            results[row].append(measure_apart(row, args, options))
+            if args.json:  # after each: a run that is ended leaves what it had
+                text = json.dumps({"settings": facts, "measurements": results}, indent=1)
+                Path(args.json).write_text(text, encoding="utf-8")
+    print(table({row: summary(measured) for row, measured in results.items()}))
     return 0
 
 

@@ -113,10 +113,10 @@ def measure(args: argparse.Namespace) -> None:
         )
         for mode in args.modes
     }
-    raw = None
-    if dist.get_rank() == 0:
+    raw, sizes = None, [tensor.numel() for _, tensor in gatherer.tensors()]
+    if dist.get_rank() == 0 and not args.no_raw:
         raw = RawBroadcast([tensor.clone() for _, tensor in gatherer.tensors()], len(args.url), platform, folder)
-    else:
+    elif not args.no_raw:
         for _ in gatherer.tensors():
             pass
     found: dict = {mode: {"first": None, "whole": [], "phases": [], "peak": 0} for mode in args.modes}
@@ -146,10 +146,11 @@ def measure(args: argparse.Namespace) -> None:
         publisher.close()
     if raw is not None:
         raw.close()
-        parameters = sum(tensor.numel() for tensor in raw.tensors)
-        raws = {kind: taken[1:] for kind, taken in raws.items()}  # the first fills the receivers' pages
+    if dist.get_rank() == 0:
+        # The first fills the receivers' pages.
+        raws = {} if raw is None else {kind: taken[1:] for kind, taken in raws.items()}
         (folder / "result.json").write_text(
-            json.dumps({"parameters": parameters, "tensors": len(raw.tensors), "raw": raws, "modes": found})
+            json.dumps({"parameters": sum(sizes), "tensors": len(sizes), "raw": raws, "modes": found})
         )
     platforms.stop()
 
@@ -296,7 +297,7 @@ def show(found: dict, servers: int) -> None:
     size = next(iter(found["modes"].values()))["bytes"]
     raw = {kind: statistics.median(taken) for kind, taken in found["raw"].items()}
     table = Table(
-        title=f"{found['parameters'] / 1e6:.3g} M parameters, {found['tensors']} tensors, {size / 1e6:.3g} MB, {servers} server(s), medians of {len(found['raw']['new'])}"
+        title=f"{found['parameters'] / 1e6:.3g} M parameters, {found['tensors']} tensors, {size / 1e6:.3g} MB, {servers} server(s), medians of {len(next(iter(found['modes'].values()))['whole'])}"
     )
     for name in ("mode", "stream", "rate", "of raw", "whole", "its other phases", "first", "peak"):
         table.add_column(name, justify="left" if name in ("mode", "its other phases") else "right")
@@ -324,6 +325,9 @@ def parser() -> argparse.ArgumentParser:
         "--bucket-mib", type=int, default=512, help="MiB of a bucket (default 512, as publish.bucket_bytes)"
     )
     made.add_argument("--repeats", type=int, default=3)
+    made.add_argument(
+        "--no-raw", action="store_true", help="no raw broadcast: over nccl its receivers need GPUs of their own"
+    )
     made.add_argument("--model", metavar="FOLDER", help="publish this Hugging Face folder's weights")
     made.add_argument("--url", action="append", default=[], help="a running server of --model; may be repeated")
     made.add_argument("--python", metavar="PATH", help="the server environment's interpreter, as for dcpo serve")
@@ -393,6 +397,7 @@ def _one_model(args: argparse.Namespace, folder: Path, millions: float | None) -
         )
     with servers as running:
         words = ["--model", model, "--tp", args.tp, "--bucket-mib", args.bucket_mib, "--repeats", args.repeats]
+        words += ["--no-raw"] if args.no_raw else []
         words += ["--modes", ",".join(args.modes), *(word for url in running.urls for word in ("--url", url))]
         if run_ranks(args.tp, [__file__, "--measure", str(folder), *map(str, words)]):
             return None

@@ -36,10 +36,16 @@ def parser() -> argparse.ArgumentParser:
         "--device", choices=("cpu", "cuda"), default="cpu", help="cpu with gloo, or cuda with nccl (a GPU a rank)"
     )
     result.add_argument(
-        "--layers",
-        choices=("local", "transformer-engine"),
-        default="local",
-        help="which layers to certify (the second needs GPUs)",
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of weights and activations; bfloat16 has a bound of its own (docs/parallelism.md)",
+    )
+    result.add_argument(
+        "--transformer-engine",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="its layers or the local ones; auto: its layers for bfloat16 on GPUs where it imports",
     )
     result.add_argument("--seed", type=int, default=0, help="of weights and data")
     result.add_argument("--max-ranks", type=int, default=None, help="leave out layouts of more ranks")
@@ -71,10 +77,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.max_ranks is not None:
             layouts = [layout for layout in layouts if layout.world <= args.max_ranks]
         _check(args, layouts)
+        engine = _transformer_engine(args)
     except ValueError as error:
         print(f"dcpo: error: {error}", file=sys.stderr)
         return 2
-    return _run(args, layouts, objectives)
+    return _run(args, layouts, objectives, engine)
 
 
 def _check(args: argparse.Namespace, layouts: list) -> None:
@@ -89,8 +96,6 @@ def _check(args: argparse.Namespace, layouts: list) -> None:
         raise ValueError(
             f"--megatron-path {args.megatron_path} has no megatron/core: unpack a wheel of megatron-core there"
         )
-    if args.device == "cpu" and args.layers == "transformer-engine":
-        raise ValueError("--layers transformer-engine needs GPUs: add --device cuda")
     if args.device == "cuda":
         import torch
 
@@ -101,18 +106,27 @@ def _check(args: argparse.Namespace, layouts: list) -> None:
             )
 
 
-def _run(args: argparse.Namespace, layouts: list, objectives: dict) -> int:
+def _transformer_engine(args: argparse.Namespace) -> str:
+    """ "on" or "off", as a run of this dtype on this device has it. Raises ValueError where it is asked for and refused."""
+    from dcpo_megatron.mcore.platform import select_platform, use_transformer_engine
+
+    return "on" if use_transformer_engine(args.transformer_engine, args.dtype, select_platform(args.device)) else "off"
+
+
+def _run(args: argparse.Namespace, layouts: list, objectives: dict, engine: str) -> int:
     import torch
     from rich.console import Console
 
     from dcpo_megatron.verification import certificate
 
     console = Console(highlight=False)
-    facts = versions(args.device, args.megatron_path) | {"layers": args.layers}
+    layers = "local" if engine == "off" else "transformer-engine"
+    facts = versions(args.device, args.megatron_path) | {"dtype": args.dtype, "layers": layers}
     console.print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    console.print(
-        f"{len(layouts)} layouts x {len(objectives)} objectives; relative error per parameter, at most {certificate.GRADIENT_TOLERANCE:.0e}"
-    )
+    bound = f"relative error per parameter, at most {certificate.GRADIENT_TOLERANCE:.0e}"
+    if args.dtype == "bfloat16":
+        bound = f"error per parameter in multiples of bf16's own in one process, at most {certificate.BOUNDS[args.dtype].error:g}"
+    console.print(f"{len(layouts)} layouts x {len(objectives)} objectives; {bound}")
     started = time.perf_counter()
     pending: list = []
 
@@ -131,7 +145,8 @@ def _run(args: argparse.Namespace, layouts: list, objectives: dict) -> int:
         report=report,
         timeout=args.timeout,
         seed=args.seed,
-        layers=args.layers,
+        dtype=args.dtype,
+        transformer_engine=engine,
     )
     failed = sorted({verdict.layout for verdict in verdicts if not verdict.passed})
     if args.json:

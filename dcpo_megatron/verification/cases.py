@@ -6,6 +6,7 @@ Everything is made from a seed; nothing here needs Megatron-Core.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -130,14 +131,26 @@ def visit_rewards(items: list[Item], visit: int) -> tuple[list[str], list[float]
     ).tolist()
 
 
-def attach_old_logprobs(items: list[Item], logprobs: list[torch.Tensor], seed: int = 1) -> None:
-    """Old, rollout and reference log-probs: the current ones plus noise wide enough to cross bounds and caps."""
+def attach_old_logprobs(
+    items: list[Item],
+    logprobs: list[torch.Tensor],
+    seed: int = 1,
+    refused: Callable[[torch.Tensor, Item], torch.Tensor] | None = None,
+) -> None:
+    """Old, rollout and reference log-probs: the current ones plus noise wide enough to cross bounds and caps.
+
+    ``refused(current, item)`` says which tokens' old log-probs are drawn again, until there are none.
+    """
     generator = torch.Generator().manual_seed(seed)
     for item, current in zip(items, logprobs):
-        noise = torch.randn(len(item.response), generator=generator) * 0.5
-        # A fifth of the tokens jump far, so that the cap is met too.
-        far = torch.rand(len(item.response), generator=generator) < 0.2
-        item.old_logprobs = (current - torch.where(far, noise * 6, noise)).clamp(max=-1e-3)
+        again = torch.ones(len(item.response), dtype=torch.bool)
+        while again.any():
+            noise = torch.randn(len(item.response), generator=generator) * 0.5
+            # A fifth of the tokens jump far, so that the cap is met too.
+            far = torch.rand(len(item.response), generator=generator) < 0.2
+            drawn = (current - torch.where(far, noise * 6, noise)).clamp(max=-1e-3)
+            item.old_logprobs = torch.where(again, drawn, item.old_logprobs)
+            again = torch.zeros_like(again) if refused is None else refused(current, item)
         item.rollout_logprobs = (item.old_logprobs + 0.2 * torch.randn(len(item.response), generator=generator)).clamp(
             max=-1e-3
         )
@@ -146,8 +159,11 @@ def attach_old_logprobs(items: list[Item], logprobs: list[torch.Tensor], seed: i
         )
 
 
-def make_model(kind: str, folder: str, seed: int = 0, **changes) -> None:
-    """Writes a small Hugging Face model of :func:`tiny_config`, with weights large enough that attention and router are far from uniform."""
+def make_model(kind: str, folder: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> None:
+    """Writes a small Hugging Face model of :func:`tiny_config`, with weights large enough that attention and router are far from uniform.
+
+    Weights are numbers that ``dtype`` holds, written as fp32.
+    """
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -159,4 +175,5 @@ def make_model(kind: str, folder: str, seed: int = 0, **changes) -> None:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             else:
                 parameter.mul_(4.0)
+            parameter.copy_(parameter.to(dtype))
     model.save_pretrained(folder)

@@ -6,6 +6,13 @@ zero (below 1e-6 of the whole gradient's norm), the difference is held against t
 Parameters are held by their UPDATE. SGD's one step is held against the reference's gradient. Adam runs two steps with weight decay and clipping: it divides
 by the gradient's own size, so where a gradient is near eps its last bits move the parameter by up to lr. So Adam is held against AdamW written out on the
 layout's own gradients, the first of which the column before has compared with the reference.
+
+In bfloat16 no constant would do: its rounding costs one parameter's gradient 1 %, and 7 % that of a bias whose terms all but cancel. So there
+
+    error = |layout in bf16 - dense in fp32|  /  |dense in bf16 - dense in fp32|        of every parameter; at most 8
+
+where "dense" is the reference on the same weights, which bf16 holds exactly. No old log-prob lies within 0.05 nats of a bound: a token that is clipped in
+one process and not in the other would move the gradient by itself, and no rounding error bounds that.
 """
 
 from __future__ import annotations
@@ -26,7 +33,7 @@ from dcpo_megatron.advantages import RewardHistory
 from dcpo_megatron.objectives import Objective
 from dcpo_megatron.verification import cases
 from dcpo_megatron.verification.layouts import Layout
-from dcpo_megatron.verification.measure import objective_settings
+from dcpo_megatron.verification.measure import exact_products, objective_settings
 from dcpo_megatron.verification.ranks import RankFailure, RankPool
 
 GRADIENT_TOLERANCE = 2e-5
@@ -35,13 +42,31 @@ DISTRIBUTION_TOLERANCE = 1e-5
 HISTORY_TOLERANCE = 1e-12
 # Megatron-Core keeps hold of process groups that were destroyed, and gloo's threads with them: ranks are renewed now and then.
 RUNS_OF_A_POOL = 8
+# Nats between a token and the next bound in bfloat16: five times what its rounding moves a log-prob of these models.
+JUMP_MARGIN = 0.05
 RATES = {"adam": 1e-3, "sgd": 0.1}
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "clip_grad": 0.5}
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """What errors may be, and ``roundoff``: how far a parameter may lie from the exact update, relative, because it is stored so."""
+
+    error: float
+    distribution: float
+    roundoff: float
+
+
+BOUNDS = {
+    "float32": Bounds(GRADIENT_TOLERANCE, DISTRIBUTION_TOLERANCE, 2.0**-23),
+    "bfloat16": Bounds(8.0, 8.0, 2.0**-8),
+}
+
+
 @dataclass
 class Verdict:
-    """One layout under one objective. Errors are relative for loss, gradients and parameters, absolute (nats) for log-probs and entropies."""
+    """One layout under one objective. In fp32 errors are relative for loss, gradients and parameters, absolute (nats) for log-probs and entropies; in bf16 they
+    are multiples of what bf16 costs the reference, but for Adam and the history."""
 
     layout: str
     objective: str
@@ -58,22 +83,23 @@ class Verdict:
     replicas_agree: bool = False  # after the steps, every replica of every parameter holds the same bits
     seconds: float = 0.0
     failure: str = ""
+    dtype: str = "float32"
 
     @property
     def passed(self) -> bool:
         if self.failure:
             return False
+        bounds = BOUNDS[self.dtype]
+        # A NaN is not at most anything: it fails.
         checks = [
             self.replicas_agree,
-            self.loss_error <= GRADIENT_TOLERANCE,
-            self.gradient_error <= GRADIENT_TOLERANCE,
-            self.distribution_error <= DISTRIBUTION_TOLERANCE,
+            self.loss_error <= bounds.error,
+            self.gradient_error <= bounds.error,
+            self.distribution_error <= bounds.distribution,
             self.history_error <= HISTORY_TOLERANCE,
+            self.adam_error is None or self.adam_error <= PARAMETER_TOLERANCE,
         ]
-        # A NaN is not at most anything: it fails.
-        checks += [
-            e <= PARAMETER_TOLERANCE for e in (self.sgd_error, self.adam_error, self.norm_error) if e is not None
-        ]
+        checks += [e <= bounds.error for e in (self.sgd_error, self.norm_error) if e is not None]
         return all(checks)
 
 
@@ -88,20 +114,24 @@ def certify(
     pool: RankPool | None = None,
     timeout: float = 300.0,
     seed: int = 0,
-    layers: str = "local",
+    dtype: str = "float32",
+    transformer_engine: str = "off",
 ) -> list[Verdict]:
     """Measures every layout and compares it; ``report`` is called as verdicts come. A layout whose ranks fail gets a verdict that says so.
 
     Args:
         megatron_path: a folder with another ``megatron`` package, put first on the ranks' import path.
-        layers: "local" (Megatron-Core's with this project's norm and attention) or "transformer-engine".
+        dtype: "float32" or "bfloat16", of weights and activations.
+        transformer_engine: "off" (Megatron-Core's layers with this project's norm and attention), "on", or "auto", as in ``model.transformer_engine``.
         sabotage: see :func:`~dcpo_megatron.verification.measure.measure`.
         pool: ranks to use instead of starting some.
     """
+    exact_products()
     verdicts: list[Verdict] = []
     own_pool = pool is None
     with tempfile.TemporaryDirectory(prefix="dcpo-verify-") as folder:
-        prepared = {kind: _prepare(kind, folder, objectives, seed) for kind in {layout.model for layout in layouts}}
+        models = {layout.model for layout in layouts}
+        prepared = {kind: _prepare(kind, folder, objectives, seed, dtype) for kind in models}
         try:
             for number, layout in enumerate(layouts):
                 worn = own_pool and pool is not None and (pool.runs >= RUNS_OF_A_POOL or pool.size < layout.world)
@@ -123,7 +153,8 @@ def certify(
                         objectives,
                         rates=RATES,
                         adam=ADAM,
-                        layers=layers,
+                        dtype=dtype,
+                        transformer_engine=transformer_engine,
                         device=device,
                         sabotage=sabotage,
                         timeout=timeout,
@@ -133,6 +164,7 @@ def certify(
                 else:
                     new = _compare(layout, bundle, measured, objectives)
                 for verdict in new:
+                    verdict.dtype = dtype
                     verdict.seconds = (time.perf_counter() - started) / len(new)
                     verdicts.append(verdict)
                     if report is not None:
@@ -148,27 +180,63 @@ class _Bundle:
     folder: str
     items: list[cases.Item]
     references: dict
+    units: dict[str, _Units]
     start: dict[str, torch.Tensor]
+    roundoff: float
 
 
-def _prepare(kind: str, folder: str, objectives: dict[str, Objective], seed: int) -> _Bundle:
+@dataclass(frozen=True)
+class _Units:
+    """What errors are multiples of, relative as they are: those of the reference itself in bf16. All 1 in fp32."""
+
+    loss: float
+    gradients: dict[str, float]
+    norm: float
+    distribution: float
+
+
+def _prepare(kind: str, folder: str, objectives: dict[str, Objective], seed: int, dtype: str = "float32") -> _Bundle:
     from dcpo_megatron.verification import reference as dense
 
     path = os.path.join(folder, kind)
-    cases.make_model(kind, path, seed)
+    rounded = dtype != "float32"
+    cases.make_model(kind, path, seed, getattr(torch, dtype))
     model = dense.load_model(path)
     items = cases.make_items(seed)
+    settings = {name: objective_settings(objective) for name, objective in objectives.items()}
     with torch.no_grad():
         current = [dense.token_distribution(model, item, cases.TEMPERATURE)[0] for item in items]
-    cases.attach_old_logprobs(items, current)
-    references = {
-        name: dense.dense_reference(model, items, objective_settings(objective), cases.TEMPERATURE)
-        for name, objective in objectives.items()
-    }
-    for result in references.values():
-        result.gradients = _checkpoint_form(model, result.gradients)
+
+    def refused(logp: torch.Tensor, item: cases.Item) -> torch.Tensor:
+        return dense.near_a_jump(logp, item, list(settings.values()), JUMP_MARGIN)
+
+    cases.attach_old_logprobs(items, current, refused=refused if rounded else None)
+
+    def references(model) -> dict:
+        found = {name: dense.dense_reference(model, items, own, cases.TEMPERATURE) for name, own in settings.items()}
+        for result in found.values():
+            result.gradients = _checkpoint_form(model, result.gradients)
+        return found
+
+    exact = references(model)
+    again = references(dense.load_model(path, getattr(torch, dtype))) if rounded else {}
+    units = {name: _units(result, again.get(name)) for name, result in exact.items()}
     start = _checkpoint_form(model, {name: parameter.detach().clone() for name, parameter in model.named_parameters()})
-    return _Bundle(path, items, references, start)
+    return _Bundle(path, items, exact, units, start, BOUNDS[dtype].roundoff)
+
+
+def _units(exact, rounded) -> _Units:
+    """The reference's own errors where ``rounded`` is the same in bf16; else 1."""
+    if rounded is None:
+        return _Units(1.0, dict.fromkeys(exact.gradients, 1.0), 1.0, 1.0)
+    floor = _floor(exact.gradients)
+    gradients = {name: _relative(rounded.gradients[name], wanted, floor) for name, wanted in exact.gradients.items()}
+    lost = sum(float((rounded.gradients[n] - wanted).double().pow(2).sum()) for n, wanted in exact.gradients.items())
+    pairs = zip([*rounded.logprobs, *rounded.entropies], [*exact.logprobs, *exact.entropies])
+    distribution = _largest(float((a - b).abs().max()) for a, b in pairs)
+    # A ratio moves by as much as its log-prob, and a token's loss with it; their sum may all but cancel, by luck too.
+    loss = distribution * exact.magnitude / max(abs(exact.loss), 1e-6)
+    return _Units(loss, gradients, (lost / _square(exact.gradients)) ** 0.5, distribution)
 
 
 def _checkpoint_form(model, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -183,11 +251,19 @@ def _relative(measured: torch.Tensor, wanted: torch.Tensor, floor: float) -> flo
     return float(difference / max(float(wanted.double().norm()), floor))
 
 
-def _worst(measured: dict, wanted: dict) -> tuple[float, str]:
-    whole = sum(float(t.double().pow(2).sum()) for t in wanted.values()) ** 0.5
-    floor = max(1e-6 * whole, 1e-30)
+def _square(tensors: dict[str, torch.Tensor]) -> float:
+    return sum(float(t.double().pow(2).sum()) for t in tensors.values())
+
+
+def _floor(gradients: dict[str, torch.Tensor]) -> float:
+    """The least norm that an error is held against."""
+    return max(1e-6 * _square(gradients) ** 0.5, 1e-30)
+
+
+def _worst(measured: dict, wanted: dict, units: dict[str, float]) -> tuple[float, str]:
+    floor = _floor(wanted)
     errors = {
-        name: _relative(measured[name], tensor, floor) if name in measured else float("inf")
+        name: _relative(measured[name], tensor, floor) / units[name] if name in measured else float("inf")
         for name, tensor in wanted.items()
     }
     name = max(errors, key=lambda n: errors[n] if errors[n] == errors[n] else float("inf"))
@@ -197,8 +273,8 @@ def _worst(measured: dict, wanted: dict) -> tuple[float, str]:
 def _compare(layout: Layout, bundle: _Bundle, measured: dict, objectives: dict) -> list[Verdict]:
     found = []
     for name in objectives:
-        reference = bundle.references[name]
-        gradient_error, worst = _worst(measured["gradients"][name], reference.gradients)
+        reference, units = bundle.references[name], bundle.units[name]
+        gradient_error, worst = _worst(measured["gradients"][name], reference.gradients, units.gradients)
         distribution_error = _largest(
             float((a - b).abs().max())
             for kind, wanted in (("logprobs", reference.logprobs), ("entropies", reference.entropies))
@@ -209,15 +285,15 @@ def _compare(layout: Layout, bundle: _Bundle, measured: dict, objectives: dict) 
             layout.name,
             name,
             layout.world,
-            loss_error=abs(measured["loss"][name] - reference.loss) / max(abs(reference.loss), 1e-6),
+            loss_error=abs(measured["loss"][name] - reference.loss) / max(abs(reference.loss), 1e-6) / units.loss,
             gradient_error=gradient_error,
             worst_parameter=worst,
-            distribution_error=distribution_error,
+            distribution_error=distribution_error / units.distribution,
             history_error=_compare_history(bundle.items, measured),
             replicas_agree=measured["replicas_agree"],
         )
         if name == list(objectives)[-1]:
-            _compare_steps(verdict, bundle, measured, reference.gradients, measured["gradients"][name])
+            _compare_steps(verdict, bundle, measured, reference.gradients, units)
         found.append(verdict)
     return found
 
@@ -239,25 +315,26 @@ def _compare_history(items: list[cases.Item], measured: dict) -> float:
     return worst
 
 
-def _compare_steps(verdict: Verdict, bundle: _Bundle, measured: dict, wanted: dict, own: dict) -> None:
+def _compare_steps(verdict: Verdict, bundle: _Bundle, measured: dict, wanted: dict, units: _Units) -> None:
     from dcpo_megatron.verification import reference as dense
 
     sgd = dense.sgd_step(bundle.start, wanted, RATES["sgd"])
-    verdict.sgd_error = _worst_update(bundle.start, measured["parameters"]["sgd"], sgd)
+    verdict.sgd_error = _worst_update(bundle, measured["parameters"]["sgd"], sgd, units.gradients)
     adam = dense.adamw_steps(bundle.start, measured["adam_gradients"], RATES["adam"], ADAM)
-    verdict.adam_error = _worst_update(bundle.start, measured["parameters"]["adam"], adam)
+    verdict.adam_error = _worst_update(bundle, measured["parameters"]["adam"], adam, dict.fromkeys(adam, 1.0))
     norm = dense.gradient_norm(wanted)
-    verdict.norm_error = _largest(abs(value - norm) / norm for value in measured["norm"].values())
+    verdict.norm_error = _largest(abs(value - norm) / norm / units.norm for value in measured["norm"].values())
 
 
-def _worst_update(start: dict, measured: dict, wanted: dict) -> float:
-    """Error of the UPDATE (not of the parameter, which is much larger), beyond what rounding the parameter to fp32 explains."""
+def _worst_update(bundle: _Bundle, measured: dict, wanted: dict, units: dict[str, float]) -> float:
+    """Error of the UPDATE (not of the parameter, which is much larger), beyond what rounding the stored parameter explains."""
     errors = []
     for name, target in wanted.items():
-        update = (target.double() - start[name].double()).norm()
-        rounding = 2.0**-23 * start[name].double().norm()
-        error = (measured[name].double() - target.double()).norm() - rounding
-        errors.append(float(error.clamp(min=0) / update) if float(update) else float(error.clamp(min=0)))
+        start = bundle.start[name].double()
+        update = (target.double() - start).norm()
+        error = (measured[name].double() - target.double()).norm() - bundle.roundoff * start.norm()
+        error = error.clamp(min=0) / units[name]
+        errors.append(float(error / update) if float(update) else float(error))
     return _largest(errors)
 
 

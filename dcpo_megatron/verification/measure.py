@@ -26,7 +26,8 @@ def measure(
     *,
     rates: dict[str, float],
     adam: dict,
-    layers: str = "local",
+    dtype: str = "float32",
+    transformer_engine: str = "off",
     device: str = "cpu",
     sabotage: str | None = None,
 ) -> dict | None:
@@ -35,7 +36,7 @@ def measure(
     Args:
         rates: learning rate by optimizer. "adam" runs Megatron-Core's DistributedOptimizer, "sgd" its plain optimizer (the distributed one knows Adam only).
         adam: "betas", "eps", "weight_decay", "clip_grad" of the Adam steps (two of them; SGD makes one, with neither decay nor clipping).
-        layers: "local" or "transformer-engine".
+        dtype, transformer_engine: as in the model's options.
         sabotage: ``package.module:function`` called before the model is built, to break one thing on purpose; it returns what undoes it.
 
     Returns:
@@ -47,6 +48,7 @@ def measure(
     from dcpo_megatron.mcore.layout import ParallelLayout, make_groups, rank_position
     from dcpo_megatron.mcore.platform import select_platform
 
+    exact_products()
     parallel = ParallelLayout(**layout.parallel)
     shape = read_shape(folder)
     problems = parallel.problems(shape, layout.world)
@@ -74,7 +76,7 @@ def measure(
             model = PolicyModel.create(
                 shape,
                 parallel,
-                ModelOptions(dtype="float32", transformer_engine="off" if layers == "local" else "on"),
+                ModelOptions(dtype=dtype, transformer_engine=transformer_engine),
                 select_platform(device),
                 rank_position(),
                 temperature=TEMPERATURE,
@@ -92,12 +94,12 @@ def measure(
                     sums, _ = model.gradients(_micro_batches(plan, items, objective), objective)
                     _gather_gradient_shards(model)
                     result["loss"][name] = sums["loss"]
-                    result["gradients"][name] = _collect(gatherer.tensors(lambda parameter: parameter.main_grad))
+                    result["gradients"][name] = _collect(gatherer.tensors(main_grad, torch.float32))
             for step in range(2 if optimizer == "adam" else 1):
                 if optimizer == "adam":
                     model.gradients(_micro_batches(plan, items, objective), objective)
                     _gather_gradient_shards(model)
-                    result["adam_gradients"].append(_collect(gatherer.tensors(lambda parameter: parameter.main_grad)))
+                    result["adam_gradients"].append(_collect(gatherer.tensors(main_grad, torch.float32)))
                 update = model.update(_micro_batches(plan, items, objective), objective, lr)
                 if not update.stepped:
                     raise RuntimeError(f"{optimizer} left its step {step + 1} out: a gradient is not finite")
@@ -110,6 +112,11 @@ def measure(
         if undo:
             undo()
     return result if dist.get_rank() == 0 else None
+
+
+def exact_products() -> None:
+    """fp32 products in fp32 from here on. TF32 has ten bits, and NVIDIA's images switch it on for torch (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE)."""
+    torch.set_float32_matmul_precision("highest")
 
 
 def _reward_history(items: list[Item], position) -> tuple[dict, bool]:
@@ -157,6 +164,11 @@ def _collect(tensors) -> dict[str, torch.Tensor]:
 
 def _micro_batches(plan: list[list[int]], items: list[Item], objective: Objective):
     return [[_sequence(number, items, objective) for number in batch] for batch in plan]
+
+
+def main_grad(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The gradient as the optimizer takes it, fp32."""
+    return parameter.main_grad
 
 
 def split_items(items: list[Item], layout: Layout, position) -> list[list[int]]:

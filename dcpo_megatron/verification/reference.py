@@ -16,19 +16,20 @@ from dcpo_megatron.verification.cases import Item
 
 @dataclass
 class Reference:
-    """Dense results: ``gradients`` and ``parameters`` by Hugging Face name, log-probs and entropies by item."""
+    """Dense results: ``gradients`` by Hugging Face name, log-probs and entropies by item. ``magnitude``: the loss with the absolute value of every token's."""
 
     loss: float
+    magnitude: float
     gradients: dict[str, torch.Tensor]
     logprobs: list[torch.Tensor]
     entropies: list[torch.Tensor]
 
 
-def load_model(folder: str):
-    """The Hugging Face model, fp32, in training mode without dropout (these families have none)."""
+def load_model(folder: str, dtype: torch.dtype = torch.float32):
+    """The Hugging Face model, in training mode without dropout (these families have none)."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
 
 
 def token_distribution(model, item: Item, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,18 +96,41 @@ def aggregate(losses: list[torch.Tensor], items: list[Item], settings: dict) -> 
 
 def dense_reference(model, items: list[Item], settings: dict, temperature: float) -> Reference:
     """Loss and gradients of the minibatch ``items`` under ``settings`` (the fields of an objective, as a dict)."""
-    model.zero_grad(set_to_none=True)
     tokens = [token_distribution(model, item, temperature) for item in items]
     losses = [token_losses(logp, entropy, item, settings) for (logp, entropy), item in zip(tokens, items)]
     loss = aggregate(losses, items, settings)
-    loss.backward()
-    gradients = {name: parameter.grad.detach().clone() for name, parameter in model.named_parameters()}
+    # One response after the other, added up in fp32: a sum over responses in bfloat16 would cost more than all the rest.
+    gradients = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
+    for token_loss, share in zip(losses, torch.autograd.grad(loss, losses, retain_graph=True)):
+        model.zero_grad(set_to_none=True)
+        token_loss.backward(share)
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                gradients[name] += parameter.grad
     return Reference(
         loss=float(loss.detach()),
+        magnitude=float(aggregate([token_loss.detach().abs() for token_loss in losses], items, settings)),
         gradients=gradients,
         logprobs=[logp.detach() for logp, _ in tokens],
         entropies=[entropy.detach() for _, entropy in tokens],
     )
+
+
+def near_a_jump(logp: torch.Tensor, item: Item, objectives: list[dict], margin: float) -> torch.Tensor:
+    """Which tokens of a response lie so near a bound that ``margin`` nats, up or down, switch their gradient on or off. ``[len(response)]`` bool.
+
+    No rounding error bounds the gradient there: a token is clipped in one process and not in the other.
+    """
+    near = torch.zeros(len(item.response), dtype=torch.bool)
+    for settings in objectives:
+        ratio_alone = settings | {"correction": "none", "kl_coef": 0.0, "entropy_coef": 0.0}
+        trained = []
+        for shift in (-margin, 0.0, margin):
+            moved = (logp.detach() + shift).requires_grad_()
+            (slope,) = torch.autograd.grad(token_losses(moved, 0.0, item, ratio_alone).sum(), moved)
+            trained.append(slope != 0)
+        near |= (trained[0] != trained[1]) | (trained[1] != trained[2])
+    return near
 
 
 def sgd_step(start: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor], lr: float) -> dict[str, torch.Tensor]:

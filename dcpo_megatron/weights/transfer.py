@@ -166,11 +166,14 @@ class WeightGatherer:
 
     @torch.no_grad()
     def tensors(
-        self, select: Callable[[torch.nn.Parameter], torch.Tensor] = torch.Tensor.detach
+        self,
+        select: Callable[[torch.nn.Parameter], torch.Tensor] = torch.Tensor.detach,
+        dtype: torch.dtype | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """``(Hugging Face name, full tensor)`` for every weight, in the same order on every rank. Every rank must walk to the end.
 
-        ``select`` says what to take of each parameter (its gradient, say): a tensor of the parameter's shape and dtype.
+        ``select`` says what to take of each parameter (its gradient, say): a tensor of the parameter's shape, and of ``dtype`` (None: of the
+        parameter's own).
         """
         position, device = self.position, self.model.platform.device
         self.model.finish_gathering()
@@ -181,7 +184,8 @@ class WeightGatherer:
             if position.pipeline_size > 1:
                 if parts is None:
                     parts = [
-                        torch.empty(self._full_shape(entry), dtype=entry.dtype, device=device) for _ in entry.rules
+                        torch.empty(self._full_shape(entry), dtype=dtype or entry.dtype, device=device)
+                        for _ in entry.rules
                     ]
                 source = dist.get_global_rank(position.pipeline_group, entry.stage)
                 parts = [part.contiguous() for part in parts]

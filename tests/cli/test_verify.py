@@ -55,7 +55,7 @@ def test_the_lists(capsys):
         (["--layouts", "tp2", "--max-ranks", "1"], "raise --max-ranks"),
         (["--json", "/no/such/folder/x.json"], "/no/such/folder/x.json cannot be written"),
         (["--megatron-path", "/no/such/folder"], "has no megatron/core"),
-        (["--layers", "transformer-engine"], "add --device cuda"),
+        (["--transformer-engine", "on", "--dtype", "bfloat16"], "it does not import here"),
         (["--device", "cuda", "--layouts", "pp4-dp16"], "these layouts need 64 GPUs"),
     ],
 )

@@ -79,7 +79,15 @@ def test_two_ranks_give_a_table_numbers_and_a_trace_of_the_measured_steps_alone(
         assert names.count("forward_backward") == names.count("optimizer") == 4  # two minibatches a step
 
 
-@pytest.mark.parametrize(("options", "message"), [(["--steps", "0"], "--steps"), (["--ranks", "0"], "--ranks")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "0"], "--steps"),
+        (["--ranks", "0"], "--ranks"),
+        (["--shape", "tiny", "--demo", "x"], "--shape goes with neither"),
+        (["--server-python", "x"], "--server-python with it"),
+    ],
+)
 def test_what_cannot_be_measured_is_refused(bench, capsys, options, message):
     assert bench.main(options) == 2
     assert message in capsys.readouterr().err

@@ -79,7 +79,7 @@ def test_parameters_have_the_shapes_and_marks_of_the_local_layers_and_hf_tensors
 
 def test_layouts_give_the_gradient_of_one_process(pool):
     verdicts = certificate.certify(
-        find_layouts(LAYOUTS), cases.find_objectives("dcpo-paper"), pool=pool, layers="transformer-engine"
+        find_layouts(LAYOUTS), cases.find_objectives("dcpo-paper"), pool=pool, transformer_engine="on"
     )
     assert [verdict for verdict in verdicts if not verdict.passed] == []
 

@@ -128,6 +128,15 @@ def attention_across_sequences():
     return _replace(batch, "AttentionPlan", joined)
 
 
+def nothing_but_a_look_at_fp32_products():
+    """Breaks nothing: raises where a GPU would compute fp32 products in TF32."""
+    import torch
+
+    if torch.get_float32_matmul_precision() != "highest":
+        raise RuntimeError("fp32 products are not in fp32")
+    return lambda: None
+
+
 def raise_on_rank_one():
     import torch.distributed as dist
 
