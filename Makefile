@@ -68,8 +68,7 @@ style: $(STAMP)
 
 # Once after a change of the requirements: pip's dry runs are minutes where the index serves no metadata.
 $(RESOLVED): requirements/*.txt tools/check_requirements.py | $(STAMP)
-	$(RUN) tools/check_requirements.py
-	touch $@
+	$(RUN) tools/check_requirements.py --stamp $@
 
 clean:
 	rm -rf $(VENV) $(SGLANG_VENV) build *.egg-info
