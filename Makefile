@@ -5,10 +5,12 @@ SEED ?= 0
 OUTPUT ?= runs/demo
 RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed-cpu
+RESOLVED = $(VENV)/.requirements-resolve
 
-# The newest Megatron-Core needs Python 3.12 to install: on an older Python its wheel is unpacked into a folder of its own, which tests and the certificate put first
-# on their ranks' import path.
-LATEST = $(VENV)/megatron-core-0.19.2
+# Both ends of Megatron-Core are tested. The newest needs Python 3.12 to install, so one end is installed (requirements/base.txt); the wheel of the other is unpacked
+# into a folder of its own, which tests and the certificate put first on their ranks' import path.
+OTHER_MEGATRON := $(VENV)/megatron-core-$(shell for python in $(RUN) $(PYTHON); do \
+	$$python -c 'import sys; print("0.19.2" if sys.version_info < (3, 12) else "0.16.1")' 2>/dev/null && break; done)
 
 # Transformer Engine's Python, without its binaries: tests run it on a CPU over a stand-in for its kernels.
 TE = $(VENV)/transformer-engine-2.20.2
@@ -19,16 +21,25 @@ SGLANG_RUN = $(SGLANG_VENV)/bin/python
 SGLANG = $(SGLANG_VENV)/.installed
 SGLANG_LATEST = $(SGLANG_VENV)/sglang-0.5.23
 
-.PHONY: demo demo-sglang test test-slurm test-sglang test-sglang-latest lint clean install certificate
+.PHONY: demo demo-sglang test test-slurm test-sglang test-sglang-latest lint style clean install certificate same-python
 
 install: $(STAMP)
 
-$(STAMP): requirements/cpu.txt setup.py
+$(STAMP): requirements/torch.txt requirements/base.txt requirements/cpu.txt setup.py | same-python
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed, this is " + sys.version.split()[0] + ": run make PYTHON=python3.11"'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements/cpu.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
+
+# A PYTHON that was asked for, and an environment of another one: said, not passed over.
+MINOR = -c 'import sys; print("%d.%d" % sys.version_info[:2])'
+same-python:
+ifneq ($(filter command% environment%,$(origin PYTHON)),)
+	@asked=$$($(PYTHON) $(MINOR)) || { echo "PYTHON=$(PYTHON) does not run: give the path of a Python" >&2; exit 2; }; \
+	there=$$($(RUN) $(MINOR) 2>/dev/null) || exit 0; \
+	test $$there = $$asked || { echo "$(VENV) is of Python $$there, PYTHON=$(PYTHON) is $$asked: add VENV=.venv-$$asked, or run make clean first" >&2; exit 2; }
+endif
 
 demo: $(STAMP)
 	$(RUN) -m dcpo_megatron.cli demo --seed $(SEED) --output $(OUTPUT)
@@ -37,7 +48,7 @@ demo: $(STAMP)
 demo-sglang: $(STAMP) $(SGLANG)
 	$(RUN) -m dcpo_megatron.cli demo --servers 2 --server-python $(SGLANG_RUN) --seed $(SEED) --output runs/demo-sglang
 
-test: $(STAMP) $(LATEST) $(TE) $(SGLANG) lint
+test: $(STAMP) $(OTHER_MEGATRON) $(TE) $(SGLANG) style
 	DCPO_TEST_SGLANG=required $(RUN) -m pytest tests
 
 # What speaks to real servers, alone, and the same with the newest SGLang.
@@ -51,15 +62,21 @@ test-sglang-latest: $(STAMP) $(SGLANG_LATEST)
 test-slurm: $(STAMP)
 	DCPO_TEST_SLURM=required $(RUN) -m pytest tests/slurm
 
-lint: $(STAMP)
+lint: style $(RESOLVED)
+
+style: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
 
+# Once after a change of the requirements: pip's dry runs are minutes where the index serves no metadata.
+$(RESOLVED): requirements/*.txt tools/check_requirements.py | $(STAMP)
+	$(RUN) tools/check_requirements.py --stamp $@
+
 clean:
 	rm -rf $(VENV) $(SGLANG_VENV) build *.egg-info
 
-$(SGLANG): requirements/sglang-cpu.txt
+$(SGLANG): requirements/sglang-cpu.txt requirements/torch.txt requirements/base.txt
 	$(PYTHON) -m venv $(SGLANG_VENV)
 	$(SGLANG_RUN) -m pip install --quiet --disable-pip-version-check -r $<
 	$(SGLANG_RUN) -m pip install --quiet --disable-pip-version-check --no-deps sglang==0.5.20
@@ -70,15 +87,15 @@ $(SGLANG_LATEST): | $(SGLANG)
 	$(SGLANG_RUN) -m zipfile -e $(SGLANG_VENV)/wheels/sglang-0.5.23-*.whl $@.part
 	mv $@.part $@
 
-# Every layout, under the installed Megatron-Core and the newest.
-certificate: $(STAMP) $(LATEST)
+# Every layout, under the installed Megatron-Core and the other.
+certificate: $(STAMP) $(OTHER_MEGATRON)
 	mkdir -p runs
 	$(RUN) tools/verify_parallelism.py --layouts all --json runs/certificate-installed.json --markdown runs/certificate-installed.md
-	$(RUN) tools/verify_parallelism.py --layouts all --megatron-path $(LATEST) --json runs/certificate-latest.json --markdown runs/certificate-latest.md
+	$(RUN) tools/verify_parallelism.py --layouts all --megatron-path $(OTHER_MEGATRON) --json runs/certificate-other.json --markdown runs/certificate-other.md
 
-$(LATEST): | $(STAMP)
-	$(RUN) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --dest $(VENV)/wheels megatron-core==0.19.2
-	$(RUN) -m zipfile -e $(VENV)/wheels/megatron_core-0.19.2-*.whl $@.part
+$(OTHER_MEGATRON): | $(STAMP)
+	$(RUN) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --dest $(VENV)/wheels megatron-core==$(@:$(VENV)/megatron-core-%=%)
+	$(RUN) -m zipfile -e $(VENV)/wheels/megatron_core-$(@:$(VENV)/megatron-core-%=%)-*.whl $@.part
 	mv $@.part $@
 
 $(TE): | $(STAMP)

@@ -17,6 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dcpo_megatron", "dcpo_megatron.*"]),
+    package_data={"dcpo_megatron": ["py.typed", "recipes/**/*.yaml"]},
     install_requires=[
         "torch>=2.6",
         'megatron-core>=0.16,<0.17; python_version < "3.12"',
@@ -41,10 +42,17 @@ setup(
         # The server lives in an environment of its own; see requirements/sglang.txt.
         "sglang": ["sglang>=0.5.20"],
         "wandb": ["wandb>=0.17"],
-        # NVIDIA Apex installs from source only; PyPI's `apex` is another project and must not be installed.
-        "gpu": ["transformer-engine[pytorch]>=2.0", "triton>=3.0"],
+        # No extra has Transformer Engine: pip would build it apart, against the newest torch and not the installed one. docs/installation.md has
+        # the commands. NVIDIA Apex installs from source only; PyPI's `apex` is another project and must not be installed.
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "import-linter>=2.0", "ruff>=0.6"],
     },
     entry_points={"console_scripts": ["dcpo = dcpo_megatron.cli.main:main"]},
-    classifiers=["Programming Language :: Python :: 3", "License :: OSI Approved :: Apache Software License"],
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "License :: OSI Approved :: Apache Software License",
+        "Typing :: Typed",
+    ],
 )

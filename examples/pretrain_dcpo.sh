@@ -2,7 +2,7 @@
 """:"
 # Trains with DCPO. The same job, started any of these ways:
 #
-#   bash examples/pretrain_dcpo.sh --config examples/configs/demo.yaml model.path=... data.files=[...]
+#   bash examples/pretrain_dcpo.sh --config demo model.path=... data.files=[...]
 #   torchrun --nproc-per-node 2 examples/pretrain_dcpo.sh --config ...
 #   torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --rdzv-id JOB examples/pretrain_dcpo.sh --config ...
 #

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from dcpo_megatron.cli.quiet import quiet_libraries
 
-RECIPE = Path(__file__).resolve().parents[2] / "examples" / "configs" / "demo.yaml"
 TARGET = 0.31
 # Only a folder that holds it may be replaced.
 MARKER = ".dcpo-demo"
@@ -43,15 +42,15 @@ def main(argv: list[str] | None = None) -> int:
         help="interpreter of the servers' environment (default: the checkout's .venv-sglang)",
     )
     parser.add_argument(
-        "--config", action="append", default=[], metavar="FILE", help="another recipe on top, such as a preset"
+        "--config", action="append", default=[], metavar="NAME", help="another recipe on top, such as a preset"
     )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     args = parser.parse_intermixed_args(argv)
-    if not RECIPE.is_file():
-        print(f"dcpo: error: the demo needs a checkout of the project ({RECIPE} is not there)", file=sys.stderr)
-        return 2
     from dcpo_megatron.training.config import ConfigError, load_config
+    from dcpo_megatron.training.recipes import FOLDER
 
+    # Not by name: a file called demo, here, would win.
+    recipe = FOLDER / "demo.yaml"
     folder = Path(args.output)
     own = {
         "model.path": str(folder / "start"),
@@ -72,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     # JSON is YAML with every string quoted, so that any path is a path.
     settings = [f"{key}={json.dumps(value)}" for key, value in own.items()] + args.overrides
     try:
-        load_config([RECIPE, *args.config], settings)
+        load_config([recipe, *args.config], settings)
     except ConfigError as error:
         print(f"dcpo: error: {error}", file=sys.stderr)
         return 2
@@ -90,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     from dcpo_megatron.cli.launch import run_ranks
     from dcpo_megatron.rollout.serving import ServingError
 
-    command = ["-m", "dcpo_megatron.cli", "train", "--config", str(RECIPE)]
+    command = ["-m", "dcpo_megatron.cli", "train", "--config", str(recipe)]
     for file in args.config:
         command += ["--config", file]
     try:

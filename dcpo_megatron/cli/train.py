@@ -30,7 +30,11 @@ def parser() -> argparse.ArgumentParser:
         epilog="Overrides are key.sub=value; --keys lists the keys.",
     )
     result.add_argument(
-        "--config", action="append", default=[], metavar="FILE", help="YAML recipe; may be given again, later files win"
+        "--config",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="YAML file, or the name of a recipe, such as demo or presets/grpo; may be given again, later ones win",
     )
     result.add_argument(
         "--ranks", type=int, default=None, metavar="N", help="start N ranks on this machine (without torchrun)"

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dcpo_megatron.data.chains import ChainTask
 from dcpo_megatron.training.config import Config, ConfigError, load_config
+from dcpo_megatron.training.recipes import find_recipe
 
 
 class PlanError(ValueError):
@@ -154,9 +155,9 @@ class Plan(_Section):
 
 
 def load_plan(file: str | Path, output: str | None = None) -> Plan:
-    """Reads and checks a plan, every method's recipe included. Raises PlanError."""
-    file = Path(file)
+    """Reads and checks a plan (a file, or ``compare``, the study's), every method's recipe included. Raises PlanError."""
     try:
+        file = find_recipe(file)
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{file} cannot be read: {error}") from None

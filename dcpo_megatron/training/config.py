@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from dcpo_megatron.objectives import Objective, get_preset
+from dcpo_megatron.training.recipes import find_recipe
 
 
 class ConfigError(ValueError):
@@ -357,14 +358,14 @@ def _unknown_key(key: str, known: Sequence[str]) -> str:
 
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
-    """Reads YAML files (later ones win key by key), then ``key.sub=value`` overrides (values are YAML).
+    """Reads YAML files or recipes by name (later ones win key by key), then ``key.sub=value`` overrides (values are YAML).
 
     Raises:
         ConfigError: a file that is missing or not YAML, an override without ``=``, an unknown key, a value of the wrong type.
     """
     merged: dict[str, Any] = {}
     for file in files:
-        merged = _merge(merged, _read_yaml(Path(file)))
+        merged = _merge(merged, _read_yaml(file))
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key:
@@ -395,9 +396,11 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
     return config
 
 
-def _read_yaml(path: Path) -> dict:
-    if not path.is_file():
-        raise ConfigError(f"configuration file {path} " + ("is a folder" if path.is_dir() else "does not exist"))
+def _read_yaml(name: str | Path) -> dict:
+    try:
+        path = find_recipe(name)
+    except FileNotFoundError as error:
+        raise ConfigError(str(error)) from None
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,21 +1,15 @@
 """Rotary angles by position: the same numbers as Megatron-Core's own, in a number of operators that the sequences do not change."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from dcpo_megatron.verification.ranks import RankPool
+from tests.other_megatron import other_megatron
 
-LATEST = Path(sys.prefix) / "megatron-core-0.19.2"
 
-
-@pytest.fixture(scope="module", params=["installed", "latest"])
+@pytest.fixture(scope="module", params=["installed", "other"])
 def measured(request):
-    if request.param == "latest" and not LATEST.is_dir():
-        pytest.skip(f"no Megatron-Core in {LATEST}: `make test` unpacks one")
-    with RankPool(2, python_path=[str(LATEST)] if request.param == "latest" else []) as pool:
+    with RankPool(2, python_path=[str(other_megatron())] if request.param == "other" else []) as pool:
         yield pool.run("tests.mcore.rotary_jobs:count_and_compare", 2)
 
 

@@ -1,8 +1,6 @@
 """Weights and optimizer come back bit for bit, and in another layout up to rounding."""
 
-import sys
 from itertools import chain
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,15 +11,12 @@ from hypothesis import strategies as st
 from dcpo_megatron.mcore.training_state import HostMemory
 from dcpo_megatron.verification.cases import make_model
 from dcpo_megatron.verification.ranks import RankPool
+from tests.other_megatron import other_megatron
 
-LATEST = Path(sys.prefix) / "megatron-core-0.19.2"
 
-
-@pytest.fixture(scope="module", params=["installed", "latest"])
+@pytest.fixture(scope="module", params=["installed", "other"])
 def pool(request):
-    if request.param == "latest" and not LATEST.is_dir():
-        pytest.skip(f"no Megatron-Core in {LATEST}: `make test` unpacks one")
-    with RankPool(4, python_path=[str(LATEST)] if request.param == "latest" else []) as pool:
+    with RankPool(4, python_path=[str(other_megatron())] if request.param == "other" else []) as pool:
         yield pool
 
 

@@ -195,7 +195,7 @@ def test_a_file_that_holds_a_list_is_refused(tmp_path):
 
 def test_a_missing_file_is_named(tmp_path):
     missing = tmp_path / "no.yaml"
-    assert refusal([missing]) == f"configuration file {missing} does not exist"
+    assert f"configuration file {missing} does not exist" in refusal([missing])
 
 
 @pytest.mark.parametrize("value", ["16", "dapo", "", "[a]"])

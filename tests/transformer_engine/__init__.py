@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 
-UNPACKED = Path(sys.prefix) / "transformer-engine-2.20.2"
-LATEST = Path(sys.prefix) / "megatron-core-0.19.2"
+from tests.other_megatron import other_megatron
 
+UNPACKED = Path(sys.prefix) / "transformer-engine-2.20.2"
 
 def python_path(megatron: str) -> list[str]:
-    """For ranks that build with Transformer Engine on the "installed" or the "latest" Megatron-Core. Skips the test where one was not unpacked."""
-    needed = [UNPACKED] + ([LATEST] if megatron == "latest" else [])
-    for folder in needed:
-        if not folder.is_dir():
-            pytest.skip(f"no {folder}: `make test` unpacks it")
-    return [str(Path(__file__).parent / "standin"), *map(str, reversed(needed))]
+    """For ranks that build with Transformer Engine on the "installed" or the "other" Megatron-Core. Skips the test where one was not unpacked."""
+    if not UNPACKED.is_dir():
+        pytest.skip(f"no {UNPACKED}: `make test` unpacks it")
+    return [str(Path(__file__).parent / "standin"), *other_path(megatron), str(UNPACKED)]
+
+
+def other_path(megatron: str) -> list[str]:
+    """What leads to the "other" Megatron-Core; nothing for the "installed" one."""
+    return [str(other_megatron())] if megatron == "other" else []

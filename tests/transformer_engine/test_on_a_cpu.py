@@ -17,7 +17,7 @@ from dcpo_megatron.weights.to_hf import MegatronToHf
 from dcpo_megatron.weights.to_megatron import HfToMegatron
 from dcpo_megatron.weights.torch_dist import TorchDistFolder
 from dcpo_megatron.weights.work import run_job
-from tests.transformer_engine import LATEST, python_path
+from tests.transformer_engine import other_path, python_path
 
 # DCPO_TEST_LAYOUTS: others of the certificate's, by name, or "all" that the unfused attention can do on four ranks.
 LAYOUTS = os.environ.get("DCPO_TEST_LAYOUTS", "dp1,tp2-sp,dp2,dp2-ep2/moe")
@@ -28,7 +28,7 @@ SP2 = dict(tensor=2, sequence_parallel=True)
 KINDS = {"dense": SP2, "qwen3": SP2, "moe": dict(expert=2)}
 
 
-@pytest.fixture(scope="module", params=["installed", "latest"])
+@pytest.fixture(scope="module", params=["installed", "other"])
 def megatron(request):
     return request.param
 
@@ -42,7 +42,7 @@ def pool(megatron):
 @pytest.fixture(scope="module")
 def without(megatron, pool):
     """A rank that has no Transformer Engine: its optimizer is PyTorch's Adam."""
-    with RankPool(1, python_path=[str(LATEST)] if megatron == "latest" else []) as pool:
+    with RankPool(1, python_path=other_path(megatron)) as pool:
         yield pool
 
 
