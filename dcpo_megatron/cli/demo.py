@@ -2,6 +2,7 @@
 
 A small Qwen2-shaped model is warmed up by supervised steps on additions until it is right about a third of the time; then DCPO trains it, on two ranks of real
 Megatron-Core, with prompts that come back several times so that SAS has a history. With ``--servers N`` real SGLang servers sample, and take new weights after each step.
+With ``--pretrained MODEL`` a real model takes the place of the small one: :mod:`dcpo_megatron.cli.demo_pretrained`.
 """
 
 from __future__ import annotations
@@ -44,14 +45,36 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--config", action="append", default=[], metavar="NAME", help="another recipe on top, such as a preset"
     )
+    parser.add_argument(
+        "--pretrained",
+        metavar="MODEL",
+        help="train this model, a Hugging Face folder or a GGUF file, on word problems (default: a small one made here)",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="with --pretrained: the problems are GSM8K's, gsm8k_train.jsonl and gsm8k_test.jsonl of this folder",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     args = parser.parse_intermixed_args(argv)
+    from dcpo_megatron.cli import demo_pretrained
+    from dcpo_megatron.data import DataError
     from dcpo_megatron.training.config import ConfigError, load_config
     from dcpo_megatron.training.recipes import FOLDER
 
     # Not by name: a file called demo, here, would win.
-    recipe = FOLDER / "demo.yaml"
+    recipe = FOLDER / ("demo-pretrained.yaml" if args.pretrained else "demo.yaml")
     folder = Path(args.output)
+    try:
+        if args.pretrained:
+            demo_pretrained.check_model(args.pretrained)
+        if args.data and not args.pretrained:
+            raise demo_pretrained.DemoError("--data is for --pretrained MODEL: the small model reads sums only")
+        if args.data:
+            demo_pretrained.check_data(args.data)
+    except demo_pretrained.DemoError as error:
+        print(f"dcpo: error: {error}", file=sys.stderr)
+        return 2
     own = {
         "model.path": str(folder / "start"),
         "data.files": [str(folder / "train.jsonl")],
@@ -59,6 +82,8 @@ def main(argv: list[str] | None = None) -> int:
         "output": str(folder),
         "training.seed": args.seed,
     }
+    if args.pretrained:
+        own["model.weights"] = str(folder / "megatron")
     taken = [override for override in args.overrides if override.partition("=")[0] in own]
     if taken or args.ranks < 1 or args.servers < 0:
         reason = (
@@ -71,7 +96,12 @@ def main(argv: list[str] | None = None) -> int:
     # JSON is YAML with every string quoted, so that any path is a path.
     settings = [f"{key}={json.dumps(value)}" for key, value in own.items()] + args.overrides
     try:
-        load_config([recipe, *args.config], settings)
+        config = load_config([recipe, *args.config], settings)
+        if args.pretrained and config.training.steps < 2 * demo_pretrained.WINDOW:
+            raise ConfigError(
+                f"training.steps={config.training.steps}: the first {demo_pretrained.WINDOW} steps are compared with the last "
+                f"{demo_pretrained.WINDOW}, so {2 * demo_pretrained.WINDOW} are needed"
+            )
     except ConfigError as error:
         print(f"dcpo: error: {error}", file=sys.stderr)
         return 2
@@ -84,7 +114,14 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         shutil.rmtree(folder)
     quiet_libraries()
-    prepare(folder, args.seed)
+    try:
+        if args.pretrained:
+            demo_pretrained.prepare(folder, args.pretrained, args.seed, args.data)
+        else:
+            prepare(folder, args.seed)
+    except (demo_pretrained.DemoError, DataError) as error:
+        print(f"dcpo: error: {error}", file=sys.stderr)
+        return 1
 
     from dcpo_megatron.cli.launch import run_ranks
     from dcpo_megatron.rollout.serving import ServingError
@@ -97,11 +134,13 @@ def main(argv: list[str] | None = None) -> int:
             if running is not None:
                 settings += ["rollout.engine=sglang", f"servers.urls={json.dumps(running.urls)}"]
             code = run_ranks(args.ranks, command + settings)
-    except ServingError as error:
+        if code == 0:
+            _tell(folder)
+            if args.pretrained:
+                code = 0 if demo_pretrained.tell(folder, config) else 1
+    except (ServingError, demo_pretrained.DemoError) as error:
         print(f"dcpo: error: {error}", file=sys.stderr)
         return 1
-    if code == 0:
-        _tell(folder)
     return code
 
 

@@ -9,6 +9,7 @@ from tests.other_megatron import other_megatron
 
 UNPACKED = Path(sys.prefix) / "transformer-engine-2.20.2"
 
+
 def python_path(megatron: str) -> list[str]:
     """For ranks that build with Transformer Engine on the "installed" or the "other" Megatron-Core. Skips the test where one was not unpacked."""
     if not UNPACKED.is_dir():
