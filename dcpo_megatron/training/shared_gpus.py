@@ -7,6 +7,7 @@ optimizer on the host, gradients freed   <-->   all of it on the GPU
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
-from dcpo_megatron.mcore.collectives import all_gather_bytes, host_group
+from dcpo_megatron.mcore.collectives import all_gather_on_host, host_group
 from dcpo_megatron.mcore.offload import OptimizerOffload
 from dcpo_megatron.mcore.platform import Platform
 from dcpo_megatron.mcore.step import PolicyModel
@@ -60,7 +61,7 @@ def check_servers_gpus(servers: Mapping[str, Sequence[str] | None], gpu: str | N
     """
     unknown = [url for url, gpus in servers.items() if gpus is None]
     mine = json.dumps([gpu, [url for url in unknown if gpu is not None and _is_here(url)]])
-    answers = [json.loads(answer) for answer in all_gather_bytes(mine.encode(), dist.group.WORLD, torch.device("cpu"))]
+    answers = [json.loads(answer) for answer in all_gather_on_host(mine.encode())]
     rank_of = {uuid: rank for rank, (uuid, _) in enumerate(answers) if uuid is not None}
     if not rank_of:
         return []
@@ -91,13 +92,11 @@ def check_servers_gpus(servers: Mapping[str, Sequence[str] | None], gpu: str | N
 
 def _is_here(url: str) -> bool:
     """Whether the address is one of this host's: only then can a socket be bound to it."""
-    try:
+    with contextlib.suppress(OSError):  # a name that does not resolve
         for family, kind, protocol, _, address in socket.getaddrinfo(
             urlsplit(url).hostname, 0, type=socket.SOCK_STREAM
         ):
-            with socket.socket(family, kind, protocol) as probe:
+            with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
                 probe.bind(address)
                 return True
-    except OSError:
-        pass
     return False

@@ -47,4 +47,5 @@ def a_batch(start: str, fake: bool):
     saver = CheckpointSaver(None, None, keep_last=1, keep_every=0, timeout=5.0, device=torch.device("cpu"))
     flags = saver.poll(stop_requested=rank == 1)
     count = all_reduce_on_host(torch.tensor([0.1, rank], dtype=torch.float64)).tolist()
-    return responses, answer, flags, count, mismatch(0.3, 0.0, 0.2)
+    refusal = servers_gpus({"http://a:1": ["GPU-1"]}, ["GPU-0", "GPU-1"], False)
+    return responses, answer, flags, count, mismatch(0.3, 0.0, 0.2), refusal

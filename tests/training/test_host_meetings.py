@@ -25,12 +25,12 @@ def test_a_batch_is_the_same_where_the_default_group_carries_nothing_from_rank_t
     job = "tests.training.host_jobs:a_batch"
     wanted, found = pool.run(job, 2, str(demo_start), False), pool.run(job, 2, str(demo_start), True)
     assert found == wanted
-    for batches, answer, (reports, stop), count, message in found:
+    for batches, answer, (reports, stop), count, message, refusal in found:
         # Rewards of both ranks, and advantages from all of them, bit for bit those over gloo.
         assert [len(batch) for batch in batches] == [12, 12]
         assert any(response.advantage for batch in batches for response in batch)
         assert (answer, reports, stop, count) == ("a server", [], True, [0.2, 1.0])
-        assert "differ by 0.3 nats" in message
+        assert "differ by 0.3 nats" in message and "GPU-1 is rank 1's too" in refusal
 
 
 def check(pool, servers: dict, ranks: list, shared: bool = False):
