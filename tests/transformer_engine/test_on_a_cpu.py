@@ -89,7 +89,7 @@ def test_formulas_that_no_layout_runs_are_those_of_torch(pool):
     assert max(differences.values()) <= 2e-6, differences
 
 
-@pytest.mark.parametrize(("kind", "dtype", "close"), [("dense", "float32", 1e-5), ("moe", "bfloat16", 2e-2)])
+@pytest.mark.parametrize(("kind", "dtype", "close"), [("dense", "bfloat16", 2e-2), ("moe", "float32", 1e-5)])
 @pytest.mark.parametrize("steps", [0, 2])
 def test_a_run_goes_on_with_and_without_transformer_engine(pool, without, models, tmp_path, kind, dtype, close, steps):
     """Weights, main weights and Adam's state bit for bit, before the first step and after some; then the same steps up to rounding."""
