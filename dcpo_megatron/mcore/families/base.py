@@ -152,12 +152,13 @@ _GROUPED = re.compile(r"\bmlp\.experts\.(linear_fc[12])\.weight(\d+)$")
 
 
 def single_expert(part: str) -> str:
-    """The local layers' name of a parameter within its layer: ``mlp.experts.linear_fc1.weight3`` -> ``mlp.experts.local_experts.3.linear_fc1.weight``."""
+    """A parameter's name within its layer -> the local layers' name for it:
+    ``mlp.experts.linear_fc1.weight3`` -> ``mlp.experts.local_experts.3.linear_fc1.weight``."""
     return _GROUPED.sub(r"mlp.experts.local_experts.\2.\1.weight", part)
 
 
 def grouped_dim(name: str) -> int | None:
-    """The dimension along which a weight of grouped experts is split over expert-tensor ranks; None for any other parameter."""
+    """Along which dimension a weight of grouped experts is split over expert-tensor ranks; None for any other parameter."""
     match = _GROUPED.search(name)
     return None if match is None else ("linear_fc1", "linear_fc2").index(match[1])
 
