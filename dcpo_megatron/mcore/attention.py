@@ -167,9 +167,9 @@ def zigzag_inverse(lengths: list[int], context_size: int) -> torch.Tensor:
 class PackedRow(PackedSeqParams):
     """Megatron-Core's packed-sequence parameters plus the attention plan. Boundaries ``cu_seqlens`` are over FULL sequences, in tokens.
 
-    ``positions``: ``[T]``, the place of each of this rank's tokens in its sequence. Given them, Megatron-Core is told of one plain row (``sbhd``): it turns queries
-    and keys by these positions (:mod:`~dcpo_megatron.mcore.rotary`), and only :class:`CausalCoreAttention` knows the sequences. Transformer Engine's attention
-    reads the boundaries, so its rows have none.
+    ``positions``: ``[T]``, the place of each of this rank's tokens in its sequence. Given them, Megatron-Core is told of one
+    plain row (``sbhd``): it turns queries and keys by these positions (:mod:`~dcpo_megatron.mcore.rotary`), and only
+    :class:`CausalCoreAttention` knows the sequences. Transformer Engine's attention reads the boundaries: its rows have none.
     """
 
     def __init__(self, plan: AttentionPlan, device: torch.device, positions: torch.Tensor | None = None):
@@ -189,8 +189,9 @@ class PackedRow(PackedSeqParams):
 class CausalCoreAttention(torch.nn.Module):
     """Drop-in ``core_attention`` of Megatron-Core's ``SelfAttention``: causal, grouped queries, packed (THD) and padded rows, context parallelism.
 
-    Shapes: padded rows take query ``[S, B, heads, d]`` and give ``[S, B, heads * d]``; packed rows take ``[T, heads, d]`` and give ``[T, heads * d]``, or
-    with a dimension of one between (all divided by the tensor- and context-parallel sizes as Megatron-Core does).
+    Shapes: padded rows take query ``[S, B, heads, d]`` and give ``[S, B, heads * d]``; packed rows take ``[T, heads, d]`` and
+    give ``[T, heads * d]``, or with a dimension of one between (all divided by the tensor- and context-parallel sizes as
+    Megatron-Core does).
     """
 
     def __init__(

@@ -82,7 +82,8 @@ def make_micro_batch(
         packed: one row, sequences end to end, no token attends outside its own; otherwise one sequence a row.
         align: every sequence (packed) or the row (padded) is padded to a multiple of this.
         row_align: the row is, too; a multiple of ``align`` (the last of packed sequences takes the padding).
-        by_position: a packed row carries its tokens' positions (:class:`~dcpo_megatron.mcore.attention.PackedRow`); not for Transformer Engine's attention.
+        by_position: a packed row carries its tokens' positions (:class:`~dcpo_megatron.mcore.attention.PackedRow`); not for
+            Transformer Engine's attention.
 
     Raises:
         ValueError: a sequence without prompt tokens (nothing predicts its first response token).

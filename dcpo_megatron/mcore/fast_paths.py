@@ -1,14 +1,15 @@
 """Megatron-Core's and Transformer Engine's faster ways of doing the same, each asked for as ``auto``, ``on`` or ``off``.
 
-    key                                    what it does                                             auto takes it
-    model.bias_activation_fusion           the activation of a feed-forward layer in one kernel     on a GPU where Triton can compile
-    model.gradient_accumulation_fusion     a weight's gradient is added up by the product itself    on a GPU, where its kernels are: Transformer Engine's layers, or Apex's
-    model.grouped_experts                  one product for all experts of a rank                    with Transformer Engine's layers
-    model.moe_permute_fusion               tokens go to their experts in one kernel                 with Transformer Engine's layers, on a GPU
-    parallel.overlap_grad_reduce           gradients travel while the backward pass goes on         on a GPU
-    parallel.overlap_param_gather          weights travel while the next forward pass goes on       on a GPU, with overlap_grad_reduce and Adam
+    key                                  what it does                                     auto takes it
+    model.bias_activation_fusion         a feed-forward layer's activation in one kernel  on a GPU where Triton compiles
+    model.gradient_accumulation_fusion   products add up the weights' gradients           on a GPU with TE's layers or Apex
+    model.grouped_experts                one product for all experts of a rank            with TE's layers
+    model.moe_permute_fusion             tokens go to their experts in one kernel         with TE's layers on a GPU
+    parallel.overlap_grad_reduce         gradients travel beside the backward pass        on a GPU
+    parallel.overlap_param_gather        weights travel beside the next forward pass      with the line above, and Adam
 
-``on`` where it cannot be had is refused with the reason. Nothing here imports Megatron-Core: the configuration is checked with it before a rank starts.
+(TE: Transformer Engine.) ``on`` where it cannot be had is refused with the reason. Nothing here imports Megatron-Core: the
+configuration is checked with it before a rank starts.
 """
 
 from __future__ import annotations
@@ -46,11 +47,15 @@ def choose(key: str, wanted: str, auto: bool, missing: str | None, problems: lis
 def choose_model_paths(
     options, platform: Platform, transformer_engine: bool, experts: int
 ) -> tuple[FastPaths, list[str]]:
-    """The paths of a model under ``options`` (:class:`~dcpo_megatron.mcore.model.ModelOptions`, or a section with its fields), and what is wrong with them."""
+    """The paths of a model, and what is wrong with them.
+
+    ``options``: :class:`~dcpo_megatron.mcore.model.ModelOptions`, or a section of the configuration with its fields.
+    """
     problems: list[str] = []
     gpu = not platform.is_cpu
     without = None if transformer_engine else "the layers are not Transformer Engine's"
     no_experts = None if experts else "the model has no experts"
+    no_kernel = "neither Transformer Engine's layers nor Apex's fused_weight_gradient_mlp_cuda can be had"
     apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     paths = FastPaths(
         choose(
@@ -64,7 +69,7 @@ def choose_model_paths(
             "model.gradient_accumulation_fusion",
             options.gradient_accumulation_fusion,
             gpu,
-            None if transformer_engine or apex else "neither Transformer Engine's layers nor Apex's fused_weight_gradient_mlp_cuda can be had",
+            None if transformer_engine or apex else no_kernel,
             problems,
         ),
         choose("model.grouped_experts", options.grouped_experts, True, no_experts or without, problems),
@@ -86,13 +91,15 @@ def dispatcher_problems(dispatcher: str, layout: ParallelLayout, experts: int, p
         return found
     if layout.pipeline > 1:
         found.append(
-            "parallel.token_dispatcher=allgather does not work with parallel.pipeline above 1 (stages exchange rows of any length): use alltoall"
+            "parallel.token_dispatcher=allgather does not work with parallel.pipeline above 1 (stages exchange rows of any "
+            "length): use alltoall"
         )
     group = layout.expert * (layout.expert_tensor or layout.tensor)
     if (layout.tensor * layout.context) % group:
         found.append(
-            f"parallel.token_dispatcher=allgather needs as many tokens on every rank that shares experts; with expert x expert_tensor = {group} "
-            f"they are in several of the groups of tensor x context = {layout.tensor * layout.context}, whose rows differ: use alltoall"
+            "parallel.token_dispatcher=allgather needs as many tokens on every rank that shares experts; with "
+            f"expert x expert_tensor = {group} they are in several of the groups of tensor x context = "
+            f"{layout.tensor * layout.context}, whose rows differ: use alltoall"
         )
     return found
 
@@ -100,7 +107,10 @@ def dispatcher_problems(dispatcher: str, layout: ParallelLayout, experts: int, p
 def choose_overlap(
     grad_reduce: str, param_gather: str, sharded: bool, platform: Platform
 ) -> tuple[bool, bool, list[str]]:
-    """``(overlap_grad_reduce, overlap_param_gather, problems)``; ``sharded``: whether the optimizer's state is, over data-parallel ranks."""
+    """``(overlap_grad_reduce, overlap_param_gather, problems)``.
+
+    ``sharded``: whether the optimizer's state is split over data-parallel ranks.
+    """
     problems: list[str] = []
     reduces = choose("parallel.overlap_grad_reduce", grad_reduce, not platform.is_cpu, None, problems)
     missing = None
@@ -113,9 +123,10 @@ def choose_overlap(
 
 
 def finish_gathering(chunks) -> None:
-    """Every rank's parameters are whole and new when this returns; collective where weights are gathered beside the forward pass, else nothing.
+    """Parameters are whole and new when this returns; collective where weights travel beside the forward pass, else nothing.
 
-    Megatron-Core then gathers a bucket when a module that needs it is called. Whoever reads weights otherwise (to publish or save them) calls this first.
+    Megatron-Core then gathers a bucket when a module that needs it is called. Whoever reads weights otherwise (to publish
+    or save them) calls this first.
     """
     for chunk in chunks:
         if not getattr(chunk, "use_forward_hook", False):

@@ -16,7 +16,9 @@ Bytes, with V rows of the output layer on this rank, H hidden size, w bytes of a
     transient, forward     B + P + 32 n     B + P + 32 n                   F + P + 4 c H
     transient, backward    -                B + P + 4 n H                  -
     what bf16 adds, CPU    4 v H            8 v H                          B, and 2 V H when the gradient is rounded
-    what bf16 adds, GPU    -                4 v H + B / 2                  F / 2, and 2 V H when the gradient is rounded; B more where torch cannot add in place
+    what bf16 adds, GPU    -                4 v H + B / 2                  F / 2, and 2 V H when the gradient is rounded
+
+Where torch cannot add half-precision products in place, a GPU takes B more.
 
 Kept by the recomputing head: the selected hidden states (they exist once more as the layers' output), the target, log-sum-exp and entropy of each. In fp32 the
 gradients 4 n H and 4 V H are what the backward pass returns, so no extra. With bf16 weights the recomputing head adds up a chunk of the weight's gradient

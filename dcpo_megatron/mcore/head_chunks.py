@@ -89,9 +89,10 @@ def chunks(count: int, size: int) -> Iterator[slice]:
 
 
 def whole_blocks(count: int) -> int:
-    """``count``, rounded down to a multiple of 128 where it has that many: a slice of half-precision numbers that begins there is aligned to 256 bytes.
+    """``count``, rounded down to a multiple of 128 where it has that many.
 
-    A GPU's fast products want 16; a slice that begins anywhere has 2.
+    A slice of half-precision numbers that begins there is aligned to 256 bytes. A GPU's fast products want 16; a slice that
+    begins anywhere has 2.
     """
     return max(1, count if count < 128 else count // 128 * 128)
 
@@ -118,7 +119,10 @@ def product_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> 
 
 @cache
 def adds_in_place(kind: str, factor: torch.dtype, result: torch.dtype) -> bool:
-    """Whether torch adds a product of ``factor`` to a tensor of ``result`` in place on a device of this ``kind``: some versions refuse to. Tried once."""
+    """Whether torch adds a product of ``factor`` to a tensor of ``result`` in place on a device of this ``kind``.
+
+    Some versions take no fp32 to add to. Tried once.
+    """
     ones = torch.ones(8, 8, dtype=factor, device=kind)
     out = torch.ones(8, 8, dtype=result, device=kind)
     try:
@@ -129,7 +133,10 @@ def adds_in_place(kind: str, factor: torch.dtype, result: torch.dtype) -> bool:
 
 
 def add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """``out += left @ right``, in fp32 (fp64) throughout, without a second ``out``: in place, or by rows of ``out`` where torch cannot with these factors."""
+    """``out += left @ right``, in fp32 (fp64) throughout, without a second ``out``.
+
+    In place, or by rows of ``out`` where torch cannot with these factors.
+    """
     if left.dtype == out.dtype:
         out.addmm_(left, right)
         return

@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dcpo_megatron.mcore import compat  # settles what differs between versions
 from dcpo_megatron.mcore.attention import CausalCoreAttention
+from dcpo_megatron.mcore.families.base import grouped_dim
 from dcpo_megatron.mcore.fast_paths import FastPaths, choose_model_paths, choose_overlap, dispatcher_problems
 from dcpo_megatron.mcore.hf_config import ModelShape
 from dcpo_megatron.mcore.layout import ParallelLayout, RankPosition, padded_vocab
@@ -229,6 +230,11 @@ def mark_tensor_parallel(chunk: GPTModel) -> None:
     Megatron-Core marks them while it initialises weights. Without the mark the gradient norm counts a split parameter on tensor rank 0 only, and clipping is
     silently wrong.
     """
+    # Transformer Engine takes the grouped experts' weights for whole ones: Megatron-Core splits them without telling it.
+    for name, parameter in chunk.named_parameters():
+        dim = grouped_dim(name)
+        if dim is not None:
+            parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = True, dim, 1
     for module in chunk.modules():
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
             parameters = [(module.weight, 0), (getattr(module, "bias", None), 0)]

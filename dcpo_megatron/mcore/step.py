@@ -89,7 +89,10 @@ class PolicyModel:
         )
 
     def finish_gathering(self) -> None:
-        """Call it before weights are read otherwise than by a forward pass; collective (see :func:`~dcpo_megatron.mcore.fast_paths.finish_gathering`)."""
+        """To be called before weights are read otherwise than by a forward pass; collective.
+
+        See :func:`~dcpo_megatron.mcore.fast_paths.finish_gathering`.
+        """
         finish_gathering(self.chunks)
 
     @property

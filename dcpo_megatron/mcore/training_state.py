@@ -58,8 +58,9 @@ class HostMemory:
 
     New memory has to be given and zeroed by the system page by page, which takes five times as long as the copying itself; training waits for both.
 
-    From a GPU (``device``) tensors go to pinned memory, one after the other without a stop: :meth:`wait` before anything is read. PyTorch gives pinned memory in
-    powers of two of bytes, so it may be up to twice what the tensors need; where the system has none left, memory is plain, and copies are slow and right.
+    From a GPU (``device``) tensors go to pinned memory, one after the other without a stop: :meth:`wait` before anything is
+    read. PyTorch gives pinned memory in powers of two of bytes, so it may be up to twice what the tensors need; where the
+    system has none left, memory is plain, and copies are slow and right.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -72,7 +73,10 @@ class HostMemory:
         self._used = 0
 
     def copy(self, data: torch.Tensor) -> torch.Tensor:
-        """A contiguous copy of ``data`` on the host, whole after :meth:`wait`. Fast where snapshots ask for the same shapes in the same order."""
+        """A contiguous copy of ``data`` on the host, whole after :meth:`wait`.
+
+        Fast where snapshots ask for the same shapes in the same order.
+        """
         if self._used == len(self._kept):
             self._kept.append(torch.empty(0))
         kept = self._kept[self._used]

@@ -4,10 +4,10 @@ import torch
 
 
 def train(hf: str, parallel: dict, overlap: str, dtype: str = "bfloat16", **options):
-    """Under ModelOptions' ``options``, five updates; what is read of the weights in between, whole or of this rank, and how many buckets travel apart.
+    """Five updates of a model with ``options``; what is read of its weights in between, and how many buckets travel apart.
 
-    ``(names of this rank's parameters, buckets, [published after 1, log-probs after 1, log-probs after 2, snapshot after 2, log-probs after 4, published after 5])``; the third and fourth update
-    follow each other without anything between.
+    ``(names of this rank's parameters, buckets, [published after 1, log-probs after 1, log-probs after 2, snapshot after 2,
+    log-probs after 4, published after 5])``; the third and fourth update follow each other with nothing between.
     """
     from dcpo_megatron.mcore.batch import Sequence
     from dcpo_megatron.mcore.hf_config import read_shape
@@ -27,7 +27,7 @@ def train(hf: str, parallel: dict, overlap: str, dtype: str = "bfloat16", **opti
         read_shape(hf), layout, ModelOptions(dtype=dtype, **options), select_platform("cpu"), rank_position()
     )
     load_weights(policy, hf)
-    # Without clipping: the norm is a sum whose order follows the buckets. With an eps beside which rounding of small gradients is nothing.
+    # Without clipping: the norm is a sum whose order follows the buckets. With an eps beside which rounding is nothing.
     policy.make_trainable(
         OptimizerOptions(lr=1e-2, eps=1e-3, clip_grad=0.0, overlap_grad_reduce=overlap, overlap_param_gather=overlap, bucket_parameters=3000)
     )  # fmt: skip

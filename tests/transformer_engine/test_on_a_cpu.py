@@ -65,13 +65,13 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
     assert not [name for name, tensor in wanted.items() if not torch.equal(found[name], tensor)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "parallel"), [*KINDS.items(), ("moe", SP2)], ids=str)
 def test_parameters_have_the_shapes_and_marks_of_the_local_layers_and_hf_tensors_come_back_bit_for_bit(
-    pool, models, kind
+    pool, models, kind, parallel
 ):
     wanted = load_file(models / kind / "model.safetensors")
     for classes, found, plain, back in pool.run(
-        "tests.transformer_engine.jobs:build_both", 2, str(models / kind), KINDS[kind]
+        "tests.transformer_engine.jobs:build_both", 2, str(models / kind), parallel
     ):
         assert "transformer_engine" in classes and found == plain
         assert_same(back, wanted)

@@ -148,12 +148,19 @@ FUSED_NORMS: dict[str, str] = {
 
 
 # So are a rank's experts where one product serves them all: its layer has a weight for each.
-_GROUPED = re.compile(r"^mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
+_GROUPED = re.compile(r"\bmlp\.experts\.(linear_fc[12])\.weight(\d+)$")
 
 
 def single_expert(part: str) -> str:
-    """The local layers' name of a parameter within its layer: ``mlp.experts.linear_fc1.weight3`` -> ``mlp.experts.local_experts.3.linear_fc1.weight``."""
+    """A parameter's name within its layer -> the local layers' name for it:
+    ``mlp.experts.linear_fc1.weight3`` -> ``mlp.experts.local_experts.3.linear_fc1.weight``."""
     return _GROUPED.sub(r"mlp.experts.local_experts.\2.\1.weight", part)
+
+
+def grouped_dim(name: str) -> int | None:
+    """Along which dimension a weight of grouped experts is split over expert-tensor ranks; None for any other parameter."""
+    match = _GROUPED.search(name)
+    return None if match is None else ("linear_fc1", "linear_fc2").index(match[1])
 
 
 @dataclass(frozen=True)
