@@ -100,7 +100,12 @@ hangs = ["bash", "-c", "echo on its way; (setsid sleep 4711 &) ; setsid sleep 47
 part = g.Part("part", "", 1, lambda s: [wrote, hangs, wrote])
 row = g.run_part(part, g.Settings(sys.executable, Path(sys.argv[1]) / "part"), {}, 1.5)
 g.write_results(Path(sys.argv[1]), {"part": row | {"when": "now", "machine": "here"}})
-left = [entry for entry in Path("/proc").glob("[0-9]*/cmdline") if b"sleep\\0471" in entry.read_bytes()]
+def words(entry):
+    try:
+        return entry.read_bytes().split(bytes(1))
+    except OSError:  # it has just ended
+        return []
+left = [entry for entry in Path("/proc").glob("[0-9]*/cmdline") if words(entry)[:2] in ([b"sleep", b"4711"], [b"sleep", b"4712"])]
 print(json.dumps([str(entry) for entry in left]))
 """
 
