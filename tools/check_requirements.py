@@ -31,7 +31,14 @@ PROFILES = {
     "sglang": ("-r", "requirements/sglang.txt"),
 }
 # "urlopen error": a package that fetches its wheel itself, from NVIDIA's index.
-UNREACHABLE = ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError", "ProxyError", "urlopen error")
+UNREACHABLE = (
+    "NewConnectionError",
+    "NameResolutionError",
+    "TimeoutError",
+    "ProxyError",
+    "Max retries",
+    "urlopen error",
+)
 DEADLINE = 900.0  # seconds of one dry run, on an index that serves whole wheels only
 
 
@@ -57,7 +64,7 @@ def dry_run(environment: Path, arguments: tuple[str, ...]) -> tuple[bool | None,
         "--quiet",
         "--use-feature=fast-deps",
     ]
-    command += ["--disable-pip-version-check", "--no-input", "--retries", "1", "--timeout", "15", *arguments]
+    command += ["--disable-pip-version-check", "--no-input", "--retries", "2", "--timeout", "60", *arguments]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
     except subprocess.TimeoutExpired:
