@@ -47,7 +47,25 @@ def parser() -> argparse.ArgumentParser:
         help="with --ranks: time for the ranks to save and end after SIGTERM or SIGUSR1 (default: DCPO_GRACE_SECONDS, else 600)",
     )
     result.add_argument("--keys", action="store_true", help="list every key with its default, and stop")
-    result.add_argument("--check", action="store_true", help="check configuration, model folder and layout, and stop")
+    result.add_argument(
+        "--check",
+        action="store_true",
+        help="check configuration, model folder and layout for the ranks of --ranks, say what they need, and stop",
+    )
+    result.add_argument(
+        "--gpu-memory",
+        type=_seconds,
+        default=None,
+        metavar="GB",
+        help="with --check: refuse what does not fit into so many GB (10^9 bytes) a GPU (default: this machine's GPU, where there is one)",
+    )
+    result.add_argument(
+        "--server-gpus",
+        type=int,
+        default=None,
+        metavar="N",
+        help="with --check: GPUs of all servers together, for the estimate (default: one a server)",
+    )
     result.add_argument("overrides", nargs="*", metavar="key.sub=value")
     return result
 
@@ -58,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.keys:
         print_keys()
         return 0
-    if args.ranks is not None:
+    if args.ranks is not None and not args.check:
         rest = _without(("--ranks", "--grace"), sys.argv[1:] if argv is None else argv)
         return start_ranks(args.ranks, rest, args.grace)
     quiet_libraries()
@@ -78,12 +96,16 @@ def _train(args) -> int:
     from dcpo_megatron.training.checks import check_run
 
     config = load_config(args.config, args.overrides)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = int(os.environ.get("WORLD_SIZE", "1")) if args.ranks is None else args.ranks
+    if world < 1:
+        raise ConfigError(f"--ranks {world} must be at least 1")
     run = check_run(config, world)
     if args.check:
         if _rank() == 0:
-            print(f"the configuration fits: {world} ranks, data parallel {run.data_parallel}, {run.platform.name}")
+            _say_plan(run, args.gpu_memory, args.server_gpus)
         return 0
+    if args.gpu_memory is not None or args.server_gpus is not None:
+        raise ConfigError("--gpu-memory and --server-gpus belong to --check")
     import torch
 
     if run.platform.is_cpu and "OMP_NUM_THREADS" not in os.environ:
@@ -108,6 +130,25 @@ def _train(args) -> int:
             return 1
         trainer.close()
     return START_AGAIN if summary is None else 0
+
+
+def _say_plan(run, gpu_memory: float | None, server_gpus: int | None) -> None:
+    """Prints what the run needs. Raises ConfigError where that does not fit into ``gpu_memory`` GB, or into this machine's GPU."""
+    from dcpo_megatron.training.gpu import device_memory
+    from dcpo_megatron.training.memory_plan import GB, memory_problems, memory_text, plan_memory
+    from dcpo_megatron.training.step_estimate import estimate_step, estimate_text
+
+    limit = device_memory(run.platform) if gpu_memory is None else int(gpu_memory * GB)
+    print(memory_text(run, plan_memory(run, limit or 80 * GB)))
+    if run.config.training.platform != "cpu":
+        print(estimate_text(run, estimate_step(run, server_gpus)))
+    problems = memory_problems(run, limit) if limit else []
+    if problems:
+        raise ConfigError("\n".join(problems))
+    fits = f"the configuration fits: {run.world_size} ranks, data parallel {run.data_parallel}, {run.platform.name}"
+    print(fits + (f", {limit / GB:.0f} GB a GPU" if limit else ""))
+    for missing in run.not_seen:
+        print(f"not looked at: {missing}")
 
 
 def is_bad_input(error: Exception) -> bool:

@@ -53,17 +53,6 @@ from dcpo_megatron.mcore.head_chunks import make_settings
 from dcpo_megatron.mcore.head_fused import FusedHeadAndLoss, TokenLoss
 from dcpo_megatron.mcore.head_recompute import RecomputedLogProbs
 
-# What the fused head may hold between forward and backward before `auto` takes the recomputing one.
-FUSED_HELD_BYTES = 1024**3
-
-
-def held_by_fused_head(rows: int, hidden: int, dtype: str) -> int:
-    """Bytes beyond the gradients themselves that the fused head keeps from forward to backward: the weight's gradient in fp32 where it is rounded in the end.
-
-    ``rows``: of the output layer on one tensor-parallel rank.
-    """
-    return 0 if dtype == "float32" else 4 * rows * hidden
-
 
 def logprobs_from_hidden(
     hidden: torch.Tensor,

@@ -10,6 +10,26 @@ from pathlib import Path
 from types import ModuleType
 
 HEADS = ("auto", "torch", "triton")
+# What the fused head may hold between forward and backward before `auto` takes the recomputing one.
+FUSED_HELD_BYTES = 1024**3
+
+
+def held_by_fused_head(rows: int, hidden: int, dtype: str) -> int:
+    """Bytes beyond the gradients themselves that the fused head keeps from forward to backward: the weight's gradient in fp32 where it is rounded in the end.
+
+    ``rows``: of the output layer on one tensor-parallel rank.
+    """
+    return 0 if dtype == "float32" else 4 * rows * hidden
+
+
+def takes_fused_head(setting: str, ratio_level: str, rows: int, hidden: int, dtype: str) -> bool:
+    """Whether the head forms the objective's gradients in its forward pass.
+
+    ``setting``: model.fused_head_loss (auto | on | off). ``ratio_level``: the objective's; a ratio of a whole response cannot be fused. ``rows``: as above.
+    """
+    if setting == "off" or ratio_level != "token":
+        return False
+    return setting == "on" or held_by_fused_head(rows, hidden, dtype) <= FUSED_HELD_BYTES
 
 
 def missing_for_triton(device_type: str) -> str | None:

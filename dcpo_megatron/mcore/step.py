@@ -21,11 +21,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from dcpo_megatron.mcore.batch import MicroBatch, Sequence, make_micro_batch
 from dcpo_megatron.mcore.fast_paths import finish_gathering
-from dcpo_megatron.mcore.head import FUSED_HELD_BYTES, held_by_fused_head, response_head
-from dcpo_megatron.mcore.head_blocks import head_blocks
+from dcpo_megatron.mcore.head import response_head
+from dcpo_megatron.mcore.head_blocks import head_blocks, takes_fused_head
 from dcpo_megatron.mcore.hf_config import ModelShape
 from dcpo_megatron.mcore.layout import ParallelLayout, RankPosition, alignment, padded_vocab, sequence_alignment
-from dcpo_megatron.mcore.loss import MAX_NAMES, SUM_NAMES, can_fuse, make_loss
+from dcpo_megatron.mcore.loss import MAX_NAMES, SUM_NAMES, make_loss
 from dcpo_megatron.mcore.model import (
     ModelOptions,
     OptimizerOptions,
@@ -217,12 +217,9 @@ class PolicyModel:
 
     def _fuses(self, objective: Objective) -> bool:
         """Whether the head forms the objective's gradients in its forward pass; the same on every rank."""
-        if self.fused_head_loss == "off" or not can_fuse(objective):
-            return False
         rows = padded_vocab(self.shape.vocab, self.layout.tensor, self.options.vocab_multiple) // self.layout.tensor
-        return (
-            self.fused_head_loss == "on"
-            or held_by_fused_head(rows, self.shape.hidden, self.options.dtype) <= FUSED_HELD_BYTES
+        return takes_fused_head(
+            self.fused_head_loss, objective.ratio_level, rows, self.shape.hidden, self.options.dtype
         )
 
     def gradients(

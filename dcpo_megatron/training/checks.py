@@ -12,6 +12,7 @@ from dcpo_megatron.mcore.layout import ParallelLayout, alignment
 from dcpo_megatron.mcore.platform import Platform, find_apex, select_platform, use_transformer_engine
 from dcpo_megatron.objectives import Objective
 from dcpo_megatron.training.config import Config, ConfigError
+from dcpo_megatron.training.tokenizer import has_tokenizer
 from dcpo_megatron.weights.conversion import hf_folder_of
 from dcpo_megatron.weights.megatron_names import MegatronTensors
 from dcpo_megatron.weights.torch_dist import TorchDistFolder, find_checkpoint
@@ -33,6 +34,16 @@ class CheckedRun:
     @property
     def data_parallel(self) -> int:
         return self.layout.data_parallel(self.world_size)
+
+    @property
+    def not_seen(self) -> list[str]:
+        """What a run will need and is not there yet: a folder with config.json alone can be checked."""
+        found = []
+        if find_checkpoint(self.weights) is None and not any(self.weights.glob("*.safetensors")):
+            found.append(f"weights: {self.weights} has none (*.safetensors)")
+        if not has_tokenizer(self.hf_folder):
+            found.append(f"tokenizer: {self.hf_folder} has none (tokenizer.json)")
+        return found
 
 
 def check_run(config: Config, world_size: int) -> CheckedRun:

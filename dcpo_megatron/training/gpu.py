@@ -5,6 +5,15 @@ from __future__ import annotations
 from dcpo_megatron.mcore.platform import Platform
 
 
+def device_memory(platform: Platform) -> int | None:
+    """Bytes of this rank's GPU; None on the CPU platform."""
+    if platform.is_cpu:
+        return None
+    import torch
+
+    return torch.cuda.get_device_properties(platform.device).total_memory
+
+
 class GpuMonitor:
     """Reads utilisation and memory of this rank's GPU. Inert on the CPU platform or without a driver."""
 

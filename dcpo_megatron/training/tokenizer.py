@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from dcpo_megatron.training.config import ConfigError
+
+_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+
+
+def has_tokenizer(folder: str | os.PathLike) -> bool:
+    """Whether the folder holds a tokenizer's files."""
+    return any((Path(folder) / name).is_file() for name in _FILES)
 
 
 def load_tokenizer(folder: str, vocab: int):
@@ -17,10 +25,9 @@ def load_tokenizer(folder: str, vocab: int):
     from transformers import AutoTokenizer
 
     # Without its files transformers would quietly make an empty tokenizer of the model's class.
-    names = ("tokenizer.json", "vocab.json", "tokenizer.model")
-    if not any((Path(folder) / name).is_file() for name in names):
+    if not has_tokenizer(folder):
         raise ConfigError(
-            f"model.path={folder} has no tokenizer ({', '.join(names)}): copy the tokenizer's files there"
+            f"model.path={folder} has no tokenizer ({', '.join(_FILES)}): copy the tokenizer's files there"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

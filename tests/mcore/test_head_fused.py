@@ -135,7 +135,7 @@ def test_a_ratio_of_the_whole_response_refuses_to_be_fused():
 
 
 def test_the_fused_head_is_taken_by_itself_only_where_it_holds_little():
-    from dcpo_megatron.mcore.head import FUSED_HELD_BYTES, held_by_fused_head
+    from dcpo_megatron.mcore.head_blocks import FUSED_HELD_BYTES, held_by_fused_head
 
     assert held_by_fused_head(152064, 3584, "float32") == 0
     assert held_by_fused_head(152064, 3584, "bfloat16") > FUSED_HELD_BYTES  # 2.03 GiB
