@@ -130,6 +130,9 @@ class Cluster:
         until = time.monotonic() + deadline
         while not condition(facts := self.facts(job)):
             if time.monotonic() > until:
+                self.call(
+                    "scancel", job, check=False
+                )  # it has the nodes to itself: the next test's job would wait for it
                 raise TimeoutError(
                     f"{what} did not come within {deadline:.0f} s; job {job} is {facts['JobState']}, {facts['Reason']}"
                 )

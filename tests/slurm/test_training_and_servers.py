@@ -36,7 +36,10 @@ def test_a_job_trains_on_one_node_and_samples_on_the_other_and_leaves_no_server(
         ROOT / "examples" / "slurm" / "train.sbatch", str(run), *task, "optimizer.warmup_steps=0",
         options=(f"--output={tmp_path}/job.log", f"--export={variables}"), cwd=ROOT,
     )  # fmt: skip
-    cluster.wait(job, lambda facts: (run / "metrics.jsonl").is_file() or facts["JobState"] != "RUNNING", 150, "step 1")
+    waiting = ("PENDING", "RUNNING")
+    cluster.wait(
+        job, lambda facts: (run / "metrics.jsonl").is_file() or facts["JobState"] not in waiting, 150, "the first step"
+    )
     cores = cluster.cores(job)
     facts = cluster.wait_for_the_end(job, 150)
     logs = {file.name: file.read_text() for file in [tmp_path / "job.log", *(run / "logs" / job).glob("*.log")]}

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from dcpo_megatron.rollout import RolloutError
-from dcpo_megatron.weights.publish import PublishOptions, verify
+from dcpo_megatron.rollout.fleet import Fleet
+from dcpo_megatron.rollout.server import Server
+from dcpo_megatron.weights.publish import PublishOptions, session, transaction, verify
 from dcpo_megatron.weights.publish.buckets import buckets
+from dcpo_megatron.weights.publish.options import PublishReport
 
 
 def walk(*sizes: int):
@@ -67,3 +70,48 @@ def test_log_probs_that_are_not_a_number_are_no_match():
 def test_options_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError):
         PublishOptions(**wrong)
+
+
+def test_a_server_releases_and_takes_back_every_kind_of_memory_that_it_knows():
+    """Weights, cache and captured graphs: without tags SGLang takes all that its version has."""
+    asked = []
+
+    class Recorder:
+        """Stands for a server: notes what it is asked."""
+
+        def weight_version(self):
+            return "run-3"
+
+        def post(self, path, body, timeout):
+            asked.append((path, body))
+
+    session.release_memory(Recorder(), 1.0)
+    session.resume_memory(Recorder(), 1.0)
+    assert asked == [
+        ("/release_memory_occupation", {}),
+        ("/update_weight_version", {"new_version": "run-3.released", "abort_all_requests": False}),
+        ("/resume_memory_occupation", {}),
+    ]
+
+
+def test_room_is_made_after_the_probe_and_before_any_server_is_spoken_to(monkeypatch):
+    """The probe is a forward pass: what it leaves in the allocator's cache would be missing to a server on the same GPU."""
+    order = []
+
+    class Probe:
+        def sequences(self):
+            return [[1, 2]]
+
+        def logprobs(self):
+            order.append("probe")
+            return [[-1.0]]
+
+    monkeypatch.setattr(
+        transaction._Publication, "run", lambda self, walk: order.append("servers") or PublishReport(self.version)
+    )
+    publisher = transaction.WeightPublisher(
+        Fleet([Server("http://127.0.0.1:9")], "run"), PublishOptions(), device=torch.device("cpu"), probe=Probe(),
+        make_room=lambda: order.append("room"),
+    )  # fmt: skip
+    publisher.publish([], 1)
+    assert order == ["probe", "room", "servers"]
