@@ -95,17 +95,17 @@ def main(argv: list[str] | None = None) -> int:
 def _train(args) -> int:
     from dcpo_megatron.training.checks import check_run
 
+    if not args.check and (args.gpu_memory is not None or args.server_gpus is not None):
+        raise ConfigError("--gpu-memory and --server-gpus belong to --check: add it, or leave them out")
     config = load_config(args.config, args.overrides)
     world = int(os.environ.get("WORLD_SIZE", "1")) if args.ranks is None else args.ranks
     if world < 1:
-        raise ConfigError(f"--ranks {world} must be at least 1")
+        raise ConfigError(f"--ranks {world} must be at least 1: say how many ranks the run will have")
     run = check_run(config, world)
     if args.check:
         if _rank() == 0:
             _say_plan(run, args.gpu_memory, args.server_gpus)
         return 0
-    if args.gpu_memory is not None or args.server_gpus is not None:
-        raise ConfigError("--gpu-memory and --server-gpus belong to --check")
     import torch
 
     if run.platform.is_cpu and "OMP_NUM_THREADS" not in os.environ:

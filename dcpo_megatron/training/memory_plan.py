@@ -259,6 +259,9 @@ def _changed(run: CheckedRun, changes: dict[str, dict]) -> CheckedRun | None:
     layout = replace(run.layout, **changes.get("parallel", {}))
     if config == run.config or layout.problems(run.shape, run.world_size, config.parallel.overlap_p2p):
         return None
+    # A minibatch is dealt evenly to the data-parallel ranks.
+    if config.training.minibatch_prompts * config.rollout.group_size % layout.data_parallel(run.world_size):
+        return None
     return replace(run, config=config, layout=layout)
 
 
