@@ -48,7 +48,9 @@ def train(hf: str, parallel: dict, overlap: str, dtype: str = "bfloat16", **opti
     update()
     read = [published(), logprobs()]
     update()
-    read += [logprobs(), [piece.data.clone() for piece in take_snapshot(policy).tensors if "optim" not in piece.key]]
+    read.append(logprobs())
+    pieces = sorted(take_snapshot(policy).tensors, key=lambda piece: (piece.key, piece.offsets))
+    read.append([piece.data.clone() for piece in pieces if "optim" not in piece.key])
     update()
     update()
     read.append(logprobs())

@@ -78,9 +78,9 @@ def test_data_parallel_ranks_share_the_writing(pool, tmp_path):
         ("dense", 2, {}),
         ("dense", 4, dict(tensor=2, sequence_parallel=True)),
         ("tied", 4, dict(pipeline=2)),
-        ("moe", 4, dict(expert=2)),
+        ("moe", 2, dict(expert=2)),
     ],
-    ids=["dp2", "tp2-sp-dp2", "pp2-dp2-tied", "dp4-ep2-moe"],
+    ids=["dp2", "tp2-sp-dp2", "pp2-dp2-tied", "dp2-ep2-moe"],  # two replicas: a sum of two has no order
 )
 def test_weights_and_gradients_that_travel_beside_the_computation_are_the_same_ones(
     pool, tmp_path, kind, ranks, parallel
