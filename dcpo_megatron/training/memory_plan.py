@@ -272,4 +272,4 @@ def _yaml(value: object) -> str:
 def _gb(size: int | None) -> str:
     if size is None:
         return "-"
-    return f"{size / GB:.1f}" if size >= GB / 2 else f"{size / GB:.2g}"
+    return f"{size / GB:.1f}" if size >= GB / 2 else f"{size / GB:.2f}"
