@@ -20,7 +20,7 @@ from statistics import fmean, variance
 WINDOW = 5  # steps at each end of the run
 ERRORS = 2.0  # standard errors by which the last ones must be above the first
 SHOWN = 12  # problems on the page
-TRAIN, HELD_OUT = 300, 64
+TRAIN, HELD_OUT = 300, 40
 GSM8K = {"train": "gsm8k_train.jsonl", "held_out": "gsm8k_test.jsonl"}
 # Before each problem, as a turn of the conversation: told in words alone, a model of this size does not keep to the form.
 EXAMPLE = (
@@ -95,7 +95,7 @@ def prepare(folder: Path, model: str, seed: int, data: str | None) -> None:
 
 def _problems(split: str, seed: int, data: str | None) -> list[dict]:
     """Rows of id, messages and answer: word problems made here, or GSM8K's."""
-    from dcpo_megatron.data.formats import find_schema, understand
+    from dcpo_megatron.data.formats import BadRow, find_schema, understand
     from dcpo_megatron.data.readers import read_table
     from dcpo_megatron.data.word_problems import make_word_problems
 
@@ -104,8 +104,14 @@ def _problems(split: str, seed: int, data: str | None) -> list[dict]:
         return [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
     table = read_table(Path(data) / GSM8K[split], ())
     schema = find_schema(table, "gsm8k", None, None, None)
-    questions = [understand(row, schema, "gsm8k") for _, row in table.rows]
-    return [{"id": q.id, "prompt": q.messages, "answer": q.ground_truth} for q in questions]
+    found = []
+    for place, row in table.rows:
+        try:
+            question = understand(row, schema, "gsm8k")
+        except BadRow as bad:
+            raise DemoError(f"{place} {bad}") from None
+        found.append({"id": question.id, "prompt": question.messages, "answer": question.ground_truth})
+    return found
 
 
 def compare_weights(one: Path, other: Path) -> tuple[int, int]:
@@ -173,23 +179,32 @@ def _write_page(folder: Path, config) -> None:
             code = evaluation.main(words)
         if code != 0:
             raise DemoError(f"the responses of {folder / model} could not be had; the message is above")
-        lines = (output / "responses.jsonl").read_text(encoding="utf-8").splitlines()
-        said[when] = {(row["id"], row["sample"]): row for row in map(json.loads, lines)}
+        said[when] = {(row["id"], row["sample"]): row for row in _rows(output / "responses.jsonl")}
     pairs = [(row, said["after"][place]) for place, row in said["before"].items()]
+    question = {f"held_out/{row['id']}": row["prompt"][-1]["content"] for row in _rows(folder / "held_out.jsonl")}
     rows = [
-        [before["prompt"], before["ground_truth"], "most likely" if before["sample"] < 0 else "sampled", _cell(before), _cell(after)]
-        for before, after in sorted(pairs, key=lambda pair: pair[0]["id"])
+        [question[old["id"]], old["ground_truth"], "most likely" if old["sample"] < 0 else "sampled", _cell(old), _cell(new)]
+        for old, new in sorted(pairs, key=lambda pair: (pair[0]["id"], pair[0]["sample"]))
     ]  # fmt: skip
-    means = [fmean(row["reward"] for row in rows) for rows in zip(*pairs, strict=True)]
-    text = (
-        f"{len(said['before'])} responses to {SHOWN} held-out problems, of at most {config.rollout.max_response_tokens} tokens: the most likely one and one sampled at "
-        f"temperature {config.rollout.temperature:g} with the same random numbers. Mean reward {means[0]:+.2f} before, {means[1]:+.2f} after {config.training.steps} steps."
-    )
-    title = "Responses before and after"
-    head = ["prompt", "answer", "response", "before", "after"]
-    page = as_html([Heading(title, 1), Paragraph(text), Table(head, rows)], title)
-    (folder / "responses.html").write_text(page, encoding="utf-8")
+    before, after = (fmean(row["reward"] for row in side) for side in zip(*pairs, strict=True))
+    turns = " / ".join(f"{turn['role']}: {turn['content']}" for turn in EXAMPLE)
+    blocks = [
+        Heading("Responses before and after", 1),
+        Paragraph(
+            f"Held-out problems, at most {config.rollout.max_response_tokens} tokens a response: the most likely one, and one sampled at temperature "
+            f"{config.rollout.temperature:g} with the same random numbers. The reward stands before each; its mean is {before:+.2f} before and {after:+.2f} after "
+            f"{config.training.steps} steps."
+        ),
+        Paragraph(f"Each problem follows this conversation. {turns}"),
+        Table(["problem", "answer", "response", "before", "after"], rows),
+    ]
+    (folder / "responses.html").write_text(as_html(blocks, "Responses before and after"), encoding="utf-8")
 
 
 def _cell(row: dict) -> str:
     return f"[{row['reward']:+g}] {row['response']}" + (" … (cut off)" if row["finish_reason"] == "length" else "")
+
+
+def _rows(file: Path) -> list[dict]:
+    # Not splitlines: a response may hold other separators of lines.
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]

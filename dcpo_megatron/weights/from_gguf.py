@@ -57,9 +57,14 @@ def end_as_the_model_does(folder: str | os.PathLike) -> None:
     """Gives the tokenizer in ``folder`` the end (and padding) token that the model's configuration names, where it has another."""
     from transformers import AutoTokenizer
 
-    end = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    folder = Path(folder)
+    end = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if not isinstance(end, int) or tokenizer.eos_token_id == end:
         return
-    tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)
-    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    # Beside the tokens transformers keeps their numbers, which would speak against them.
+    settings = {key: value for key, value in settings.items() if not key.endswith("_token_id")}
+    settings |= dict.fromkeys(("eos_token", "pad_token"), tokenizer.convert_ids_to_tokens(end))
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

