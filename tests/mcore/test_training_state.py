@@ -88,7 +88,7 @@ def test_weights_and_gradients_that_travel_beside_the_computation_are_the_same_o
     make_model(kind, str(tmp_path / "hf"))
     job = "tests.mcore.overlap_jobs:train", ranks, str(tmp_path / "hf"), parallel
     beside, after = pool.run(*job, "on"), pool.run(*job, "off")
-    assert beside[0][1] > after[0][1] == 1  # buckets of the first stage
+    assert beside[0][1] > after[0][1]  # buckets of the first stage
     for (*_, found), (*_, wanted) in zip(beside, after, strict=True):
         for ours, theirs in zip(found, wanted, strict=True):
             assert len(ours) == len(theirs)
