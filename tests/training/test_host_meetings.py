@@ -23,7 +23,8 @@ def pool():
 
 def test_a_batch_is_the_same_where_the_default_group_carries_nothing_from_rank_to_rank(pool, demo_start):
     job = "tests.training.host_jobs:a_batch"
-    wanted, found = pool.run(job, 2, str(demo_start), False), pool.run(job, 2, str(demo_start), True)
+    # The first job waits for the ranks' imports.
+    wanted, found = (pool.run(job, 2, str(demo_start), fake, timeout=300.0) for fake in (False, True))
     assert found == wanted
     for batches, answer, (reports, stop), count, message, refusal in found:
         # Rewards of both ranks, and advantages from all of them, bit for bit those over gloo.
