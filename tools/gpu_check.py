@@ -487,7 +487,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--part", action="append", default=[], metavar="NAME", help="run this part; may be repeated; default: all"
     )
-    made.add_argument("--output", type=Path, metavar="FOLDER", help="where logs and results go")
+    made.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        default=Path("runs/gpu-check"),
+        help="where logs and results go (%(default)s)",
+    )
     made.add_argument(
         "--wheels",
         type=Path,
@@ -541,8 +547,6 @@ def _run(args: argparse.Namespace) -> int:
     unknown = [name for name in args.part if name not in known]
     if unknown:
         raise _Refused(f"there is no part {unknown[0]!r}: the parts are {', '.join(known)}")
-    if not args.output:
-        raise _Refused("say where the results go: --output FOLDER")
     if not args.deadline > 0:
         raise _Refused(f"--deadline {args.deadline:g} must be above 0")
     if args.server_python:

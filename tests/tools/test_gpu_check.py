@@ -51,7 +51,6 @@ def test_without_a_gpu_it_refuses_in_one_sentence(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--output FOLDER"),
         (["--part", "nothing", "--output", "x"], "there is no part 'nothing'"),
         (["--server-python", "/no/python", "--output", "x"], "/no/python is no program"),
         (["--deadline", "0", "--output", "x"], "must be above 0"),
