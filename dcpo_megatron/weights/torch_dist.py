@@ -329,8 +329,14 @@ def render(key: str, offsets: tuple[int, ...] | None, value: torch.Tensor | byte
     if not value.is_contiguous() or value.untyped_storage().nbytes() != value.numel() * value.itemsize:
         value = value.clone(memory_format=torch.contiguous_format)
     collected = _Collector(value)
-    with _without_zip_checksums():
-        torch.save(value, collected)
+    try:
+        with _without_zip_checksums():
+            torch.save(value, collected)
+    except RuntimeError as error:
+        # Interrupted inside, torch closes its archive and complains of that instead.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
+        raise
     return Rendered(key, offsets, tuple(value.shape), collected.buffers)
 
 

@@ -63,3 +63,15 @@ def test_a_system_that_writes_less_than_it_was_given_is_asked_again(tmp_path, mo
     tensor = torch.arange(300)
     (record,) = write_records(tmp_path / "file", [("key", (0,), tensor)])
     assert torch.equal(read(tmp_path / "file", record), tensor)
+
+
+def test_an_interrupt_while_a_tensor_is_rendered_stays_an_interrupt(monkeypatch):
+    write = torch_dist._Collector.write
+
+    def interrupted(self, data):
+        write(self, data)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch_dist._Collector, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        torch_dist.render("weight", None, torch.ones(3))
