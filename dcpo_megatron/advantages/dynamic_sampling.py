@@ -30,6 +30,6 @@ def keep_mixed_groups(
     if not isinstance(is_correct, Tensor) or is_correct.dtype != torch.bool:
         raise TypeError("is_correct must be a bool tensor [n]; decide from the reward what counts as correct")
     moments, _ = exchange_moments(prompt_ids, is_correct, process_group)
-    # Over zeros and ones, "0 < sum < G" and "not constant" are the same.
-    keep = [not moments[prompt_id].constant for prompt_id in prompt_ids]
+    # Over zeros and ones, "0 < sum < G" and "not all equal" are the same.
+    keep = [moments[prompt_id].minimum < moments[prompt_id].maximum for prompt_id in prompt_ids]
     return torch.tensor(keep, dtype=torch.bool, device=is_correct.device)

@@ -5,9 +5,9 @@
     leave_one_out  A_j = R_j - mean of the other R     RLOO (arXiv 2402.14740), = n/(n - 1) (R_j - mean)
 
 No epsilon is added to sigma, nothing is clipped or whitened. A constant group has no preference: its advantages are 0.
+Rewards that differ by rounding only are constant (`statistics.sigma_of`).
 """
 
-import math
 import warnings
 from typing import Literal
 
@@ -16,11 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .statistics import Moments, exchange_moments
-
-
-def standardise(reward: float, mean: float, sigma: float) -> float:
-    """(reward - mean)/sigma, 0 where sigma is 0."""
-    return (reward - mean) / sigma if sigma > 0.0 else 0.0
 
 
 def group_advantages(
@@ -61,9 +56,10 @@ def group_advantages(
 
 
 def _advantage(reward: float, moments: Moments, mode: str, std_ddof: int) -> float:
-    if moments.constant:  # also the group of one
+    sigma = moments.sigma(std_ddof if mode == "group" else 0)
+    if sigma == 0.0:  # also the group of one
         return 0.0
     if mode == "group":
-        return standardise(reward, moments.mean, math.sqrt(moments.variance(std_ddof)))
+        return (reward - moments.mean) / sigma
     scale = moments.count / (moments.count - 1) if mode == "leave_one_out" else 1.0
     return (reward - moments.mean) * scale

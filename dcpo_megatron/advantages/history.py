@@ -5,12 +5,13 @@ included (DCPO, arXiv 2509.02333, section "Smooth Advantage Standardization"):
 
     A_new = (R - mu_new)/sigma_new        SA_new = ((i-1) A_new + A_tot)/i
     A_tot = (R - mu_tot)/sigma_tot        SA_tot = (A_new + (i-1) A_tot)/i
-    A     = SA_new if |SA_new| < |SA_tot| else SA_tot
+    A     = SA_new if |SA_new| < |SA_tot| else SA_tot        (a tie, within 1e-12 relative, takes SA_tot)
 
+Rewards that differ by rounding only count as equal, in a visit as in the history (`statistics.sigma_of`).
 A group whose rewards are all equal has A_new = 0, yet still learns from A_tot/i. Per prompt the history keeps the
 number of visits and (count, mean, M2); merging by counts is the paper's recursion where all groups have one size, and
 stays right where they differ. `i` counts the visits of THAT prompt which reached an update: show the history only what
-is trained on.
+is trained on, and take back (`RewardHistory.take_back`) what an update left out.
 
 The statistics of all prompts are four flat arrays, one row a prompt in the order of first sight, and a dictionary from id to
 row: 32 bytes a prompt and the id, written to a file and read from it as they lie (`history_file`).
@@ -19,18 +20,18 @@ row: 32 bytes a prompt and the id, written to a file and read from it as they li
 import array
 import math
 import warnings
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .statistics import Moments, exchange_moments, merge_mean_m2
+from .statistics import Moments, exchange_moments, merge_mean_m2, sigma_of
 
 _VERSION = 1
-# Rewards that differ by rounding only must not become advantages of size 1.
-_CONSTANT_SIGMA = 1e-8
-
+# |SA_new| and |SA_tot| that differ by rounding only are a tie.
+_TIE = 1e-12
 
 # What is kept of a prompt, by the key of the state; "q" is int64, "d" is float64.
 _COLUMNS = {"visits": "q", "counts": "q", "means": "d", "m2": "d"}
@@ -45,8 +46,8 @@ class _Record(NamedTuple):
 
     @property
     def sigma(self) -> float:
-        sigma = math.sqrt(self.m2 / self.count)
-        return sigma if sigma > _CONSTANT_SIGMA else 0.0
+        # Where sigma is that small, every reward is the mean but for rounding: it stands for the largest one.
+        return sigma_of(self.m2 / self.count, abs(self.mean))
 
 
 class PromptStatistics(NamedTuple):
@@ -75,6 +76,7 @@ class RewardHistory:
         self.std_ddof = std_ddof
         self._rows: dict[str, int] = {}
         self._columns = {name: array.array(code) for name, code in _COLUMNS.items()}
+        self._before: dict[str, _Record | None] = {}  # of the prompts of the last visit, what was known before it
         self._warned = False
 
     def __len__(self) -> int:
@@ -127,8 +129,33 @@ class RewardHistory:
                 stacklevel=2,
             )
             self._warned = True
+        before = {prompt_id: self._record(prompt_id) for prompt_id in updated}
         self._keep(updated)  # last, so that a failure above leaves the history as it was
+        self._before = before
         return advantages
+
+    def take_back(self, prompt_ids: Iterable[str]) -> None:
+        """Undo the last visit of these prompts, whose update was left out (its gradient was not finite).
+
+        Local: every rank calls it with the same ids, in any order. A prompt seen for the first time is forgotten.
+
+        Args:
+            prompt_ids: ids of the last `observe`; repeated ids count once.
+
+        Raises:
+            KeyError: an id that the last `observe` did not bring, or that was taken back already.
+        """
+        asked = set(prompt_ids)
+        if unknown := asked - self._before.keys():
+            raise KeyError(f"the last visit has no prompt {min(unknown)!r}: only what was observed last is taken back")
+        records = {prompt_id: self._before.pop(prompt_id) for prompt_id in list(self._before) if prompt_id in asked}
+        self._keep({prompt_id: record for prompt_id, record in records.items() if record is not None})
+        gone = {self._rows.pop(prompt_id) for prompt_id, record in records.items() if record is None}
+        if gone:
+            for name, column in self._columns.items():
+                kept = (value for row, value in enumerate(column) if row not in gone)
+                self._columns[name] = array.array(column.typecode, kept)
+            self._rows = {prompt_id: row for row, prompt_id in enumerate(self._rows)}
 
     def _record(self, prompt_id: str) -> _Record | None:
         row = self._rows.get(prompt_id)
@@ -169,7 +196,7 @@ class RewardHistory:
         table = array.array("d")
         for prompt_id in place:
             visit, total = visits[prompt_id], totals[prompt_id]
-            table.extend((visit.mean, math.sqrt(visit.variance(self.std_ddof)), total.mean, total.sigma, total.visits))
+            table.extend((visit.mean, visit.sigma(self.std_ddof), total.mean, total.sigma, total.visits))
         places = array.array("q", map(place.__getitem__, prompt_ids))
         of_responses = _tensor(table).view(-1, 5)[_tensor(places)]
         mean_new, sigma_new, mean_tot, sigma_tot, i = of_responses.unbind(1)
@@ -177,7 +204,7 @@ class RewardHistory:
         new, tot = _standardise(rewards, mean_new, sigma_new), _standardise(rewards, mean_tot, sigma_tot)
         smooth_new = ((i - 1) * new + tot) / i
         smooth_tot = (new + (i - 1) * tot) / i
-        return torch.where(smooth_new.abs() < smooth_tot.abs(), smooth_new, smooth_tot)
+        return torch.where(smooth_new.abs() < smooth_tot.abs() * (1 - _TIE), smooth_new, smooth_tot)
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything, in plain types and CPU tensors: loads with `torch.load(weights_only=True)`.
@@ -224,6 +251,7 @@ class RewardHistory:
             raise ValueError(f"reward history: impossible record for prompt {ids[int((~possible).nonzero()[0])]!r}")
         self._columns = {name: _array(state[name], code) for name, code in _COLUMNS.items()}
         self._rows = rows
+        self._before = {}
 
 
 def _standardise(rewards: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:

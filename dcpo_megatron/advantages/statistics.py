@@ -27,6 +27,17 @@ from torch import Tensor
 
 # Squares of rewards must not overflow, nor must sums of squares over any number of visits.
 _LARGEST_REWARD = 1e100
+# Rewards that differ by rounding only must not become advantages of size 1.
+_CONSTANT_SIGMA = 1e-8
+
+
+def sigma_of(variance: float, largest: float) -> float:
+    """The standard deviation of rewards of which `largest` is the largest magnitude; 0 where it is rounding noise.
+
+    Rewards are "constant" where sigma <= 1e-8 max(1, largest): [0.3, 0.1 + 0.2, 0.3] differ in the last bit only.
+    """
+    sigma = math.sqrt(variance)
+    return sigma if sigma > _CONSTANT_SIGMA * max(1.0, largest) else 0.0
 
 
 class Moments(NamedTuple):
@@ -38,14 +49,13 @@ class Moments(NamedTuple):
     minimum: float
     maximum: float
 
-    @property
-    def constant(self) -> bool:
-        """All rewards equal: by max = min, because the variance of equal rewards can be rounding noise."""
-        return self.maximum == self.minimum
-
     def variance(self, ddof: int) -> float:
-        """M2/(count - ddof), 0 for count <= ddof; exactly 0 for a constant group, whose M2 is."""
+        """M2/(count - ddof), 0 for count <= ddof; exactly 0 for a group of equal rewards, whose M2 is."""
         return 0.0 if self.count <= ddof else self.m2 / (self.count - ddof)
+
+    def sigma(self, ddof: int) -> float:
+        """Square root of `variance`, 0 for a constant group (see `sigma_of`)."""
+        return sigma_of(self.variance(ddof), max(abs(self.minimum), abs(self.maximum)))
 
 
 def moments_of(rewards: list[float]) -> Moments:

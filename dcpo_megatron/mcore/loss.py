@@ -153,7 +153,7 @@ class MicroBatchLoss:
         per_token = policy
         reference_kl = None
         if batch.reference_logprobs is not None:
-            reference_kl = kl_k3(logprobs, batch.reference_logprobs[part])
+            reference_kl = kl_k3(logprobs, batch.reference_logprobs[part], objective.kl_cap)
             per_token = per_token + objective.kl_coef * reference_kl
         if objective.entropy_coef:
             per_token = per_token - objective.entropy_coef * entropy

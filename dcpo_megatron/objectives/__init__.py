@@ -1,6 +1,6 @@
 """The objective of policy optimisation as pure functions of tensors: no process groups, no I/O, no trainer.
 
-    loss = sum over tokens of  weight * correction * (policy_loss + kl_coef * kl_k3)
+    loss = sum over tokens of  weight * (correction * policy_loss + kl_coef * kl_k3 - entropy_coef * entropy)
 
 `Objective` says which variant; everything else reads it.
 """

@@ -9,6 +9,9 @@ token:
 
 so that rare tokens may move much further than frequent ones. The other rules are the ones it is compared with: fixed
 bounds (PPO, GRPO, DAPO), RIPO's `1 +- sqrt(delta/q)`, and none. Everything works on log q, because q itself underflows.
+
+The public functions check their numbers at each call; `dac`, `fixed` and `ripo` do not, so that an `Objective`, which was
+checked when it was made, can be compiled (`torch.compile(fullgraph=True)`).
 """
 
 import math
@@ -53,6 +56,11 @@ def dynamic_clip_bounds(
     check_number("eps_low", eps_low, minimum=0.0)
     check_number("eps_high", eps_high, minimum=0.0)
     check_number("ratio_max", ratio_max, above=1.0)
+    return dac(old_logprobs, eps_low, eps_high, ratio_max)
+
+
+def dac(old_logprobs: Tensor, eps_low: float, eps_high: float, ratio_max: float) -> tuple[Tensor, Tensor]:
+    """`dynamic_clip_bounds` of numbers that were checked, as those of an `Objective` are."""
     log_q = _log_q(old_logprobs)
     if eps_low > 0:
         # 1 - min(4 eps/q, 1), through expm1 because near q = 4 eps the square root magnifies a rounding of 1 - u.
@@ -89,6 +97,11 @@ def fixed_clip_bounds(old_logprobs: Tensor, eps_low: float = 0.2, eps_high: floa
     check_number("eps_high", eps_high, minimum=0.0)
     if eps_low > 1.0:
         raise ValueError(f"eps_low = {eps_low!r} is not possible with fixed bounds; give a number in [0, 1]")
+    return fixed(old_logprobs, eps_low, eps_high)
+
+
+def fixed(old_logprobs: Tensor, eps_low: float, eps_high: float) -> tuple[Tensor, Tensor]:
+    """`fixed_clip_bounds` of numbers that were checked."""
     like = old_logprobs.detach().to(compute_dtype(old_logprobs))
     return torch.full_like(like, 1.0 - eps_low), torch.full_like(like, 1.0 + eps_high)
 
@@ -111,6 +124,11 @@ def ripo_clip_bounds(
     """
     check_number("delta", delta, minimum=0.0)
     check_outer("outer", outer)
+    return ripo(old_logprobs, delta, outer)
+
+
+def ripo(old_logprobs: Tensor, delta: float, outer: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """`ripo_clip_bounds` of numbers that were checked."""
     log_q = _log_q(old_logprobs)
     if delta == 0:
         return torch.ones_like(log_q), torch.ones_like(log_q)

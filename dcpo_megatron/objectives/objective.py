@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from .bounds import dynamic_clip_bounds, fixed_clip_bounds, no_clip_bounds, ripo_clip_bounds
+from .bounds import dac, fixed, no_clip_bounds, ripo
 from .checks import check_number, check_outer
 
 Bounds = Literal["dac", "fixed", "ripo", "none"]
@@ -58,6 +58,7 @@ class Objective:
         correction_low: lower end of "icepop".
         correction_high: upper end of "icepop".
         kl_coef: coefficient of the k3 KL divergence to a reference policy; 0 = no reference needed.
+        kl_cap: largest k3 of a token, flat beyond (verl, NeMo-RL and the official code use 10); None = no cap.
         entropy_coef: coefficient of the entropy bonus.
         dynamic_sampling: keep only prompts with 0 < correct < G (DAPO, arXiv 2503.14476).
         overlong_buffer: tokens before the length limit over which the soft overlong penalty grows; 0 = no penalty.
@@ -85,6 +86,7 @@ class Objective:
     correction_low: float = 0.5
     correction_high: float = 5.0
     kl_coef: float = 0.0
+    kl_cap: float | None = None
     entropy_coef: float = 0.0
     dynamic_sampling: bool = False
     overlong_buffer: int = 0
@@ -103,6 +105,8 @@ class Objective:
         for name in ("cap_negative", "cap_positive"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), above=1.0)
+        if self.kl_cap is not None:
+            check_number("kl_cap", self.kl_cap, above=0.0)
         if not isinstance(self.ripo_outer, (tuple, list)):
             raise ValueError(f"ripo_outer = {self.ripo_outer!r} is not possible; give two numbers (low, high)")
         object.__setattr__(self, "ripo_outer", tuple(self.ripo_outer))  # a list from YAML would not hash
@@ -145,11 +149,11 @@ class Objective:
             "none" without a cap.
         """
         if self.bounds == "dac":
-            lower, upper = dynamic_clip_bounds(old_logprobs, self.eps_low, self.eps_high, self.ratio_max)
+            lower, upper = dac(old_logprobs, self.eps_low, self.eps_high, self.ratio_max)
         elif self.bounds == "fixed":
-            lower, upper = fixed_clip_bounds(old_logprobs, self.eps_low, self.eps_high)
+            lower, upper = fixed(old_logprobs, self.eps_low, self.eps_high)
         elif self.bounds == "ripo":
-            lower, upper = ripo_clip_bounds(old_logprobs, self.ripo_delta, self.ripo_outer)
+            lower, upper = ripo(old_logprobs, self.ripo_delta, self.ripo_outer)
         else:
             lower, upper = no_clip_bounds(old_logprobs)
         return lower, upper.clamp(max=math.inf if self.cap_positive is None else self.cap_positive)

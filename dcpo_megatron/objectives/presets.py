@@ -28,7 +28,8 @@ PRESETS: dict[str, Objective] = {
     # nothing is configured) is the cap for A < 0, and max(c, 10) the end of the upper bound. The script
     # recipe/dcpo/run_dcpo.sh (read in the fork elysiameik-afk/dcpomol) exports CLIP_RATIO_C=10.0 and
     # CLIP_RATIO_HIGH=0.28, and run_base.sh sets 0.2 below: so both caps are 10 in the published runs, and cap_negative
-    # = 3.0 is what the code alone would do.
+    # = 3.0 is what the code alone would do. Its aggregation is a masked mean over each MICRO-batch (a sum until
+    # 2025-12-20) and so depends on how responses are dealt; ours is the mean over the minibatch.
     "dcpo-official-code": replace(
         _GRPO,
         bounds="dac",

@@ -22,7 +22,7 @@ from dcpo_megatron.data.packing import PackingOptions
 from dcpo_megatron.mcore import platform as platforms
 from dcpo_megatron.mcore.collectives import host_group
 from dcpo_megatron.mcore.random_state import random_state, set_random_state
-from dcpo_megatron.mcore.step import PolicyModel
+from dcpo_megatron.mcore.step import PolicyModel, UpdateResult
 from dcpo_megatron.mcore.training_state import take_snapshot
 from dcpo_megatron.rollout import RolloutEngine
 from dcpo_megatron.training.bad_steps import BadSteps
@@ -209,16 +209,13 @@ class Trainer:
             self._begin_next(step + 1)
             if config.publish.colocated:
                 self.engine.release_memory()
+            parts = split_minibatches(rollout.responses, config.training.minibatch_prompts)
             with span("packing"):
-                minibatches = [
-                    self._plan(rollout.responses, indices)
-                    for indices in split_minibatches(rollout.responses, config.training.minibatch_prompts)
-                ]
+                minibatches = [self._plan(rollout.responses, indices) for indices in parts]
             with span("old_logprobs"):
                 self._fill_old_logprobs(minibatches)
                 self._check_mismatch(step, minibatches, rollout.responses)
             updates = []
-            self.samples.visits(step, rollout.responses, self.phase.history)
             for micro_batches in minibatches:
                 if micro_batches is minibatches[-1] and self.samples.due(step):
                     self.samples.responses(
@@ -231,12 +228,22 @@ class Trainer:
                     )
                 updates.append(self.policy.update(micro_batches, self.run_.objective, self._lr(step)))
                 self.updates_done += 1
+            self._take_back_visits(rollout.responses, parts, updates)
+            self.samples.visits(step, rollout.responses, self.phase.history)
             with span("publish"):
                 self.engine.load_weights(self.gatherer, version=step)
             metrics = self._rollout_metrics(rollout, sampled_under) | update_metrics(updates) | self.gpu.read()
         seconds = seconds_metrics(self.timeline.take())
         self.bad_steps.note(step, rollout.responses, updates)
         return metrics | seconds | {"tokens_per_second": rollout.totals["tokens"] / seconds["seconds"]}
+
+    def _take_back_visits(self, responses: list[Response], parts: list[list[int]], updates: list[UpdateResult]) -> None:
+        """A visit counts where it reached an update: those of an update that was left out are taken back. The same on every rank."""
+        if self.phase.history is None:
+            return
+        for indices, update in zip(parts, updates, strict=True):
+            if not update.stepped:
+                self.phase.history.take_back({responses[index].prompt_id for index in indices})
 
     def _progress(self, finished: int, total: int) -> None:
         self.watchdog.progress()

@@ -72,7 +72,8 @@ class SampleLog:
             if self._watched.get(response.prompt_id, VISITS) < VISITS:
                 found.setdefault(response.prompt_id, []).append(response)
         for prompt_id, group in found.items():
-            known = history.statistics(prompt_id)._asdict() if history is not None else {}
+            # A first visit may have been taken back with the update that was left out.
+            known = history.statistics(prompt_id)._asdict() if history is not None and history.visits(prompt_id) else {}
             self._watched[prompt_id] += 1
             self._keep({
                 "kind": "visit", "step": step, "prompt_id": prompt_id,

@@ -68,6 +68,7 @@ OBJECTIVES: dict[str, Objective] = {
 # What may be added to any preset's name: ``gspo+entropy``.
 SWITCHES: dict[str, dict] = {
     "kl": {"kl_coef": 0.1},
+    "kl-cap": {"kl_coef": 0.1, "kl_cap": 0.01},
     "entropy": {"entropy_coef": 0.05},
     "tis": {"correction": "tis", "correction_cap": 1.2},
     "mis": {"correction": "mis", "correction_cap": 1.2},

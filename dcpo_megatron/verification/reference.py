@@ -76,7 +76,10 @@ def token_losses(logp, entropy, item: Item, settings: dict) -> torch.Tensor:
         loss = loss * torch.where(inside, weight, torch.zeros_like(weight))
     if settings["kl_coef"]:
         gap = item.reference_logprobs - logp
-        loss = loss + settings["kl_coef"] * (torch.exp(gap) - gap - 1)
+        k3 = torch.exp(gap) - gap - 1
+        if settings["kl_cap"] is not None:
+            k3 = torch.minimum(k3, torch.full_like(k3, settings["kl_cap"]))
+        loss = loss + settings["kl_coef"] * k3
     return loss - settings["entropy_coef"] * entropy
 
 

@@ -56,6 +56,13 @@ def test_a_group_of_one_has_advantage_zero_with_a_warning(mode):
         assert group_advantages(["a"], torch.tensor([5.0]), mode).tolist() == [0.0]
 
 
+@pytest.mark.parametrize("mode", ["group", "mean", "leave_one_out"])
+@pytest.mark.parametrize("std_ddof", [0, 1])
+def test_rounding_noise_is_no_preference(mode, std_ddof):
+    noisy = torch.tensor([0.3, 0.1 + 0.2, 0.3, 0.3, 1e6 / 3, 1e6 / 3 + 1e-9], dtype=torch.float64)
+    assert group_advantages(["a"] * 4 + ["b"] * 2, noisy, mode, std_ddof).tolist() == [0.0] * 6
+
+
 def test_no_epsilon_enters_the_division():
     rewards = torch.tensor([0.0, 1e-7], dtype=torch.float64)
     assert group_advantages(["a", "a"], rewards, "group").tolist() == pytest.approx([-1.0, 1.0], rel=1e-12)

@@ -153,6 +153,59 @@ def test_rounding_noise_of_shaped_rewards_does_not_become_an_advantage():
     assert max(map(abs, observe(history, [0.1 + 0.2] * 4))) == 0.0
 
 
+@pytest.mark.parametrize("scale", [1.0, 7.0, 1e6])
+def test_rounding_noise_beside_a_real_history_is_no_visit_with_preferences(scale):
+    # A_new = 0, so that A = A_tot / i, the same for all.
+    noisy, exact = RewardHistory(), RewardHistory()
+    for history, third in ((noisy, 0.1 + 0.2), (exact, 0.3)):
+        observe(history, [0.0, scale])
+        advantages = observe(history, [0.3 * scale, third * scale, 0.3 * scale])
+        assert advantages == pytest.approx([advantages[0]] * 3, rel=1e-12)
+    assert noisy.statistics("p").mean == pytest.approx(exact.statistics("p").mean, rel=1e-12)
+
+
+def test_a_history_that_varies_by_rounding_of_large_rewards_is_constant():
+    history = RewardHistory()
+    for _ in range(3):
+        assert observe(history, [1e6 / 3, 1e6 / 3 + 1e-9, 1e6 / 3]) == [0.0] * 3
+
+
+def test_a_small_but_real_difference_of_rewards_is_not_noise():
+    history = RewardHistory()
+    assert observe(history, [0.0, 1e-7]) == pytest.approx([-1.0, 1.0])
+    assert observe(history, [0.0, 1e-7]) == pytest.approx([-1.0, 1.0])
+
+
+@pytest.mark.parametrize("unit", [0.1, 0.2, 0.7, 1 / 3, 1.0, 10.0])
+def test_a_tie_of_opposite_sign_takes_the_total_whatever_the_rounding(unit):
+    # SA_new = -1/3 and SA_tot = +1/3 in exact arithmetic.
+    history = RewardHistory()
+    for first, second in ((0, 0), (1, 1)):
+        observe(history, [first * unit, second * unit])
+    assert observe(history, [3 * unit, 4 * unit])[0] == pytest.approx(1 / 3, rel=1e-9)
+
+
+def test_a_visit_taken_back_leaves_the_history_as_it_was():
+    history, never = RewardHistory(), RewardHistory()
+    for one in (history, never):
+        one.observe(["a", "a", "b", "b"], torch.tensor([0.0, 1, 1, 1]))
+    history.observe(["n", "a", "a", "b", "m", "b"], torch.tensor([1.0, 0, 0, 1, 0, 0]))
+    history.take_back(["a", "n"])
+    never.observe(["b", "m", "b"], torch.tensor([1.0, 0, 0]))
+    assert (history.visits("a"), history.visits("b"), history.visits("n"), history.visits("m")) == (1, 2, 0, 1)
+    assert history.statistics("b") == never.statistics("b") and history.statistics("a") == never.statistics("a")
+    # The same numbers from here on, and a state that loads.
+    ids, rewards = ["m", "n", "n", "a", "b", "m"], torch.tensor([1.0, 0, 1, 1, 0, 0])
+    assert history.observe(ids, rewards).tolist() == never.observe(ids, rewards).tolist()
+    RewardHistory().load_state_dict(history.state_dict())
+    with pytest.raises(KeyError, match="last visit"):
+        never.take_back(["b", "unknown"])
+    assert never.visits("b") == 3
+    never.take_back(["m", "m"])
+    with pytest.raises(KeyError, match="'m'"):
+        never.take_back(["m"])
+
+
 def test_visits_are_counted_per_prompt_and_not_per_step():
     history = RewardHistory()
     observe(history, [1, 0], "a")

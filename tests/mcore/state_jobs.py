@@ -104,3 +104,32 @@ def restore_and_train(
     if again:
         _save(policy, again)
     return _steps(policy, range(steps, steps + 3)), _weights(policy)
+
+
+def nan_in_each_buffer(hf: str, parallel: dict) -> dict[str, bool]:
+    """Whether gradients count as finite with a NaN in one buffer of the last rank, by buffer."""
+    policy = _policy(hf, parallel, "adam", "float32", load=True)
+    (chunk,) = policy.chunks
+    named = {f"dense {n}": b for n, b in enumerate(chunk.buffers)}
+    named |= {f"expert {n}": b for n, b in enumerate(chunk.expert_parallel_buffers)}
+    for buffer in named.values():
+        buffer.grad_data.zero_()
+    found = {"none": policy._gradients_are_finite()}
+    for name, buffer in named.items():
+        if dist.get_rank() == dist.get_world_size() - 1:
+            buffer.grad_data[-1] = float("nan")
+        found[name] = policy._gradients_are_finite()
+        buffer.grad_data.zero_()
+    return found
+
+
+def reduce_known_results(hf: str):
+    """Two results a rank, of 1 and 2 on the first, 11 and 12 on the second."""
+    from dcpo_megatron.mcore.loss import MAX_NAMES, SUM_NAMES
+
+    policy = _policy(hf, {}, "adam", "float32", load=True)
+    values = [10.0 * dist.get_rank() + n for n in (1, 2)]
+    names = {"sums": SUM_NAMES, "maxima": MAX_NAMES}
+    return policy._reduce(
+        [{key: torch.full((len(of),), value, dtype=torch.float64) for key, of in names.items()} for value in values]
+    )

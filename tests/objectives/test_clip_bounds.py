@@ -174,3 +174,12 @@ def test_a_positive_cap_ends_the_upper_bound_of_the_objective():
     lower, upper = objective.clip_bounds(log_of(0.9, 1e-6))
     assert upper.tolist() == pytest.approx([1 + (0.05 / 0.9) ** 0.5, 3.0])
     assert lower.tolist() == pytest.approx([1 - (0.05 / 0.9) ** 0.5, 0.5])
+
+
+@pytest.mark.parametrize("eps_high", [0.2, 0.28])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_upper_bound_is_vacuous_from_its_edge_on(eps_high, dtype):
+    edge = torch.tensor(-math.log1p(eps_high), dtype=dtype)
+    below = torch.nextafter(edge, torch.full((), -1.0, dtype=dtype))
+    found = vacuous_upper_bound(torch.stack([below, edge]), eps_high)
+    assert found.tolist() == [False, True]

@@ -73,6 +73,25 @@ def test_k3_is_not_negative_for_nearly_equal_logprobs_and_finite_for_infinities(
     assert kl.isfinite().all() and leaf.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("far", [25.0, 100.0, math.inf])
+def test_k3_is_flat_beyond_the_numeric_limit_on_either_side(far):
+    logprobs = torch.tensor([-1.0, -1.0 - far], dtype=torch.float64, requires_grad=True)
+    kl = kl_k3(logprobs, torch.tensor([-1.0 - far, -1.0], dtype=torch.float64))
+    kl.sum().backward()
+    assert kl.tolist() == pytest.approx([math.exp(-20) + 20 - 1, math.exp(20) - 20 - 1], rel=1e-12)
+    assert logprobs.grad.tolist() == [0.0, 0.0]
+
+
+def test_a_capped_k3_is_flat_above_the_cap_and_itself_below():
+    d = torch.tensor([-12.0, -1.0, 0.5, 3.0, 30.0], dtype=torch.float64)
+    logprobs = torch.full_like(d, -1.0).requires_grad_()
+    kl = kl_k3(logprobs, -1.0 + d, 10.0)
+    kl.sum().backward()
+    k3 = torch.expm1(d) - d
+    assert torch.allclose(kl, k3.clamp(max=10.0)) and kl.max() == 10.0
+    assert torch.allclose(logprobs.grad, torch.where(k3 < 10.0, 1 - d.exp(), 0.0))
+
+
 def test_k3_of_nearly_equal_logprobs_is_accurate_in_single_precision():
     logprobs, reference = torch.tensor([-0.5]), torch.tensor([-0.499])
     d = reference.double() - logprobs.double()

@@ -236,3 +236,12 @@ def test_cispo_with_dac_bounds_is_finite_for_vanishing_probabilities():
     new, old = tensor(-math.inf, -1.0, -math.inf), tensor(-1.0, -math.inf, -math.inf)
     result, gradient = loss_and_gradient(new, old, tensor(-1.0), objective)
     assert result.loss.isfinite().all() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("preset", ["dcpo-paper", "grpo", "dapo"])
+def test_the_loss_compiles_as_one_graph_of_any_length(preset):
+    compiled = torch.compile(policy_loss, fullgraph=True, dynamic=True, backend="eager")
+    for length in (3, 5):
+        old = torch.linspace(-3.0, -0.1, length)
+        arguments = (old + 0.3, old, torch.linspace(-1.0, 1.0, length), get_preset(preset))
+        assert torch.equal(compiled(*arguments).loss, policy_loss(*arguments).loss)

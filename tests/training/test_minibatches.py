@@ -2,15 +2,19 @@
 
 import math
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dcpo_megatron.advantages import RewardHistory
 from dcpo_megatron.data import Response
 from dcpo_megatron.data.packing import PackingOptions
+from dcpo_megatron.mcore.step import UpdateResult
 from dcpo_megatron.objectives import get_preset
+from dcpo_megatron.training.loop import Trainer
 from dcpo_megatron.training.minibatches import plan_minibatch, split_minibatches, token_weights
 
 OTM, SLM, TLM, DR = (get_preset(name) for name in ("dcpo-paper", "grpo", "dapo", "dr-grpo"))
@@ -136,3 +140,15 @@ def test_a_sequence_carries_its_responses_tokens_advantage_and_rollout_logprobs(
 def test_a_minibatch_without_any_token_gives_every_rank_one_empty_micro_batch():
     responses = batch_of([0, 0], [0])
     assert [plan_of(responses, [0, 1, 2], rank, 2) for rank in (0, 1)] == [[[]], [[]]]
+
+
+def test_prompts_of_an_update_that_was_left_out_have_not_been_visited():
+    history = RewardHistory()
+    ids = [f"p{number // 2}" for number in range(8)]
+    for _ in range(2):
+        history.observe(ids, torch.tensor([0.0, 1.0] * 4))
+    responses = [SimpleNamespace(prompt_id=prompt_id) for prompt_id in ids]
+    updates = [UpdateResult({}, {}, 1.0, stepped, 1e-6) for stepped in (True, False)]
+    trainer = SimpleNamespace(phase=SimpleNamespace(history=history))
+    Trainer._take_back_visits(trainer, responses, split_minibatches(responses, 2), updates)
+    assert [history.visits(f"p{number}") for number in range(4)] == [2, 2, 1, 1]
