@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
+import logging
 import os
 import warnings
 from dataclasses import dataclass
@@ -67,6 +68,8 @@ def prepare(platform: Platform) -> None:
     if platform.is_cpu:
         from dcpo_megatron.mcore import cpu_standins
 
+        # "No CUDA runtime is found": a CUDA build of torch beside nvcc says so for each rank, and it is what was asked for.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         cpu_standins.install()
     else:
         torch.cuda.set_device(platform.device)
