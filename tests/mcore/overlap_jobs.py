@@ -40,7 +40,9 @@ def train(hf: str, parallel: dict, overlap: str, dtype: str = "bfloat16", **opti
         assert policy.update(batches, get_preset("dcpo-paper"), 1e-2).stepped
 
     def published():
-        return [tensor.clone() for _, tensor in gatherer.tensors()]
+        # By name: grouped experts lie in another order.
+        tensors = {name: tensor.clone() for name, tensor in gatherer.tensors()}
+        return [tensors[name] for name in sorted(tensors)]
 
     def logprobs():
         return list(policy.logprobs(batches).values())

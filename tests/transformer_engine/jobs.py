@@ -44,13 +44,14 @@ def build_both(hf: str, parallel: dict):
     from megatron.core import parallel_state
     from megatron.core.transformer.moe import moe_utils
 
+    from dcpo_megatron.mcore import compat
     from dcpo_megatron.weights.transfer import WeightGatherer
 
     plain = _description(_model(hf, parallel, "off", load=False))
     assert moe_utils.te_general_gemm is None  # the router's product, TF32 in float32
     parallel_state.destroy_model_parallel()
     model = _model(hf, parallel, "on", load=True)
-    assert moe_utils.te_general_gemm is not None
+    assert moe_utils.te_general_gemm is compat._GEMM_OF_TRANSFORMER_ENGINE
     classes = {cls.__module__.split(".")[0] for module in model.modules[0].modules() for cls in type(module).__mro__}
     back = {name: tensor.clone() for name, tensor in WeightGatherer(model).tensors()}
     return classes, _description(model), plain, back
