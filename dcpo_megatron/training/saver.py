@@ -51,7 +51,6 @@ class CheckpointSaver:
     Args:
         hf_folder: configuration and tokenizer files that go into each checkpoint.
         keep_last, keep_every: which complete checkpoints stay (see :func:`~dcpo_megatron.training.checkpoint_folder.prune`).
-        device: of the tensors that ranks exchange.
         timeout: seconds that :meth:`finish` waits for the disk.
         device: of the tensors that snapshots copy.
 

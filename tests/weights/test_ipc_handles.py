@@ -52,14 +52,14 @@ def in_ranks(monkeypatch, world: int, work) -> list:
     """``work(rank)`` in ``world`` threads that stand in for ranks, with an all-gather among them."""
     here, meet, slots = threading.local(), threading.Barrier(world, timeout=3), [b""] * world
 
-    def all_gather_bytes(payload, group, device):
+    def all_gather_on_host(payload):
         slots[here.rank] = payload
         meet.wait()
         found = list(slots)
         meet.wait()
         return found
 
-    monkeypatch.setattr(ipc, "all_gather_bytes", all_gather_bytes)
+    monkeypatch.setattr(ipc, "all_gather_on_host", all_gather_on_host)
     monkeypatch.setattr(
         ipc,
         "dist",

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as torch_multiprocessing
 from torch.multiprocessing import reductions
 
-from dcpo_megatron.mcore.collectives import all_gather_bytes
+from dcpo_megatron.mcore.collectives import all_gather_on_host
 from dcpo_megatron.rollout.protocol import RolloutError
 from dcpo_megatron.rollout.server import Server
 from dcpo_megatron.weights.publish.buckets import Bucket
@@ -52,7 +52,7 @@ class IpcTransport:
         return [entry.decode() for entry in self._gather(mine)]
 
     def _gather(self, mine: bytes) -> list[bytes]:
-        return all_gather_bytes(mine, dist.group.WORLD, self.device) if dist.is_initialized() else [mine]
+        return all_gather_on_host(mine) if dist.is_initialized() else [mine]
 
     def _handles(self, bucket: Bucket) -> bytes:
         if self.device.type == "cuda":
