@@ -44,4 +44,6 @@ def test_the_profiles_are_the_files_there_are(tool):
     used = " ".join(word for words in tool.PROFILES.values() for word in words)
     included = " ".join(file.read_text() for file in folder.glob("*.txt"))
     for file in folder.glob("*.txt"):
+        if file.name == "pretrained.txt":  # put beside an environment with --no-deps: nothing is resolved
+            continue
         assert f"requirements/{file.name}" in used or f"-r {file.name}" in included, file.name
