@@ -21,7 +21,7 @@ SGLANG_RUN = $(SGLANG_VENV)/bin/python
 SGLANG = $(SGLANG_VENV)/.installed
 SGLANG_LATEST = $(SGLANG_VENV)/sglang-0.5.23
 
-.PHONY: demo demo-pretrained demo-sglang test test-slurm test-sglang test-sglang-latest lint style clean install certificate same-python
+.PHONY: demo demo-pretrained demo-sglang test test-slurm test-sglang test-sglang-latest lint style clean install certificate mutation same-python
 
 install: $(STAMP)
 
@@ -98,6 +98,10 @@ $(SGLANG_LATEST): | $(SGLANG)
 	$(SGLANG_RUN) -m pip download --quiet --disable-pip-version-check --no-deps --dest $(SGLANG_VENV)/wheels sglang==0.5.23
 	$(SGLANG_RUN) -m zipfile -e $(SGLANG_VENV)/wheels/sglang-0.5.23-*.whl $@.part
 	mv $@.part $@
+
+# Do the tests notice a fault? Known ones are put into a copy one by one: WORDS chooses some.
+mutation: $(STAMP) $(OTHER_MEGATRON)
+	$(RUN) tools/mutation.py $(WORDS)
 
 # Every layout, under the installed Megatron-Core and the other.
 certificate: $(STAMP) $(OTHER_MEGATRON)
