@@ -12,6 +12,25 @@ import torch
 
 torch.set_num_threads(1)
 
+# `make test` runs files side by side (pytest-xdist): these begin, being the longest. A minute or more each.
+LONGEST = ()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file runs in one process, which keeps its fixtures; so do all files of one Slurm, and of the shared server."""
+
+    def group(item: pytest.Item) -> str:
+        if "sglang_server" in item.fixturenames:
+            return "sglang_server"
+        file = item.path.relative_to(item.config.rootpath)
+        return str(file.parent if file.parent.name == "slurm" else file)
+
+    groups = {item: group(item) for item in items}
+    for item, name in groups.items():
+        item.add_marker(pytest.mark.xdist_group(name))
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(groups[item], len(order)))
+
 
 @pytest.fixture(scope="session")
 def demo_start(tmp_path_factory) -> Path:
