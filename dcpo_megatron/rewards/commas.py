@@ -69,7 +69,7 @@ def _commas(text: str) -> list[_Comma]:
                 zero = groups and right[0][0] == "0"
             spaced = bool(_BLANK_AFTER.match(text, end) or _BLANK_BEFORE.search(text, max(0, start - 2), start))
             mark = token["comma"] != ","
-            found.append(_Comma(start, end, *scopes[-1], groups, zero, mark, spaced and not mark, blank))
+            found.append(_Comma(start, end, *scopes[-1], groups, zero, mark, spaced, blank))
     return found
 
 
@@ -94,13 +94,14 @@ def _is_list(text: str, commas: list[_Comma], ordered: bool) -> bool:
 
 
 def _settled(text: str, commas: list[_Comma], as_list: bool) -> str:
-    tight = {c.scope for c in commas if not c.groups and not c.spaced}
+    tight = {(c.scope, c.mark) for c in commas if not c.groups and not c.spaced}
     loose = {c.scope for c in commas if not c.groups and c.spaced}
     pieces, done = [], 0
     for comma in commas:
         pieces.append(text[done : comma.start])
         done = comma.end
-        parts = comma.scope in tight or (not comma.mark and (as_list or (comma.bracketed and comma.scope not in loose)))
+        beside = (comma.scope, comma.mark) in tight
+        parts = beside or (not comma.mark and (as_list or (comma.bracketed and comma.scope not in loose)))
         if comma.groups and (comma.zero or not parts):
             continue
         pieces.append(", " if comma.blank else text[comma.start : comma.end])
