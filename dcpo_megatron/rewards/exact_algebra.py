@@ -90,22 +90,20 @@ def is_zero(number: Expr) -> bool:
     """Whether an expression without letters is zero."""
     if isinstance(number, Rational):
         return number == 0
-    if number.has(nan, oo, -oo, zoo):
-        return False
-    if _shows(number, _LEAST_DIGITS):
+    if _shows(number, _LEAST_DIGITS) is not False:
         return False
     digits = _LEAST_DIGITS + _DIGITS_A_DIGIT * _size(number)
     if digits > _MOST_DIGITS:
         return False
-    return not _shows(number, digits)
+    return _shows(number, digits) is False
 
 
-def _shows(number: Expr, digits: int) -> bool:
-    """Whether ``digits`` digits of the terms leave one of the sum; also True where it has no value."""
+def _shows(number: Expr, digits: int) -> bool | None:
+    """Whether ``digits`` digits of the terms leave one of the sum; None where it has no value."""
     value = number.evalf(2, maxn=digits)
     parts = value.as_real_imag()
-    if not all(isinstance(part, Number) for part in parts):
-        return True
+    if not all(isinstance(part, Number) for part in parts) or value.has(nan, oo, -oo, zoo):
+        return None
     # Of a part without one certain digit SymPy says that its precision is 1.
     return any(part != 0 and getattr(part, "_prec", 2) > 1 for part in parts)
 
@@ -132,7 +130,7 @@ def _differ_at_a_point(a: Basic | MatrixBase, b: Basic | MatrixBase) -> bool:
     point = {letter: Rational(1009 + 334 * number, 997) for number, letter in enumerate(letters)}
     try:
         difference = a.doit().subs(point) - b.doit().subs(point)
-        return not difference.free_symbols and not difference.has(nan, oo, -oo, zoo) and not is_zero(difference)
+        return not difference.free_symbols and bool(_shows(difference, _LEAST_DIGITS))
     except (TypeError, ValueError, NotImplementedError, AttributeError):
         return False
 

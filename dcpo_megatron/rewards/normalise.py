@@ -26,7 +26,7 @@ _NO_VALUE = re.compile(
     r"|\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\degrees?(?![A-Za-z])|\\?\$|[£€¥₽₹₩₺₫฿₴₪₱₦₸¢]|\\(?:pounds|euro)(?![A-Za-z])\s*"
 )
 _DEGREES = re.compile(
-    r"°|\^\s*\{?\s*\\circ(?![A-Za-z])|\\degrees?(?![A-Za-z])|(?<![A-Za-z])degrees?(?![A-Za-z])|(?<=\d)度|градус"
+    r"°|\^\s*\{?\s*\\circ(?![A-Za-z])|\\degrees?(?![A-Za-z])|(?<![A-Za-z])degrees?(?![A-Za-z])|\d\s?度|градус"
 )
 # In the argument of a function a degree sign is a factor; elsewhere it is a unit.
 _ANGLE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:°|\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\degrees?(?![A-Za-z]))")

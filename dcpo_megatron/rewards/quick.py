@@ -47,7 +47,10 @@ def settle(answer: str, gold: str) -> Settled:
         return Settled(bool(gold.strip()))
     if len(answer) > MAX_LENGTH or len(gold) > MAX_LENGTH:
         return Settled(False)
-    answer, gold = read_commas(fold(answer), fold(gold))
+    answer, gold = fold(answer), fold(gold)
+    if "," in answer and "," in gold and key(clean(answer)) == key(clean(gold)):
+        return Settled(True)  # one text, whatever its commas mean
+    answer, gold = read_commas(answer, gold)
     by_number = _number_verdict(answer.strip(), gold.strip())  # most answers are plain integers: save them the cleaning
     if by_number is not None:
         return Settled(by_number)

@@ -1,5 +1,6 @@
 """A table of answers beside ground truths, of every kind: equal in another form, and wrong by as little as it takes. And the rules behind its rows."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from dcpo_megatron.rewards import math_reward_batch
 from dcpo_megatron.rewards.commas import read_commas
+from dcpo_megatron.rewards.quick import quick_verdict
 from dcpo_megatron.rewards.scripts import fold
 
 TABLE = Path(__file__).with_name("near_misses.tsv")
@@ -62,6 +64,25 @@ def test_folding_twice_is_folding_once_and_ascii_stays(text):
     assert fold(fold(text)) == fold(text)
     ascii_only = "".join(c for c in text if c.isascii())
     assert fold(ascii_only) == ascii_only
+
+
+@settings(deadline=None)
+@given(
+    st.text(alphabet="5２,，、。（或и½⁻²ⁿ万元км€¥°℃ά́नी ~{}\\$", max_size=40),
+    st.sampled_from(["5", "x", "(1,2)", "5元", "и"]),
+)
+def test_the_quick_verdict_never_raises_in_any_script(answer, gold):
+    assert quick_verdict(answer, gold) in (True, False, None)
+    assert quick_verdict(gold, answer) in (True, False, None)
+
+
+@pytest.mark.parametrize("piece", ["5，", "1或", "и ", "½", "⁻²", "5 км ", "111,", "1,\\!", "{,}", "(1,"])
+def test_the_quick_verdict_is_fast_on_hostile_answers_in_any_script(piece):
+    answer = (piece * 2000)[:2000]
+    started = time.perf_counter()
+    quick_verdict(answer, "5")
+    quick_verdict("5" + answer[1:], "153,370,371,407")
+    assert time.perf_counter() - started < 2
 
 
 @pytest.mark.parametrize(
