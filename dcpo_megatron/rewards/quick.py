@@ -113,6 +113,9 @@ def _unit_verdict(raw_answer: str, raw_gold: str, answer: str, gold: str) -> boo
     answer_unit, gold_unit = unit_of(raw_answer), unit_of(raw_gold)
     if answer_unit is None or gold_unit is None or answer_unit == gold_unit:
         return None
+    kinds = {kind for unit in (answer_unit, gold_unit) for kind, _ in unit.dimensions}
+    if "angle" in kinds and kinds & {"celsius", "fahrenheit"}:  # the letter left out
+        return None
     factor = same_quantity(answer_unit, gold_unit)
     answer_number, gold_number = read_number(answer), read_number(gold)
     if {r"\pi", "π"} & {piece for text in (answer, gold) for piece in (r"\pi", "π") if piece in text}:

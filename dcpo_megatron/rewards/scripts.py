@@ -28,9 +28,10 @@ _CONJUNCTIONS = (
 CONJUNCTIONS = "|".join((_OR, _AND, _OR_WORDS, _AND_WORDS))
 
 _MARKS = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5E)} | str.maketrans({
-    "\u3000": " ", "、": ",", "。": ".", "【": "[", "】": "]", "〔": "(", "〕": ")", "「": "", "」": "", "『": "", "』": "", "“": "", "”": "",
+    "\u3000": " ", "、": ",", "。": ".", "【": "[", "】": "]", "〔": "(", "〕": ")", "「": "", "」": "", "『": "", "』": "", "«": "", "»": "", "“": "", "”": "",
     "‘": "'", "’": "'", "￥": "¥", "￡": "£", "￠": "¢", "￦": "₩", "℃": r"^\circ \text{C}", "℉": r"^\circ \text{F}", "،": ",", "؛": ";", "٫": ".", "٬": "",
 })  # fmt: skip
+_TEMPERATURE = re.compile(r"°\s*([CF])(?![A-Za-z])")
 _RAISED = re.compile("[⁺⁻]?[⁰¹²³⁴-⁹]+")
 _FRACTION = re.compile("[¼-¾⅐-⅞↉]")
 
@@ -58,6 +59,7 @@ def fold(text: str) -> str:
     if text.isascii():
         return text
     text = unicodedata.normalize("NFC", text).translate(_MARKS)
+    text = _TEMPERATURE.sub(r"^\\circ \\text{\1}", text)
     text = _RAISED.sub(lambda m: "^{" + unicodedata.normalize("NFKC", m[0]).replace("\u2212", "-") + "}", text)
     text = _FRACTION.sub(lambda m: r"\frac{" + unicodedata.normalize("NFKC", m[0]).replace("\u2044", "}{") + "}", text)
     text = "".join(_plain(letter) for letter in text)

@@ -38,6 +38,8 @@ _KINDS = {
     "won": (("won", 1),),
     "rubles": (("kopeck", "1/100"), ("ruble", 1)),
     "rupees": (("rupee", 1),),
+    "celsius": (("c celsius", 1),),
+    "fahrenheit": (("f fahrenheit", 1),),
     "angle": (("degree deg °", 1), ("radian rad", 0)),  # no rational factor: never compared by value
 }  # fmt: skip
 _VOLUMES = {"ml": "1/1000000", "milliliter": "1/1000000", "l": "1/1000", "liter": "1/1000", "litre": "1/1000"}
@@ -66,6 +68,7 @@ def read_unit(words: str, power: int = 1) -> Unit | None:
     """The unit that ``words`` name, such as "cm", "square meters", "km/h", "miles per hour"; None where a word is no known unit."""
     dimensions: dict[str, int] = {}
     factor = Fraction(1)
+    words = re.sub(r"(?i)\bdegrees?\s+(?=c(?:elsius)?\b|f(?:ahrenheit)?\b)", "", words)
     for number, part in enumerate(re.split(r"/|每|\bper\b|\bв\b", words.lower().replace(".", ""))):
         sign, exponent = (1 if number == 0 else -1), 1
         names = _PREFIXES.sub(lambda m: {"平方": "square ", "立方": "cubic "}[m[0]], part).split()
