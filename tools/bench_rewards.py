@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-r"""What the mathematics reward says about answers to every row of prompt files, and how long it takes, beside math-verify's own bare call in the same run.
+r"""The mathematics reward's verdicts on answers to rows of prompt files, and its time, beside math-verify's own call.
 
     python tools/bench_rewards.py math500.parquet aime_2024.parquet gsm8k_test.jsonl
 
-**Answers.** ``gold``: the ground truth itself, right. ``respelled``: the same in another spelling (``\dfrac``, ``\left(``, spaces, commas in large integers), right.
-``near``: the last digit of the ground truth changed, or its sign where it has none; wrong. ``other``: another ground truth of the file; wrong, though two may be equal
-in another form. ``by hand``: a table of answers with the verdict wanted. Equal pairs are judged once by either and counted as often as they occur.
+**Answers.** ``gold``: the ground truth itself, right. ``respelled``: the same in another spelling (``\dfrac``, ``\left(``,
+spaces, commas in large integers), right. ``near``: the last digit of the ground truth changed, or its sign where it has
+none; wrong. ``other``: another ground truth of the file; wrong, though two may be equal in another form. ``by hand``: a
+table of answers with the verdict wanted. Equal pairs are judged once by either and counted as often as they occur.
 
-**Columns.** wrong: verdicts that are not the wanted ones, first wrong answers judged right, then right answers judged wrong. ms: of one answer, one call after the other;
-ours with its worker process started before, math-verify in this process: ``verify(parse(gold), parse(answer))`` on the boxed texts with its default settings. The last
-column is the ratio of the sums. ``--show N`` prints N of the wrong verdicts of each.
+**Columns.** wrong: verdicts that are not the wanted ones: first wrong answers judged right, then right ones judged wrong.
+ms: of one answer, one call after the other; ours with its worker process started before, math-verify in this process:
+``verify(parse(gold), parse(answer))`` on the boxed texts with its default settings. The last column is the ratio of the
+sums. ``--show N`` prints N of the wrong verdicts of each.
 """
 
 from __future__ import annotations
@@ -77,6 +79,9 @@ def another(golds: list[str]) -> dict[str, str]:
     return dict(zip(distinct, distinct[half:] + distinct[:half], strict=True))
 
 
+Pair = tuple[str, str]  # answer, ground truth
+
+
 class Times(NamedTuple):
     """Of one judge: its verdicts, milliseconds an answer, and calls that raised or ran out of time."""
 
@@ -85,7 +90,7 @@ class Times(NamedTuple):
     failures: int
 
 
-def ours(pairs: list[tuple[str, str]], timeout: float) -> Times:
+def ours(pairs: list[Pair], timeout: float) -> Times:
     """By the reward, one answer a call, its worker process started before."""
     judge = MathJudge()
     judge.start()
@@ -102,7 +107,7 @@ def ours(pairs: list[tuple[str, str]], timeout: float) -> Times:
     return found
 
 
-def bare(pairs: list[tuple[str, str]]) -> Times:
+def bare(pairs: list[Pair]) -> Times:
     """By math-verify as its README calls it, in this process."""
     from math_verify import parse, verify
 
@@ -124,8 +129,8 @@ def boxed(answer: str) -> str:
     return f"The answer is $\\boxed{{{answer}}}$."
 
 
-def measure(name: str, kind: str, wanted: dict[tuple[str, str], bool], rows: list[tuple[str, str]], timeout: float) -> dict:  # fmt: skip
-    """One row of the table: ``wanted`` is the verdict on each (answer, ground truth), ``rows`` are all of them, also repeated."""
+def measure(name: str, kind: str, wanted: dict[Pair, bool], rows: list[Pair], timeout: float) -> dict:
+    """One row of the table: ``wanted`` is the verdict on each pair, ``rows`` are all of them, also repeated."""
     pairs = list(wanted)
     found = {"ours": ours(pairs, timeout), "math_verify": bare(pairs)}
     weight = Counter(rows)
@@ -154,9 +159,10 @@ def from_file(file: str, kind: str, golds: list[str], timeout: float) -> dict:
 
 
 def from_table(file: str, timeout: float) -> dict:
-    """A table of kind, wanted reward, answer and ground truth with tabs between, as ``tests/rewards/near_misses.tsv``."""
-    lines = [line.split("\t") for line in Path(file).read_text(encoding="utf-8").splitlines() if line[:1] not in ("", "#")]  # fmt: skip
-    wanted = {(answer, gold): reward == "1" for _, reward, answer, gold in lines}
+    """A table of kind, wanted reward, answer and ground truth with tabs between, like the tests' ``near_misses.tsv``."""
+    lines = Path(file).read_text(encoding="utf-8").splitlines()
+    found = [line.split("\t") for line in lines if line and not line.startswith("#")]
+    wanted = {(answer, gold): reward == "1" for _, reward, answer, gold in found}
     return measure(Path(file).stem, "by hand", wanted, list(wanted), timeout)
 
 
@@ -180,7 +186,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("files", nargs="*", metavar="FILE", help="verl-style parquet, jsonl or GSM8K")
     parser.add_argument("--answers", nargs="+", choices=ANSWERS, default=list(ANSWERS))
-    parser.add_argument("--table", nargs="*", default=[str(TABLE)], metavar="FILE", help="tables of answers by hand (default: the tests')")  # fmt: skip
+    parser.add_argument(
+        "--table",
+        nargs="*",
+        default=[str(TABLE)],
+        metavar="FILE",
+        help="tables of answers by hand (default: the tests')",
+    )
     parser.add_argument("--timeout", type=float, default=5.0, help="seconds for one answer (default: %(default)s)")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N wrong verdicts a row and judge")
     parser.add_argument("--json", metavar="FILE", help="write everything there")

@@ -1,11 +1,11 @@
 r"""Which commas part the items of a list, and which the thousands of a number.
 
-    1,234        one number                      6,28,496         three items: 28 is no group of thousands, so no comma is one
-    1,000,2,000  two numbers: no item is 000     153,370,371,407  four items: in order, all of three digits
-    1,234, 5     two: the blank parts them       \{12,345\}       two items: in brackets commas part; TeX's braces are none
+    1,234        one number                    6,28,496         three items: 28 is no group of thousands, nor 496 then
+    1,000,2,000  two numbers: no item is 000   153,370,371,407  four items: in order, all of three digits
+    1,234, 5     two: the blank parts them     \{12,345\}       two items: in brackets commas part, not in TeX's braces
     12{,}345     one number
 
-A text that could be one number is read as a list beside a list: ``28,496`` beside ``496, 28``, but not beside ``28496``.
+A text that could be one number is a list beside a list: ``28,496`` beside ``496, 28``, but not beside ``28496``.
 """
 
 import re
@@ -13,7 +13,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 _TOKEN = re.compile(
-    r"(?P<comma>\{,\}|,(?:\s*\\!)+\s*|,)|(?P<open>\\\{|\\lbrace(?![A-Za-z])|[({\[])|(?P<close>\\\}|\\rbrace(?![A-Za-z])|[)}\]])|\\."
+    r"(?P<comma>\{,\}|,(?:\s*\\!)+\s*|,)"
+    r"|(?P<open>\\\{|\\lbrace(?![A-Za-z])|[({\[])|(?P<close>\\\}|\\rbrace(?![A-Za-z])|[)}\]])|\\."
 )
 _BEFORE = re.compile(r"\d+\Z")
 _AFTER = re.compile(r"\d+")
@@ -74,7 +75,7 @@ def _commas(text: str) -> list[_Comma]:
 
 
 def _ordered(text: str) -> bool:
-    """Three or more groups of three digits that ascend: a list sooner than a number of nine digits; 123,456,789 is a number."""
+    """Three or more groups of three digits that ascend: a list sooner than a number. But 123,456,789 is a number."""
     match = _ORDERED.fullmatch(text.strip())
     if match is None or match[2] == "123,456,789":
         return False

@@ -1,17 +1,19 @@
 r"""Equality of two SymPy expressions without a tolerance, in the place of math-verify's own comparison of numbers.
 
-math-verify rounds decimals and takes a difference below about 1e-15 for zero, so that ``\frac{1}{2^{60}}`` would be ``\frac{1}{2^{59}}``. Here
+math-verify rounds decimals and takes a difference below about 1e-15 for zero, so that ``\frac{1}{2^{60}}`` would be
+``\frac{1}{2^{59}}``. Here
 
-    a - b without letters:  rational -> exact;   else evaluated with as many digits as it takes to see that it is not zero,
-                            at most so many that a difference of expressions of this size would have shown: then it is zero
+    a - b without letters:  rational -> exact; else evaluated with as many digits as it takes to see that it is not zero,
+                            at most so many that a difference of expressions of this size would have shown
     a - b with letters:     expanded, and the constants in front of each product of letters together are zero
 
-Of an algebraic number that is not zero, the first digit stands within a distance that grows with the size of the numbers it is made of: the limit of digits grows with
-them, several times as fast. Where it would pass ``_MOST_DIGITS`` nobody knows, and the two are not equal.
+The first digit of an algebraic number that is not zero stands no farther behind the point than a distance that grows with
+the numbers it is made of; the limit of digits grows with them, several times as fast. Where the limit would pass
+``_MOST_DIGITS``, the two are not equal unless SymPy's rules prove it.
 """
 
 from math_verify import grader
-from sympy import (  # fmt: skip
+from sympy import (
     Add,
     Basic,
     Expr,
@@ -36,7 +38,7 @@ _PERCENT = UnevaluatedExpr(Rational(1, 100))
 
 
 def install() -> None:
-    """Makes math-verify compare by this module, in this process. Raises RuntimeError where it has other functions than those known."""
+    """Makes math-verify compare by this module, in this process. Raises RuntimeError where it compares by others."""
     for name in ("sympy_numeric_eq", "sympy_symbolic_eq", "sympy_solve_and_compare"):
         if not callable(getattr(grader, name, None)):
             raise RuntimeError(
@@ -63,7 +65,7 @@ def without_floats(expression: Basic | MatrixBase) -> Basic | MatrixBase:
 
 
 def equal(a: Basic | MatrixBase, b: Basic | MatrixBase) -> bool:
-    """Whether two expressions, or two matrices entry by entry, are the same; ``50%`` is 50 and 0.5. False where that cannot be told."""
+    """Whether two expressions, or two matrices entry by entry, are the same; ``50%`` is 50 and 0.5. False if unknown."""
     if isinstance(a, MatrixBase) or isinstance(b, MatrixBase):
         a, b = a.doit(), b.doit()
         if not (isinstance(a, MatrixBase) and isinstance(b, MatrixBase)) or a.shape != b.shape:
@@ -123,7 +125,10 @@ def _size(number: Expr) -> int:
 
 
 def _differ_at_a_point(a: Basic | MatrixBase, b: Basic | MatrixBase) -> bool:
-    """Whether two expressions have other values where their letters are some positive fractions, or have no letters: simplifying takes long, and most answers are wrong."""
+    """Whether two expressions have other values where their letters are some positive fractions, or have no letters.
+
+    Simplifying takes long, and most answers are wrong.
+    """
     if not (isinstance(a, Expr) and isinstance(b, Expr)):
         return False
     letters = sorted(a.free_symbols | b.free_symbols, key=str)
@@ -137,6 +142,6 @@ def _differ_at_a_point(a: Basic | MatrixBase, b: Basic | MatrixBase) -> bool:
 
 def _of_percent(expression: Expr) -> Expr | None:
     """What stands before the percent sign: math-verify reads ``9%`` as 9 times a hundredth that is not evaluated."""
-    if isinstance(expression, Mul) and len(expression.args) == 2 and expression.args[1] == _PERCENT and isinstance(expression.args[0], Number):  # fmt: skip
-        return expression.args[0]
-    return None
+    if not isinstance(expression, Mul) or len(expression.args) != 2 or expression.args[1] != _PERCENT:
+        return None
+    return expression.args[0] if isinstance(expression.args[0], Number) else None

@@ -1,10 +1,10 @@
-r"""Answers in other scripts than the Latin one, brought to the marks and the words that the rest of the judgement knows.
+r"""Answers in other scripts than the Latin one, brought to the marks and words that the rest of the judgement knows.
 
     ５，（Ａ）、٣   ->  5,(A),3         x=1 или x=2  ->  x=1\text{ or }x=2
     10⁻³, ½, 5℃     ->  10^{-3}, \frac{1}{2}, 5^\circ \text{C}         1或2, 1 και 2  ->  1\text{ or }2, 1\text{ and }2
 
-Letters stay letters: words are compared as they stand, in NFKC and without case (``letters``), and a word behind a number is a unit
-unless it says how much (``changes_value``, ``scale``).
+Letters stay letters: words are compared as they stand, in NFKC and without case (``letters``), and a word behind a
+number is a unit unless it says how much (``changes_value``, ``scale``).
 """
 
 import re
@@ -28,8 +28,10 @@ _CONJUNCTIONS = (
 CONJUNCTIONS = "|".join((_OR, _AND, _OR_WORDS, _AND_WORDS))
 
 _MARKS = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5E)} | str.maketrans({
-    "\u3000": " ", "、": ",", "。": ".", "【": "[", "】": "]", "〔": "(", "〕": ")", "「": "", "」": "", "『": "", "』": "", "«": "", "»": "", "“": "", "”": "",
-    "‘": "'", "’": "'", "￥": "¥", "￡": "£", "￠": "¢", "￦": "₩", "℃": r"^\circ \text{C}", "℉": r"^\circ \text{F}", "،": ",", "؛": ";", "٫": ".", "٬": "",
+    "\u3000": " ", "、": ",", "。": ".", "【": "[", "】": "]", "〔": "(", "〕": ")", "「": "", "」": "", "『": "", "』": "",
+    "«": "", "»": "", "“": "", "”": "",
+    "‘": "'", "’": "'", "￥": "¥", "￡": "£", "￠": "¢", "￦": "₩", "℃": r"^\circ \text{C}", "℉": r"^\circ \text{F}",
+    "،": ",", "؛": ";", "٫": ".", "٬": "",
 })  # fmt: skip
 _TEMPERATURE = re.compile(r"°\s*([CF])(?![A-Za-z])")
 _RAISED = re.compile("[⁺⁻]?[⁰¹²³⁴-⁹]+")
@@ -37,8 +39,10 @@ _FRACTION = re.compile("[¼-¾⅐-⅞↉]")
 
 # Words behind a number that change its value.
 _NOT_UNITS = frozenset((
-    "пол", "половина", "половины", "половин", "треть", "трети", "третей", "третьих", "четверть", "четверти", "четвертей", "четвёртых", "четвертых", "пятых", "шестых",
-    "восьмых", "десятых", "сотых", "тысячных", "дюжина", "дюжины", "дюжин", "десяток", "десятка", "десятков", "пар", "пары", "пара", "раз", "раза", "в", "на", "квадрате", "кубе",
+    "пол", "половина", "половины", "половин", "треть", "трети", "третей", "третьих", "четверть", "четверти",
+    "четвертей", "четвёртых", "четвертых", "пятых", "шестых",
+    "восьмых", "десятых", "сотых", "тысячных", "дюжина", "дюжины", "дюжин", "десяток", "десятка", "десятков", "пар",
+    "пары", "пара", "раз", "раза", "в", "на", "квадрате", "кубе",
     "степени", "целых", "целая", "плюс", "минус", "и", "или", "более", "менее", "больше", "меньше",
 ))  # fmt: skip
 # The same in scripts that write words without blanks: anywhere in what stands behind the number.
@@ -46,8 +50,10 @@ _COUNTING = re.compile(
     "[万萬亿億兆半倍成折又負负余餘多几幾两兩〇零一二三四五六七八九十百千拾打双對]|分之|次方|平方$|立方$|以[上下内外]|左右|點|点|만|억|조|천|백|십|반$|배$|割"
 )
 _SCALES = {
-    "тыс": 3, "тысяча": 3, "тысячи": 3, "тысяч": 3, "млн": 6, "миллион": 6, "миллиона": 6, "миллионов": 6, "млрд": 9, "миллиард": 9, "миллиарда": 9, "миллиардов": 9,
-    "百": 2, "千": 3, "万": 4, "萬": 4, "十万": 5, "百万": 6, "百萬": 6, "千万": 7, "千萬": 7, "亿": 8, "億": 8, "兆": 12, "백": 2, "천": 3, "만": 4, "백만": 6, "천만": 7, "억": 8, "조": 12,
+    "тыс": 3, "тысяча": 3, "тысячи": 3, "тысяч": 3, "млн": 6, "миллион": 6, "миллиона": 6, "миллионов": 6, "млрд": 9,
+    "миллиард": 9, "миллиарда": 9, "миллиардов": 9,
+    "百": 2, "千": 3, "万": 4, "萬": 4, "十万": 5, "百万": 6, "百萬": 6, "千万": 7, "千萬": 7, "亿": 8, "億": 8, "兆": 12, "백": 2,
+    "천": 3, "만": 4, "백만": 6, "천만": 7, "억": 8, "조": 12,
     "χιλιάδες": 3, "εκατομμύριο": 6, "εκατομμύρια": 6,
 }  # fmt: skip
 _LIKE_LATIN = frozenset("асеорхукн")  # alone behind a number they may be meant as a variable
@@ -55,7 +61,7 @@ _SCALED = re.compile("(" + "|".join(sorted(_SCALES, key=len, reverse=True)) + ")
 
 
 def fold(text: str) -> str:
-    """The same text with the digits, marks and conjunctions of other scripts in LaTeX's; of ASCII text the text itself."""
+    """The same text with the digits, marks and conjunctions of other scripts in LaTeX's; ASCII text as it is."""
     if text.isascii():
         return text
     text = unicodedata.normalize("NFC", text).translate(_MARKS)
@@ -75,10 +81,11 @@ def letters(text: str) -> str:
 
 
 def is_foreign_word(text: str) -> bool:
-    """Whether a text is no product of letters, because it has one that stands in no formula: of another alphabet than the Latin and the Greek, or accented in a long word."""
+    """Whether a text is no product of variables: it has a letter not Latin or Greek, or accents and length."""
     if text.isascii() or any(unicodedata.normalize("NFKC", c) != c for c in text):
         return False  # 2ⁿ is no word
-    if any(not c.isascii() and c.isalpha() and not unicodedata.name(c, "").startswith(("LATIN", "GREEK")) for c in text):  # fmt: skip
+    other = [c for c in text if not c.isascii() and c.isalpha()]
+    if any(not unicodedata.name(c, "").startswith(("LATIN", "GREEK")) for c in other):
         return True
     return len(text) >= 4 and any(unicodedata.normalize("NFD", c) != c for c in text)
 

@@ -1,4 +1,4 @@
-"""A table of answers beside ground truths, of every kind: equal in another form, and wrong by as little as it takes. And the rules behind its rows."""
+"""A table of answers beside ground truths: equal in another form, or wrong by little. And the rules behind its rows."""
 
 import time
 from pathlib import Path
