@@ -24,12 +24,13 @@ _KINDS = {
         ("m meter metre", 1), ("km kilometer kilometre", 1000), ("in inch", "254/10000"), ("ft foot feet", "3048/10000"),
         ("yd yard", "9144/10000"), ("mi mile", "1609344/1000"),
     ),
-    "mass": (("mg milligram", "1/1000"), ("g gram", 1), ("kg kilogram", 1000), ("oz ounce", "28349523125/1000000000"), ("lb pound", "45359237/100000")),
+    "mass": (("mg milligram", "1/1000"), ("g gram", 1), ("kg kilogram", 1000), ("oz ounce", "28349523125/1000000000"), ("lb pound", "45359237/100000"), ("tonne", 1000000)),
+    "tons": (("ton", 1),),  # of which there are several
     "time": (
         ("ms millisecond", "1/1000"), ("s sec second", 1), ("min minute", 60), ("h hr hour", 3600), ("day", 86400),
         ("week", 604800),
     ),
-    "calendar": (("month", 1), ("yr year", 12)),
+    "calendar": (("month", 1), ("yr year", 12), ("decade", 120), ("century centuries", 1200)),
     "money": (("cent ¢ penny pennies", "1/100"), ("dollar $", 1)),
     "euros": (("€ euro", 1),),
     "sterling": (("£", 1),),
@@ -42,7 +43,9 @@ _KINDS = {
     "fahrenheit": (("f fahrenheit", 1),),
     "angle": (("degree deg °", 1), ("radian rad", 0)),  # no rational factor: never compared by value
 }  # fmt: skip
-_VOLUMES = {"ml": "1/1000000", "milliliter": "1/1000000", "l": "1/1000", "liter": "1/1000", "litre": "1/1000"}
+_VOLUMES = {"ml": "1/1000000", "milliliter": "1/1000000", "l": "1/1000", "liter": "1/1000", "litre": "1/1000"} | {
+    name: f"3785411784/{count}000000000000" for name, count in (("gallon", 1), ("quart", 4), ("pint", 8), ("cup", 16))
+}
 _SPEEDS = {"mph": ("mi", "h"), "kph": ("km", "h"), "kmh": ("km", "h")}
 _POWERS = {
     "square": 2, "sq": 2, "cubic": 3, "cu": 3, "кв": 2, "квадратный": 2, "квадратных": 2, "квадратные": 2, "куб": 3,
@@ -53,7 +56,7 @@ _OTHER_NAMES = {
     "cm": "см сантиметр сантиметра сантиметров 厘米 公分 センチメートル 센티미터", "dm": "дм 分米",
     "m": "м метр метра метров 米 公尺 メートル 미터 μέτρα",
     "km": "км километр километра километров 千米 公里 キロメートル 킬로미터 χιλιόμετρα",
-    "mg": "мг 毫克", "g": "г грамм грамма граммов 克 グラム 그램", "kg": "кг килограмм килограмма килограммов 千克 公斤 キログラム 킬로그램",
+    "mg": "мг 毫克", "g": "г грамм грамма граммов 克 グラム 그램", "tonne": "т тонна тонны тонн 吨", "kg": "кг килограмм килограмма килограммов 千克 公斤 キログラム 킬로그램",
     "s": "с сек секунда секунды секунд 秒 秒钟 초", "min": "мин минута минуты минут 分钟 分鐘 λεπτά",
     "h": "ч час часа часов 小时 小時 時間 시간 ώρες", "day": "день дня дней 天 日",
     "week": "неделя недели недель 周 星期", "month": "месяц месяца месяцев 个月 個月 月", "yr": "год года лет 年",
