@@ -7,10 +7,14 @@ the prompt asks for, so ``\fbox{5}`` and ``\boxed 5`` are not well-formed.
 
 import re
 
+from dcpo_megatron.rewards.scripts import CONJUNCTIONS
+
 # One or two backslashes before "boxed": models that were trained on escaped JSON write "\\boxed".
 _TOKEN = re.compile(r"(?P<box>\\{1,2}boxed\s{0,8}\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
 # What may stand between boxes that are one answer: "\boxed{2} and \boxed{3}". Not a full stop, not a new line.
-_JOINT = re.compile(r"(?:[ \t,;$~]|\\[,;:() ]|\\q?quad|\\text\s?\{\s*(?:and|or)\s*\}|and|or)*")
+_JOINT = re.compile(
+    rf"(?:[ \t,;$~，；、]|\\[,;:() ]|\\q?quad|\\text\s?\{{\s*(?:and|or|{CONJUNCTIONS})\s*\}}|and|or|{CONJUNCTIONS})*"
+)
 _JOINED_BOXES = 16
 
 

@@ -18,6 +18,8 @@ from math_verify.parser import LatexExtractionConfig
 from sympy import Basic, Eq, Expr, I, Symbol
 from sympy.core.relational import Relational
 
+from dcpo_megatron.rewards import exact_algebra
+
 _EXTRACTION = [
     LatexExtractionConfig(
         boxed_match_priority=-1,
@@ -26,8 +28,8 @@ _EXTRACTION = [
         ),
     )
 ]
-_FLOAT_DECIMALS = 10  # math-verify's default of 6 takes sqrt(2) and 1.414214 for equal
 
+exact_algebra.install()
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns about its time limits being off
 
 
@@ -45,7 +47,7 @@ def judge(answer: str, gold: str) -> float:
 
 
 def _equal(gold: list, answer: list) -> bool:
-    return verify(gold, answer, float_rounding=_FLOAT_DECIMALS, allow_set_relation_comp=True, timeout_seconds=None)
+    return verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None)
 
 
 def _value(equation: Basic) -> Basic | None:
@@ -79,6 +81,7 @@ def _parse(latex: str) -> list:
         parsing_timeout=None,
     )
     # math-verify reads the imaginary unit as a letter: \sqrt{-4} would not be 2i.
+    found = [exact_algebra.without_floats(item) if hasattr(item, "atoms") else item for item in found]
     return [_imaginary(item) if isinstance(item, Expr) else item for item in found]
 
 

@@ -8,22 +8,26 @@ The patterns hold no nested repetition, so that a hostile answer of 2,000 letter
 
 import re
 
+from dcpo_megatron.rewards.scripts import changes_value, is_foreign_word, is_unit, is_word, letters, scale
 from dcpo_megatron.rewards.units import Unit, read_unit
 
 _UNICODE = str.maketrans({
-    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "°": "", "π": r"\pi ", "∞": r"\infty ",
+    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "°": "", "∞": r"\infty ",
     "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ", "²": "^2", "³": "^3", "，": ",", "（": "(", "）": ")", "％": "%",
     "⋅": r"\cdot ", "∗": "*", "＋": "+", "≠": r"\ne ", "√": r"\sqrt ", "∅": r"\emptyset ", "∈": r"\in ", "±": r"\pm ", "ℝ": r"\mathbb{R}",
     "\u00a0": " ", "\u202f": " ", "\u2009": " ",
 })  # fmt: skip
 
+_PI = re.compile(r"(?<![^\W\d_A-Za-z])π(?![^\W\d_A-Za-z])")  # but not in a Greek word
 # The first alternative keeps the row break of a matrix, "\\", from being read as a backslash and "\ ".
 _SPACING = re.compile(r"(?P<keep>\\\\)|(?P<none>\\!\s*)|\\[,;:> ]|\\(?:q?quad|thinspace)(?![A-Za-z])|~|\s+")
 _NO_VALUE = re.compile(
     r"\\(?:left|right)(?![A-Za-z])\.?|\\(?:[bB]igg?[lrm]?|displaystyle|textstyle|limits)(?![A-Za-z])"
-    r"|\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\degrees?(?![A-Za-z])|\\?\$|[£€]|\\(?:pounds|euro)(?![A-Za-z])\s*"
+    r"|\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\degrees?(?![A-Za-z])|\\?\$|[£€¥₽₹₩₺₫฿₴₪₱₦₸¢]|\\(?:pounds|euro)(?![A-Za-z])\s*"
 )
-_DEGREES = re.compile(r"°|\^\s*\{?\s*\\circ(?![A-Za-z])|\\degrees?(?![A-Za-z])|(?<![A-Za-z])degrees?(?![A-Za-z])")
+_DEGREES = re.compile(
+    r"°|\^\s*\{?\s*\\circ(?![A-Za-z])|\\degrees?(?![A-Za-z])|(?<![A-Za-z])degrees?(?![A-Za-z])|\d\s?度|градус"
+)
 # In the argument of a function a degree sign is a factor; elsewhere it is a unit.
 _ANGLE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:°|\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\degrees?(?![A-Za-z]))")
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
@@ -73,7 +77,7 @@ _SPELLINGS = (
     (re.compile(r"\((\w+)\)\s*_"), r"\1_"),
     (_HALF_DAY, lambda m: rf"\text{{ {m[1].lower()}m}}"),
     (re.compile(r"\\text\{\s*\}"), ""),
-    (re.compile(r"\\%|\\text\{\s*(?:percent|\\?%)\s*\}|\bpercent\b"), "%"),
+    (re.compile(r"\\%|\\text\{\s*(?:percent|\\?%)\s*\}|\b(?:percent|процент(?:а|ов)?)\b"), "%"),
     (re.compile(rf"\\frac\s*({_ATOM})\s*({_ATOM})"), r"\\frac{\1}{\2}"),
     (re.compile(rf"\\frac\s*({_ATOM})\s*\{{"), r"\\frac{\1}{"),
     (re.compile(rf"\\frac\s*(\{{[^{{}}]*\}})\s*({_ATOM})"), r"\\frac\1{\2}"),
@@ -84,8 +88,9 @@ _SPELLINGS = (
 _MEMBERSHIP = re.compile(r"^\s*[A-Za-z]\s*\\in(?![A-Za-z])\s*")
 
 _TEXT_UNIT = re.compile(r"\\text\{([^{}]*)\}\s*(?:\^\s*\{?(\d)\}?)?$")
-_BARE_UNIT = re.compile(r"(?<=[\d})%])\s*([A-Za-z][A-Za-z./ ]{0,60})(?:\^\s*\{?([23])\}?)?$")
-_CURRENCY = re.compile(r"^\s*(\\\$|£|€)(?!.*\$)", re.DOTALL)  # but not the dollars around a formula
+_BARE_UNIT = re.compile(r"(?<=[\d})%])\s*([A-Za-z\u0080-\uffff][A-Za-z./ \u0080-\uffff]{0,60})(?:\^\s*\{?([23])\}?)?$")
+_MONEY = r"(\\\$|[£€¥₽₹₩₺₫฿₴₪₱₦₸¢])"
+_CURRENCY = re.compile(rf"^\s*{_MONEY}(?!.*\$)|^[^$]*?{_MONEY}\s*$", re.DOTALL)  # but not the dollars around a formula
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 # fmt: off
 _SHORT_UNITS = frozenset((
@@ -94,7 +99,7 @@ _SHORT_UNITS = frozenset((
 ))
 # Words after a number that change its value: such an answer keeps them, and is equal only to the same words.
 _NOT_UNITS = frozenset((
-    "am", "pm", "or", "and", "plus", "minus", "times", "over", "dozen", "half", "halves", "third", "thirds", "quarter",
+    "am", "pm", "or", "and", "plus", "minus", "times", "over", "dozen", "dozens", "half", "halves", "third", "thirds", "quarter",
     "quarters", "fourth", "fourths", "fifth", "fifths", "sixth", "sixths", "eighth", "eighths", "tenth", "tenths",
     "hundredth", "hundredths", "thousandth", "thousandths", "squared", "cubed", "factorial", "choose",
 ))
@@ -108,7 +113,7 @@ _NUMBER_WORDS = (
 def clean(text: str) -> str:
     """The answer in its settled spelling, without units and other marks that carry no value. Idempotent on most input."""
     head, words, _ = _split_unit(_spell(text))
-    power = _SCALES.get(words.lower().split()[0]) if words else None
+    power = _SCALES.get(words.lower().split()[0].removesuffix("s"), scale(words.lower())) if words else None
     return _without_braces_around(head if power is None else rf"{head}\times10^{{{power}}}").strip()
 
 
@@ -116,7 +121,7 @@ def unit_of(text: str) -> Unit | None:
     """The known unit that an answer is written with; None where there is none, or none that is known."""
     currency = _CURRENCY.match(text)
     if currency is not None:
-        return read_unit(currency[1][-1])
+        return read_unit((currency[1] or currency[2])[-1])
     _, words, power = _split_unit(_spell(text))
     if not words:
         return read_unit("degree") if in_degrees(text) else None
@@ -131,7 +136,7 @@ def in_degrees(text: str) -> bool:
 def _spell(text: str) -> str:
     if _TRIGONOMETRY.search(text):
         text = _ANGLE.sub(r"\\frac{\1\\pi}{180}", text)
-    text = text.translate(_UNICODE).strip()
+    text = _PI.sub(r"\\pi ", text.translate(_UNICODE)).strip()
     for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]")):
         if text.startswith(opening) and text.endswith(closing):
             text = text[2:-2]
@@ -155,21 +160,23 @@ def key(text: str) -> str:
 def word(text: str) -> tuple[str, bool] | None:
     r"""Reads a cleaned answer in words, such as ``\text{Evelyn}``, ``(B)`` or ``no solution``.
 
-    Returns its letters in lower case, and whether it was marked as text by ``\text``; None for anything that is not words.
+    Returns its letters in lower case, and whether it is text for sure, by ``\text`` or by its script; None for anything that is not words.
     """
     bare = text.replace(r"\text{", "{")
     marked = bare != text
     bare = bare.strip("(){} .")
-    if not re.fullmatch(r"[A-Za-z][A-Za-z '.\-]*", bare) or ("-" in bare and not marked):
+    foreign = is_foreign_word(bare)
+    if not is_word(bare) or not (marked or foreign or (bare.isascii() and "-" not in bare)):
         return None
-    bare = re.sub(r"^(?:an?|the) (?=[a-z]{2})", "", bare.casefold())
-    return "".join(c for c in bare if c.isalpha()), marked
+    return letters(re.sub(r"^(?:an?|the) (?=[a-z]{2})", "", bare.casefold())), marked or foreign
 
 
 def word_list(text: str) -> list[str] | None:
     r"""The words of a cleaned list of two or more, in order of the alphabet: ``\text{Bob and Ann}``; None for anything else."""
     items = [
-        word(item) for item in re.split(r",|;|&|\band\b", text.replace(r"\text{", "").replace("}", "")) if item.strip()
+        word(item)
+        for item in re.split(r",|;|&|\band\b|[和与與及]|\bи\b", text.replace(r"\text{", "").replace("}", ""))
+        if item.strip()
     ]
     return sorted(item[0] for item in items) if len(items) > 1 and all(items) else None
 
@@ -208,10 +215,16 @@ def _split_unit(text: str) -> tuple[str, str, int]:
         return text, "", 1
     head = text[: match.start()].rstrip()
     words = match[1].replace(".", "").replace("/", " ").lower().split()
-    if not head or not words or _NOT_UNITS.intersection(words):
+    if not head or not words or _NOT_UNITS.intersection(words) or head.endswith((" and }", " or }")):
+        return text, "", 1
+    known = not match[1].isascii() and (read_unit(match[1]) or scale(match[1].lower())) is not None
+    if not known and any(changes_value(w) for w in words):
         return text, "", 1
     if match.re is _TEXT_UNIT:
         if not (head[-1].isalnum() or head[-1] in ")}]%!"):
+            return text, "", 1
+    elif not match[1].isascii():
+        if not known and not all(is_unit(w) or (w.isascii() and len(w) >= 4) for w in words):
             return text, "", 1
     elif "/" not in match[1] and not all(len(w) >= 4 or w in _SHORT_UNITS for w in words):
         return text, "", 1  # without \text, short words are products of variables

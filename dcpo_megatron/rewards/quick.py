@@ -9,9 +9,11 @@ numbers (``2^{10}``) are final answers, and so is a sum that states its value (`
 import re
 from typing import NamedTuple
 
+from dcpo_megatron.rewards.commas import read_commas
 from dcpo_megatron.rewards.exact_numbers import read_based, read_number
 from dcpo_megatron.rewards.forms import align
 from dcpo_megatron.rewards.normalise import brackets, clean, in_degrees, key, unit_of, word, word_list
+from dcpo_megatron.rewards.scripts import fold
 from dcpo_megatron.rewards.units import same_quantity
 
 MAX_LENGTH = 2000  # characters; a longer answer is compared as a string only
@@ -20,7 +22,7 @@ _NOTHING = frozenset(("nosolution", "nosolutions", "norealsolution", "norealsolu
 _CLOCK = re.compile(r"\d{1,2}:\d\d(?:\s*\\text\{ ?[ap]m\})?")
 _CHOICE = re.compile(r"(?:\\text\{)?\(?([A-J])\)?\.?\}?")
 _CHOICE_WITH_VALUE = re.compile(r"(?:\\text\{)?(?:\(([A-J])\)|([A-J])[):.])\s*\}?\s*\S")
-_ITEM_BREAK = re.compile(r",(?!\d{3}(?!\d))|;|\\text\{\s*(?:and|or)\s*\}|(?<![A-Za-z])(?:and|or)(?![A-Za-z])")
+_ITEM_BREAK = re.compile(r",|;|\\text\{\s*(?:and|or)\s*\}|(?<![A-Za-z])(?:and|or)(?![A-Za-z])")
 # Also "12(5)", which math-verify adds.
 _UNDONE = re.compile(r"[\w)\]}!%]\s*(?:[+*-]|\\(?:cdot|times|div)(?![A-Za-z]))|(?:(?<!_)\d|\))\s*\(\s*[+-]?\.?\d")
 _TWO_NUMBERS = re.compile(r"(?<![_^\d.])\d+(?:\.\d+)?\s+\d")  # but not \log_2 8
@@ -45,6 +47,10 @@ def settle(answer: str, gold: str) -> Settled:
         return Settled(bool(gold.strip()))
     if len(answer) > MAX_LENGTH or len(gold) > MAX_LENGTH:
         return Settled(False)
+    answer, gold = fold(answer), fold(gold)
+    if "," in answer and "," in gold and key(clean(answer)) == key(clean(gold)):
+        return Settled(True)  # one text, whatever its commas mean
+    answer, gold = read_commas(answer, gold)
     by_number = _number_verdict(answer.strip(), gold.strip())  # most answers are plain integers: save them the cleaning
     if by_number is not None:
         return Settled(by_number)
@@ -68,14 +74,13 @@ def _verdict(answer: str, gold: str) -> bool | None:
     if read_number(gold) is not None and _left_undone(answer):
         return False
     answer_word, gold_word = word(answer), word(gold)
-    if answer_word is not None and gold_word is not None:
-        if answer_word[0] == gold_word[0]:
-            return True
-        if answer_word[1] or gold_word[1]:
-            return False
+    if answer_word is not None and gold_word is not None and answer_word[0] == gold_word[0]:
+        return True
     answer_words, gold_words = word_list(answer), word_list(gold)
-    if answer_words is not None and gold_words is not None and (r"\text" in answer + gold):
+    if answer_words is not None and gold_words is not None and (r"\text" in answer + gold or not gold.isascii()):
         return answer_words == gold_words
+    if answer_word is not None and gold_word is not None and (answer_word[1] or gold_word[1]):
+        return False
     if gold == r"\emptyset" and answer_word is not None:
         return answer_word[0] in _NOTHING
     if answer == r"\emptyset" and gold_word is not None:
@@ -107,6 +112,9 @@ def _unit_verdict(raw_answer: str, raw_gold: str, answer: str, gold: str) -> boo
     """False where both sides are written with units that measure different things, or with other units and no equal numbers; None: units decide nothing."""
     answer_unit, gold_unit = unit_of(raw_answer), unit_of(raw_gold)
     if answer_unit is None or gold_unit is None or answer_unit == gold_unit:
+        return None
+    kinds = {kind for unit in (answer_unit, gold_unit) for kind, _ in unit.dimensions}
+    if "angle" in kinds and kinds & {"celsius", "fahrenheit"}:  # the letter left out
         return None
     factor = same_quantity(answer_unit, gold_unit)
     answer_number, gold_number = read_number(answer), read_number(gold)
