@@ -104,6 +104,7 @@ def _train(args) -> int:
     run = check_run(config, world)
     if args.check:
         if _rank() == 0:
+            run.check_weights()
             _say_plan(run, args.gpu_memory, args.server_gpus)
         return 0
     import torch
@@ -166,8 +167,9 @@ def explains_itself(error: BaseException) -> bool:
     from dcpo_megatron.rollout import RolloutError
     from dcpo_megatron.training.bad_steps import BadStepsError
     from dcpo_megatron.training.mismatch import MismatchError
+    from dcpo_megatron.training.model_copy import UnsavedModelError
 
-    return isinstance(error, (BadStepsError, MismatchError, RolloutError))
+    return isinstance(error, (BadStepsError, MismatchError, RolloutError, UnsavedModelError))
 
 
 def refuse(error: Exception, code: int = BAD_INPUT) -> int:

@@ -80,6 +80,10 @@ class Sinks:
         elif self.is_writer:
             print(text, flush=True)
 
+    def warn(self, text: str) -> None:
+        """Something went wrong that costs the run nothing."""
+        self.announce(f"warning: {text}")
+
     def progress(self, finished: int, total: int) -> None:
         """A passing line about the rollout under way; shown on a terminal only."""
         if self._console is not None and self._console.is_terminal:
