@@ -17,15 +17,20 @@ class Calls(list):
     def assert_durable(self, work: Path, target: Path, files: set[str]) -> None:
         """``work`` got the name ``target`` when ``files`` in it, its folders and itself were on the disk; then its parent was."""
         renamed = self.at("rename", work, target)
-        folders = {parent for file in files for parent in Path(file).parents}
-        for name in [*files, *folders]:
-            # A file may have had another name when it was synced.
-            at = max((n for n, call in enumerate(self[:renamed]) if call == ("sync", work / name)), default=None)
-            moved = [n for n, call in enumerate(self[:renamed]) if call[0] == "rename" and call[2] == work / name]
-            if at is None and moved:
-                at = self.index(("sync", self[moved[-1]][1]), 0, moved[-1])
-            assert at is not None, f"{name} was not synced before {target.name} got its name"
-        assert ("sync", target.parent) in self[renamed:], f"the name {target.name} was not synced"
+        for name in {*files, *(parent for file in files for parent in Path(file).parents)}:
+            assert self._synced(work / name, renamed), f"{name} was not on the disk before {target.name} got its name"
+        assert ("sync", target.parent) in self[renamed:], f"the name {target.name} was not on the disk"
+
+    def _synced(self, path: Path, before: int) -> bool:
+        """Whether a file, or a folder with all names in it, was synced; it may have had another name then."""
+        for what, old, *new in reversed(self[:before]):
+            if what == "sync" and old == path:
+                return True
+            if what == "rename" and new[0].parent == path:
+                return False
+            if what == "rename" and new[0] == path:
+                path = old
+        return False
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ NAMED = "transformers_weights"
 _WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".msgpack", ".h5", ".onnx", ".onnx_data", ".index.json",
 )  # fmt: skip
+_LOG = "events.out.tfevents"
 
 # safetensors' names of the dtypes that weights come in.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
@@ -207,7 +208,7 @@ class SafetensorsFolder:
 def companions(folder: str | os.PathLike, destination: Path | None = None) -> list[Path]:
     """What of a Hugging Face folder is not weights (configuration, tokenizer, chat templates, code, licence), as paths relative to it.
 
-    Subfolders belong to it, but for hidden ones, caches, and such with weights in them: another form of the weights, or a checkpoint of its own.
+    Subfolders belong to it, but for hidden ones, caches, logs of a training, and such with weights in them: another form of the weights, or a checkpoint.
     ``destination``: a folder that is being written; where it lies below ``folder``, the way to it is left out.
     """
     root, found, seen = Path(folder), [], set()
@@ -225,7 +226,7 @@ def companions(folder: str | os.PathLike, destination: Path | None = None) -> li
                 raise
             return  # a file system's own, such as lost+found
         files = [entry for entry in entries if entry.is_file()]
-        if here != root and any(file.name.endswith(_WEIGHT_SUFFIXES) for file in files):
+        if here != root and any(file.name.endswith(_WEIGHT_SUFFIXES) or file.name.startswith(_LOG) for file in files):
             return
         found.extend(
             file.relative_to(root)

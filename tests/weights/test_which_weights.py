@@ -241,6 +241,7 @@ LEFT = [
     ".cache/huggingface/download/config.json.lock", ".git/config", "code/__pycache__/modeling_own.cpython-311.pyc", "code/.hidden",
     "original/params.json", "original/consolidated.00.pth", "onnx/model.onnx", "onnx/config.json", "checkpoint-5/trainer_state.json",
     "checkpoint-5/model.safetensors", "hf_cache/models.json", "processor/vision/pytorch_model.bin", "model.safetensors.index.json",
+    "runs/May01_host/events.out.tfevents.1700000000.host",
 ]  # fmt: skip
 
 
