@@ -181,7 +181,9 @@ def test_a_full_disk_is_reported_and_training_goes_on(task, tmp_path):
         pytest.skip("no small disk can be mounted here")
     try:
         # Room for one copy of the model, and for no checkpoint.
-        code, said = run([*task[0], f"output={disk / 'run'}", "training.save_every=1"], tmp_path / "log")
+        code, said = run(
+            [*task[0], f"output={disk / 'run'}", "training.save_every=1", "logging.tensorboard=true"], tmp_path / "log"
+        )
         assert code == 1 and "Traceback" not in said, said
         for step in (2, 3):
             assert f"the model could not be written to {disk / 'run' / f'step-{step}'}: No space left on device" in said
