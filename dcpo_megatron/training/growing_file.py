@@ -19,6 +19,7 @@ class GrowingFile:
     def __init__(self, path: Path, announce: Callable[[str], None]):
         self._name, self._announce = path.name, announce
         self._waiting: list[bytes] = []
+        self._full = False
         self._file = path.open("ab", buffering=0)
 
     @property
@@ -36,12 +37,14 @@ class GrowingFile:
             while written < len(data):
                 written += self._file.write(data[written:])
         except OSError as error:
-            if len(self._waiting) == 1:
+            if not self._full:
                 self._announce(f"{self._name} cannot be written ({error.strerror}): its rows wait in memory")
             # No half of a record stays; cutting a file shorter needs no room.
             self._file.truncate(end)
+            self._full = True
             return
         self._waiting.clear()
+        self._full = False
 
     def close(self) -> None:
         """Safe to call twice."""

@@ -270,8 +270,8 @@ def test_subfolders_belong_to_the_model_but_for_weights_hidden_ones_and_caches(f
 
 def test_a_folder_that_is_written_below_its_source_does_not_hold_itself(full):
     for _ in range(2):
-        write_hf_folder(full / "runs" / "one" / "model", [("weight", torch.ones(2))], full)
-        assert listed(full / "runs") == sorted(f"one/model/{file}" for file in [*CARRIED, SINGLE])
+        write_hf_folder(full / "mine" / "one" / "model", [("weight", torch.ones(2))], full)
+        assert listed(full / "mine") == sorted(f"one/model/{file}" for file in [*CARRIED, SINGLE])
 
 
 def test_named_chat_templates_go_to_megatron_and_back(demo_start, tmp_path):
