@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable
@@ -356,8 +357,11 @@ def write_hf_folder(
         shutil.rmtree(work, ignore_errors=True)
         if isinstance(error, OSError):
             raise
-        # The package's word for a full disk, too.
-        raise OSError(f"{destination} could not be written: {error}") from None
+        # The package's word for a full disk, too: "... No space left on device (os error 28)".
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise OSError(f"{destination} could not be written: {error}") from None
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(destination)) from None
     for folder in [*stale, *([old] if old is not None else [])]:
         if problem := remove(folder):
             warn(problem)
