@@ -50,7 +50,11 @@ def weights_file(folder: str | os.PathLike) -> Path:
         CheckpointError: there is none; names what lies there instead.
     """
     folder = Path(folder)
-    named = _named_in_config(folder)
+    named = _config(folder).get(NAMED)
+    if named and not (isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json"))):
+        raise CheckpointError(
+            f"{folder / 'config.json'} names {named!r} ({NAMED}), which is no safetensors file: convert the weights to safetensors first"
+        )
     for name in (named,) if named else (SINGLE, INDEX):
         if (folder / name).is_file():
             return folder / name
@@ -68,18 +72,13 @@ def weights_file(folder: str | os.PathLike) -> Path:
     )
 
 
-def _named_in_config(folder: Path) -> str | None:
+def _config(folder: Path) -> dict:
+    """config.json, or nothing where there is none: whoever needs it says what is wrong."""
     try:
-        named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(NAMED)
-    except (OSError, ValueError, AttributeError):
-        return None  # whoever reads the configuration says what is wrong with it
-    if named is not None and not (
-        isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json"))
-    ):
-        raise CheckpointError(
-            f"{folder / 'config.json'} names {named!r} ({NAMED}), which is no safetensors file: convert the weights to safetensors first"
-        )
-    return named
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 class SafetensorsFolder:
@@ -248,9 +247,8 @@ def copy_companions(source: str | os.PathLike, destination: Path) -> None:
         target = destination / path
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(Path(source) / path, target)
-    if _named_in_config(destination):
-        content = json.loads((destination / "config.json").read_text(encoding="utf-8"))
-        del content[NAMED]
+    content = _config(destination)
+    if content.pop(NAMED, None):
         (destination / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -338,9 +336,10 @@ def write_hf_folder(
     """
     destination, source = Path(destination), Path(source)
     work = destination.with_name(destination.name + ".incomplete")
-    stale = moved_aside(destination)
-    if work.exists():
-        stale.append(move_aside(work))
+    # First, since the disk may need the room.
+    for left in [*moved_aside(destination), *([move_aside(work)] if work.exists() else [])]:
+        if problem := remove(left):
+            warn(problem)
     old = None
     try:
         work.mkdir(parents=True)
@@ -362,9 +361,8 @@ def write_hf_folder(
         if number is None:
             raise OSError(f"{destination} could not be written: {error}") from None
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(destination)) from None
-    for folder in [*stale, *([old] if old is not None else [])]:
-        if problem := remove(folder):
-            warn(problem)
+    if old is not None and (problem := remove(old)):
+        warn(problem)
     return destination
 
 
