@@ -18,7 +18,7 @@ from dcpo_megatron.cli.progress import size
 from dcpo_megatron.mcore.hf_config import ModelShape, read_shape
 from dcpo_megatron.weights.conversion import HF_SUBFOLDER
 from dcpo_megatron.weights.fit import check_folder
-from dcpo_megatron.weights.hf_folder import CheckpointError, SafetensorsFolder
+from dcpo_megatron.weights.hf_folder import CheckpointError, SafetensorsFolder, companions
 from dcpo_megatron.weights.mapping import hf_shapes, parameter_names, rule_for
 from dcpo_megatron.weights.megatron_names import MegatronTensors
 from dcpo_megatron.weights.torch_dist import TensorEntry, TorchDistFolder, find_checkpoint
@@ -26,7 +26,6 @@ from dcpo_megatron.weights.torch_dist import TensorEntry, TorchDistFolder, find_
 _EMBEDDING = "embedding.word_embeddings.weight"
 _STATE = re.compile(r"^(?:chained_\d+\.)?optimizer\.state\.([^.]+)\.")
 _LAYER = re.compile(r"(?:^|\.)decoder\.layers\.(?:(\d+)\.)?")
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".distcp")
 
 
 def describe(path: str, config_from: str | None = None) -> dict:
@@ -175,7 +174,7 @@ def iteration_of(found: TorchDistFolder) -> int | None:
 def _companions(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
-    return sorted(file.name for file in folder.iterdir() if file.is_file() and not file.name.endswith(_WEIGHTS))
+    return sorted(path.as_posix() for path in companions(folder))
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
 from dcpo_megatron.cli.quiet import quiet_libraries
+from dcpo_megatron.files import discard
 
 TARGET = 0.31
 # Only a folder that holds it may be replaced.
@@ -112,7 +112,11 @@ def main(argv: list[str] | None = None) -> int:
         if not (folder / MARKER).is_file():
             print(f"dcpo: error: {folder} is not empty and is no demo's folder: give another --output", file=sys.stderr)
             return 2
-        shutil.rmtree(folder)
+        problem = discard(folder)
+        if problem is not None:
+            print(f"dcpo: {'error' if folder.exists() else 'warning'}: {problem}", file=sys.stderr)
+        if folder.exists():
+            return 2
     quiet_libraries()
     try:
         if args.pretrained:

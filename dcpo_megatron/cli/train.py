@@ -7,6 +7,7 @@ run is saved, start it again to go on; 70 this rank or another stood still for t
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from dcpo_megatron.training.config import Config, ConfigError, known_keys, load_
 from dcpo_megatron.training.signals import START_AGAIN, StopRequest
 
 BAD_INPUT = 2
+_NOT_WRITABLE = errno.ENOSPC, errno.EDQUOT, errno.EROFS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -87,6 +89,9 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if explains_itself(error):
             return refuse(error, 1)
+        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
+            where = f"{error.filename}: " if error.filename else ""
+            return refuse(OSError(f"{where}{error.strerror}: free space, or name another output"), 1)
         if not is_bad_input(error):
             raise
         return refuse(error)
@@ -104,6 +109,7 @@ def _train(args) -> int:
     run = check_run(config, world)
     if args.check:
         if _rank() == 0:
+            run.check_weights()
             _say_plan(run, args.gpu_memory, args.server_gpus)
         return 0
     import torch
@@ -166,8 +172,9 @@ def explains_itself(error: BaseException) -> bool:
     from dcpo_megatron.rollout import RolloutError
     from dcpo_megatron.training.bad_steps import BadStepsError
     from dcpo_megatron.training.mismatch import MismatchError
+    from dcpo_megatron.training.model_copy import UnsavedModelError
 
-    return isinstance(error, (BadStepsError, MismatchError, RolloutError))
+    return isinstance(error, (BadStepsError, MismatchError, RolloutError, UnsavedModelError))
 
 
 def refuse(error: Exception, code: int = BAD_INPUT) -> int:

@@ -8,6 +8,7 @@
             manifest.json                                      size and SHA-256 of every file above
         step-000060.incomplete/      being written, or left by a run that was killed
         step-000020.damaged/         set aside because its files are not what its manifest says
+        step-000010.removing/        what is left of an old one that could not be removed
         latest                       the name of the newest complete one
 
 Pure file work: no process group, no model.
@@ -19,10 +20,11 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from dcpo_megatron.files import REMOVING, discard, move_aside, remove, sync
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -106,51 +108,78 @@ def complete_steps(root: Path) -> list[int]:
     return sorted(int(m[1]) for p in root.iterdir() if p.is_dir() and (m := _NAME.match(p.name)))
 
 
-def remove_leftovers(root: Path) -> None:
-    """Removes what a killed run left half-written."""
-    if root.is_dir():
-        for path in root.iterdir():
-            if path.name.endswith((INCOMPLETE, ".part", ".removing")):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+def remove_leftovers(root: Path) -> list[str]:
+    """Removes what a killed run left half-written or half-removed; sentences about what cannot be removed."""
+    if not root.is_dir():
+        return []
+    left = sorted(path for path in root.iterdir() if path.name.endswith((INCOMPLETE, ".part", REMOVING)))
+    return [problem for path in left if (problem := discard(path))]
 
 
 def set_aside(folder: Path) -> Path:
-    """Renames a damaged checkpoint, so that it is not taken for a good one again; returns where it is now."""
-    target = folder.with_name(folder.name + DAMAGED)
+    """Renames a damaged checkpoint, so that it is not taken for a good one again; returns where it is now. Raises OSError."""
+    number, target = 1, folder.with_name(folder.name + DAMAGED)
     if target.exists():
-        shutil.rmtree(target)
+        discard(target)
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"{folder.name}.{number}{DAMAGED}")
     folder.rename(target)
     return target
 
 
-def publish(work: Path, root: Path, step: int) -> Path:
-    """Gives a finished folder its final name, and then ``latest`` its name."""
+def publish(work: Path, root: Path, step: int, warn: Callable[[str], None] = lambda text: None) -> Path:
+    """Gives a finished folder its final name, and then ``latest`` its name.
+
+    ``warn`` is told what does not matter to the new checkpoint: an old one of the same step that cannot be removed, ``latest`` that cannot be written.
+
+    Raises:
+        OSError: it has not got its name.
+    """
     target = root / checkpoint_name(step)
-    _sync_folder(work)
-    if target.exists():  # an older one of the same step, from before a resume further back
-        _remove(target)
-    work.rename(target)
-    _sync_folder(root)
-    write_text(root / LATEST, target.name + "\n")
+    sync(work)
+    # An older one of the same step, from before a resume further back.
+    old = move_aside(target) if target.exists() else None
+    try:
+        work.rename(target)
+    except OSError:
+        if old is not None:
+            old.rename(target)
+        raise
+    sync(root)
+    try:
+        write_text(root / LATEST, target.name + "\n")
+    except OSError as error:
+        warn(f"{root / LATEST} could not be written: {error.strerror or error}; {target.name} is complete all the same")
+    if old is not None and (problem := remove(old)):
+        warn(problem)
     return target
 
 
-def prune(root: Path, keep_last: int, keep_every: int) -> list[int]:
-    """Removes complete checkpoints but the newest ``keep_last`` and every multiple of ``keep_every`` (0: none); returns the steps removed."""
-    steps = complete_steps(root)
-    gone = [s for s in steps[: -max(keep_last, 1)] if not (keep_every and s % keep_every == 0)]
-    for step in gone:
-        _remove(root / checkpoint_name(step))
+def prune(
+    root: Path,
+    keep_last: int,
+    keep_every: int,
+    upto: int | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> list[int]:
+    """Removes complete checkpoints but the newest ``keep_last`` and every multiple of ``keep_every`` (0: none); returns the steps removed.
+
+    Args:
+        upto: later ones than of this step (which could not be set aside) neither count nor go; None: all count.
+        warn: is told what cannot be removed.
+    """
+    steps = [step for step in complete_steps(root) if upto is None or step <= upto]
+    gone = []
+    for step in steps[: -max(keep_last, 1)]:
+        if keep_every and step % keep_every == 0:
+            continue
+        folder = root / checkpoint_name(step)
+        if problem := discard(folder):
+            warn(problem)
+        if not folder.exists():
+            gone.append(step)
     return gone
-
-
-def _remove(folder: Path) -> None:
-    # Under another name first: a removal that is interrupted must not leave half a checkpoint that looks whole.
-    doomed = folder.with_name(folder.name + ".removing")
-    if doomed.exists():
-        shutil.rmtree(doomed)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -161,11 +190,3 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     work.rename(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,6 +14,8 @@ from dcpo_megatron.objectives import Objective
 from dcpo_megatron.training.config import Config, ConfigError
 from dcpo_megatron.training.tokenizer import has_tokenizer
 from dcpo_megatron.weights.conversion import hf_folder_of
+from dcpo_megatron.weights.fit import check_folder
+from dcpo_megatron.weights.hf_folder import SafetensorsFolder
 from dcpo_megatron.weights.megatron_names import MegatronTensors
 from dcpo_megatron.weights.torch_dist import TorchDistFolder, find_checkpoint
 
@@ -39,11 +41,20 @@ class CheckedRun:
     def not_seen(self) -> list[str]:
         """What a run will need and is not there yet: a folder with config.json alone can be checked."""
         found = []
-        if find_checkpoint(self.weights) is None and not any(self.weights.glob("*.safetensors")):
+        if not self._has_weights:
             found.append(f"weights: {self.weights} has none (*.safetensors)")
         if not has_tokenizer(self.hf_folder):
             found.append(f"tokenizer: {self.hf_folder} has none (tokenizer.json)")
         return found
+
+    @property
+    def _has_weights(self) -> bool:
+        return find_checkpoint(self.weights) is not None or any(self.weights.glob("*.safetensors"))
+
+    def check_weights(self) -> None:
+        """Holds the files of a Hugging Face folder's weights, where there are any, against config.json, as every rank does when it loads them. Raises CheckpointError."""
+        if self._has_weights and find_checkpoint(self.weights) is None:
+            check_folder(SafetensorsFolder(self.weights), self.shape)
 
 
 def check_run(config: Config, world_size: int) -> CheckedRun:

@@ -20,6 +20,7 @@ from dcpo_megatron.rollout import GenerateRequest, RolloutEngine, SamplingParams
 from dcpo_megatron.training.eval_numbers import Answers, average, estimate, lengths, measures
 from dcpo_megatron.training.eval_store import GREEDY, EvaluationError, ResponseStore
 from dcpo_megatron.training.rollout_phase import stream_seed
+from dcpo_megatron.weights.hf_folder import companions
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,13 @@ def file_fingerprint(file: str) -> str:
 
 
 def model_fingerprint(folder: str | Path) -> str:
-    """16 hex digits: names, sizes and both ends of the weight files, and the whole of the small files beside them (configuration, tokenizer)."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(folder).iterdir()):
-        if not file.is_file() or file.suffix not in (".json", ".safetensors", ".model", ".txt", ".jinja", ".bin"):
-            continue
+    """16 hex digits: names, sizes and both ends of the weight files, and the whole of the small files beside and below them (configuration, tokenizer)."""
+    digest, folder = hashlib.sha256(), Path(folder)
+    suffixes = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bin")
+    files = {file for file in folder.iterdir() if file.is_file()} | {folder / path for path in companions(folder)}
+    for file in sorted(file for file in files if file.suffix in suffixes):
         size = file.stat().st_size
-        digest.update(f"{file.name}/{size}/".encode())
+        digest.update(f"{file.relative_to(folder)}/{size}/".encode())
         with file.open("rb") as handle:
             digest.update(handle.read(1 << 20))
             if size > 1 << 20:

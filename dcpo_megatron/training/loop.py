@@ -20,11 +20,11 @@ from dcpo_megatron.advantages.history_file import load_history, save_history_sta
 from dcpo_megatron.data import PromptSampler, PromptSet, Response
 from dcpo_megatron.data.packing import PackingOptions
 from dcpo_megatron.mcore import platform as platforms
-from dcpo_megatron.mcore.collectives import host_group
 from dcpo_megatron.mcore.random_state import random_state, set_random_state
 from dcpo_megatron.mcore.step import PolicyModel, UpdateResult
 from dcpo_megatron.mcore.training_state import take_snapshot
 from dcpo_megatron.rollout import RolloutEngine
+from dcpo_megatron.training import checkpoint_folder as folders
 from dcpo_megatron.training.bad_steps import BadSteps
 from dcpo_megatron.training.checks import CheckedRun
 from dcpo_megatron.training.evaluation import evaluate
@@ -32,6 +32,7 @@ from dcpo_megatron.training.gpu import GpuMonitor
 from dcpo_megatron.training.metrics import seconds_metrics, update_metrics
 from dcpo_megatron.training.minibatches import plan_minibatch, split_minibatches
 from dcpo_megatron.training.mismatch import check_mismatch, mean_of, stale_tokens
+from dcpo_megatron.training.model_copy import UnsavedModelError, holder, write_copy
 from dcpo_megatron.training.pending import read_pending
 from dcpo_megatron.training.report import draw_report
 from dcpo_megatron.training.resume import (
@@ -48,7 +49,6 @@ from dcpo_megatron.training.samples import SampleLog
 from dcpo_megatron.training.saver import CheckpointSaver
 from dcpo_megatron.training.sinks import Sinks
 from dcpo_megatron.training.watchdog import Watchdog, WatchedTimeline
-from dcpo_megatron.weights.hf_folder import write_hf_folder
 from dcpo_megatron.weights.transfer import WeightGatherer
 
 
@@ -114,6 +114,9 @@ class Trainer:
         """Trains up to ``training.steps`` steps; returns (and writes) the summary.
 
         ``stop_requested`` is asked at each step boundary: where any rank says yes, the run is saved and None is returned (start it again to go on).
+
+        Raises:
+            UnsavedModelError: the trained model cannot be written at the end. Copies on the way that cannot be written are announced.
         """
         config = self.run_.config
         last = config.training.steps
@@ -129,11 +132,17 @@ class Trainer:
             if step == last or (config.evaluation.every and step % config.evaluation.every == 0):
                 self._evaluate(step)
             if config.training.save_every and step % config.training.save_every == 0 and step < last:
-                self._save(f"step-{step}")
+                problem = self._save(f"step-{step}")
+                if problem is not None:
+                    self.sinks.announce(f"{problem}; training goes on, the next copy tries again")
             if self._checkpoint(step, stop_requested()):
                 self.watchdog.close("stopped")
                 return None
-        self._save("model")
+        problem = self._save("model")
+        if problem is not None:
+            raise UnsavedModelError(
+                f"all {last} steps are done, but {problem}; {holder(self.folder / 'checkpoints', last)}"
+            )
         summary = self._finish(self.train_seconds)
         self.watchdog.close("finished")
         return summary
@@ -158,9 +167,11 @@ class Trainer:
             if report.problem is None:
                 self.sinks.announce(f"checkpoint of step {report.step} is complete after {report.seconds:.2f} s")
             else:
-                self.sinks.announce(
-                    f"checkpoint of step {report.step} could not be written: {report.problem}; training goes on, the next one tries again"
-                )
+                at_the_end = report.step == self.run_.config.training.steps
+                then = "it was the last one" if at_the_end else "training goes on, the next one tries again"
+                self.sinks.announce(f"checkpoint of step {report.step} could not be written: {report.problem}; {then}")
+            for warning in report.warnings:
+                self.sinks.warn(warning)
         return stop and not last
 
     def _extras(self, step: int) -> Callable[[Path], None]:
@@ -185,9 +196,9 @@ class Trainer:
         def write(folder: Path) -> None:
             if pending is not None:
                 pending.write(sampled, folder, rank)
-            (folder / f"random-{rank:05d}.json").write_text(numbers, encoding="utf-8")
+            folders.write_text(folder / f"random-{rank:05d}.json", numbers)
             if writer:
-                (folder / RUN_FILE).write_text(state, encoding="utf-8")
+                folders.write_text(folder / RUN_FILE, state)
                 if history is not None:
                     save_history_state(history, folder / HISTORY_FILE)
 
@@ -359,15 +370,10 @@ class Trainer:
         self.evaluations[step] = result
         self.sinks.evaluation(step, result)
 
-    def _save(self, name: str) -> None:
-        """The current weights as a Hugging Face folder ``output/name``; collective."""
+    def _save(self, name: str) -> str | None:
+        """The current weights as a Hugging Face folder ``output/name``; collective. A sentence on every rank where it could not be written."""
         self.watchdog.enter("save", timeout_seconds=self.run_.config.checkpoint.timeout_seconds)
-        tensors = self.gatherer.tensors()
-        if dist.get_rank() == 0:
-            write_hf_folder(self.folder / name, tensors, self.run_.hf_folder)
-        for _ in tensors:
-            pass
-        dist.barrier(group=host_group())
+        return write_copy(self.gatherer.tensors(), self.folder / name, self.run_.hf_folder, self.sinks.warn)
 
     def _finish(self, train_seconds: float) -> dict:
         config, steps = self.run_.config, self.history_of_metrics
@@ -399,13 +405,16 @@ class Trainer:
                 "greedy_after": last["greedy"],
             }
         if dist.get_rank() == 0:
-            (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-            if config.logging.report and steps:
-                draw_report(
-                    self.folder / "metrics.jsonl",
-                    self.folder / "report.png",
-                    f"{summary['preset']}, seed {summary['seed']}",
-                )
+            try:
+                (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+                if config.logging.report and steps:
+                    draw_report(
+                        self.folder / "metrics.jsonl",
+                        self.folder / "report.png",
+                        f"{summary['preset']}, seed {summary['seed']}",
+                    )
+            except OSError as error:
+                self.sinks.warn(f"summary and report could not be written: {error.strerror or error}")
         self.sinks.say(
             f"the trained model is in {escape(str(self.folder / 'model'))}, metrics and summary.json beside it"
         )

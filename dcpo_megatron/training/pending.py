@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Protocol
 
 from dcpo_megatron.data import Prompt, Response, decode_responses, encode_responses
+from dcpo_megatron.files import sync
 from dcpo_megatron.rollout import GenerateRequest, Generation
+from dcpo_megatron.training.checkpoint_folder import write_text
 
 PENDING_FILE = "pending.json"
 
@@ -54,10 +56,12 @@ class PendingBatch:
 
     def write(self, finished: list[Response], folder: Path, rank: int) -> None:
         """Writes :meth:`finished` responses of this rank, and on rank 0 the plan."""
-        (folder / f"pending-{rank:05d}.responses").write_bytes(encode_responses(finished))
+        file = folder / f"pending-{rank:05d}.responses"
+        file.write_bytes(encode_responses(finished))
+        sync(file)
         if rank == 0:
             plan = {"step": self.step, "prompts": [prompt.id for prompt in self.prompts]}
-            (folder / PENDING_FILE).write_text(json.dumps(plan), encoding="utf-8")
+            write_text(folder / PENDING_FILE, json.dumps(plan))
 
 
 def read_pending(

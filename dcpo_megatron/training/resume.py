@@ -159,13 +159,14 @@ class Found:
 
 def find_checkpoint(folder: Path) -> Found:
     """The newest whole checkpoint of a run. Collective: ranks share the work of summing up its files."""
-    root, notes = folder / "checkpoints", []
+    root, notes, skipped = folder / "checkpoints", [], set()
     rank, world = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
+        notes += folders.remove_leftovers(root)
     while True:
         step = None
         if rank == 0:
-            folders.remove_leftovers(root)
-            step = max(folders.complete_steps(root), default=None)
+            step = max(set(folders.complete_steps(root)) - skipped, default=None)
         (answer, *_) = all_gather_on_host(json.dumps(step).encode())
         step = json.loads(answer)
         if step is None:
@@ -183,11 +184,13 @@ def find_checkpoint(folder: Path) -> Found:
         problem = next((text.decode() for text in problems if text), None)
         if problem is None:
             return Found(path, state, notes)
+        skipped.add(step)
         if rank == 0:
-            folders.set_aside(path)
-        notes.append(
-            f"checkpoint {path.name} is damaged ({problem}): set aside as {path.name}{folders.DAMAGED}, the one before is used"
-        )
+            try:
+                what = f"set aside as {folders.set_aside(path).name}"
+            except OSError as error:
+                what = f"it cannot be set aside ({error.strerror or error})"
+            notes.append(f"checkpoint {path.name} is damaged ({problem}): {what}, the one before is used")
 
 
 def layout_note(state: RunState, config: Config, layout: dict) -> str | None:

@@ -7,7 +7,8 @@
 Beside training the thread takes a tenth of a core at most, and gives way to everything else: a save costs many steps a little and none of them much. Once it is waited for
 it does not rest.
 
-A save that fails (a full disk) is reported and its remains are removed; training goes on, and the next save tries anew.
+A save that fails (a full disk) is reported and its remains are removed; training goes on, and the next save tries anew. What does not matter to the new checkpoint (an old one that
+cannot be removed) is reported beside it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dcpo_megatron.files import discard
 from dcpo_megatron.mcore.collectives import all_gather_on_host, all_reduce_on_host, host_group
 from dcpo_megatron.mcore.training_state import HostMemory, Snapshot
 from dcpo_megatron.training import checkpoint_folder as folders
@@ -38,11 +39,12 @@ _REST, _WORK = 9.0, 0.005
 
 @dataclass(frozen=True)
 class SaveReport:
-    """How a save ended: ``problem`` is None where the checkpoint is complete, else a sentence. ``seconds`` from its start."""
+    """How a save ended: ``problem`` is None where the checkpoint is complete, else a sentence. ``seconds`` from its start. ``warnings``: on rank 0."""
 
     step: int
     problem: str | None
     seconds: float
+    warnings: tuple[str, ...] = ()
 
 
 class CheckpointSaver:
@@ -68,6 +70,7 @@ class CheckpointSaver:
         self._thread: threading.Thread | None = None
         self._awaited = threading.Event()
         self._problem: str | None = None
+        self._warnings: list[str] = []
         self._common: dict = {}
 
     @property
@@ -98,8 +101,7 @@ class CheckpointSaver:
         try:
             # An older attempt at the same step may have left files.
             if dist.get_rank() == 0:
-                if work.exists():
-                    shutil.rmtree(work)
+                self._discard(work)
                 work.mkdir(parents=True)
         except OSError as error:
             self._problem = f"{work}: {error.strerror or error}"
@@ -176,16 +178,21 @@ class CheckpointSaver:
             try:
                 if not failed:
                     self._index(work)
-                    folders.publish(work, self.root, step)
-                    folders.prune(self.root, self.keep_last, self.keep_every)
+                    folders.publish(work, self.root, step, self._warnings.append)
+                    folders.prune(self.root, self.keep_last, self.keep_every, step, self._warnings.append)
                 else:
-                    shutil.rmtree(work, ignore_errors=True)
+                    self._discard(work)
             except OSError as error:
                 problem = f"{error.strerror or error} ({work})"
-                shutil.rmtree(work, ignore_errors=True)
+                self._discard(work)
         (problem_bytes, *_) = all_gather_on_host((problem or "").encode())
+        warnings, self._warnings = tuple(self._warnings), []
         self._step, self._thread, self._common = None, None, {}
-        return SaveReport(step, problem_bytes.decode() or None, time.monotonic() - self._started)
+        return SaveReport(step, problem_bytes.decode() or None, time.monotonic() - self._started, warnings)
+
+    def _discard(self, work: Path) -> None:
+        if warning := discard(work):
+            self._warnings.append(warning)
 
     def _index(self, work: Path) -> None:
         records, tensors, known = [], {}, {}

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from dcpo_megatron.training.config import Config
 from dcpo_megatron.training.endpoint import MetricsEndpoint
+from dcpo_megatron.training.growing_file import BoardFile, GrowingFile
 from dcpo_megatron.training.metrics import check_declared
 from dcpo_megatron.training.metrics_file import read_rows
 
@@ -32,19 +33,16 @@ class Sinks:
         self._console = self._board = self._wandb = self._endpoint = None
         if not is_writer:
             return
-        self._waiting: list[str] = []
         work = folder / "metrics.jsonl.part"
         work.write_text("".join(json.dumps(row) + "\n" for row in self.kept), encoding="utf-8")
         work.rename(folder / "metrics.jsonl")
-        self._file = (folder / "metrics.jsonl").open("ab", buffering=0)
+        self._file = GrowingFile(folder / "metrics.jsonl", self.announce)
         if config.logging.console:
             from rich.console import Console
 
             self._console = Console(highlight=False)
         if config.logging.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=self._from + 1 if self._from else None)
+            self._board = BoardFile(folder / "tensorboard", self.announce, self._from + 1 if self._from else None)
         if config.logging.wandb:
             import wandb
 
@@ -80,6 +78,10 @@ class Sinks:
         elif self.is_writer:
             print(text, flush=True)
 
+    def warn(self, text: str) -> None:
+        """Something went wrong that costs the run nothing."""
+        self.announce(f"warning: {text}")
+
     def progress(self, finished: int, total: int) -> None:
         """A passing line about the rollout under way; shown on a terminal only."""
         if self._console is not None and self._console.is_terminal:
@@ -98,8 +100,7 @@ class Sinks:
         if self._endpoint is not None:
             self._endpoint.update({"step": step, "updated_unix_seconds": time.time(), **metrics})
         if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
+            self._board.scalars(step, metrics)
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
         if self._console is not None:
@@ -113,8 +114,7 @@ class Sinks:
         if self._endpoint is not None:
             self._endpoint.update({"step": step, **result}, "eval_")
         if self._board is not None:
-            for name, value in result.items():
-                self._board.add_scalar(f"eval/{name}", value, step)
+            self._board.scalars(step, {f"eval/{name}": value for name, value in result.items()})
         if self._wandb is not None:
             self._wandb.log({f"eval/{name}": value for name, value in result.items()}, step=step)
         self.say(
@@ -123,23 +123,7 @@ class Sinks:
         )
 
     def _row(self, row: dict) -> None:
-        self._waiting.append(json.dumps(row) + "\n")
-        self._write_waiting()
-
-    def _write_waiting(self) -> None:
-        end = self._file.seek(0, 2)
-        data = "".join(self._waiting).encode()
-        try:
-            written = 0
-            while written < len(data):
-                written += self._file.write(data[written:])
-        except OSError as error:
-            if len(self._waiting) == 1:
-                self.announce(f"metrics.jsonl cannot be written ({error.strerror}): its rows wait in memory")
-            # No half of a row stays; cutting a file shorter needs no room.
-            self._file.truncate(end)
-            return
-        self._waiting.clear()
+        self._file.append((json.dumps(row) + "\n").encode())
 
     def _line(self, step: int, m: dict[str, float]) -> str:
         def show(name: str, form: str) -> str:
@@ -158,10 +142,6 @@ class Sinks:
         """Flushes and closes; safe to call twice."""
         if not self.is_writer or self._file.closed:
             return
-        if self._waiting:
-            self._write_waiting()
-        if self._waiting:
-            self.announce(f"{len(self._waiting)} rows of metrics.jsonl are lost: they could not be written to the end")
         self._file.close()
         if self._board is not None:
             self._board.close()

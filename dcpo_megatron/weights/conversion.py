@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from dcpo_megatron.files import sync_tree
 from dcpo_megatron.mcore.hf_config import ModelShape
 from dcpo_megatron.mcore.layout import ParallelLayout
 from dcpo_megatron.weights.hf_folder import CheckpointError, copy_companions
@@ -67,6 +68,7 @@ def write_index_with_companions(folder: Path, tensors, records, common: dict | N
     """Completes a Megatron checkpoint: configuration and tokenizer files first, the index last."""
     (folder / HF_SUBFOLDER).mkdir(exist_ok=True)
     copy_companions(hf_source, folder / HF_SUBFOLDER)
+    sync_tree(folder / HF_SUBFOLDER)
     write_index(folder, tensors, records, common)
 
 

@@ -1,11 +1,18 @@
-"""Hugging Face folders on disk: tensors read by name from safetensors, and a whole folder written atomically."""
+"""Hugging Face folders on disk: which files of them count, tensors read by name from safetensors, and a whole folder written atomically.
+
+weights       what config.json names as transformers_weights, else model.safetensors, else the shards of its index: as transformers chooses
+companions    every other file, and the subfolders of tokenizer, processor and code (additional_chat_templates)
+left alone    weights in other forms, hidden folders, caches
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,10 +20,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from dcpo_megatron.files import move_aside, moved_aside, remove, sync, sync_tree
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# The key of config.json by which transformers takes another file than these two.
+NAMED = "transformers_weights"
 # Everything of a folder that is not weights, or an index of them, is carried over untouched.
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".index.json")
+_WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".msgpack", ".h5", ".onnx", ".onnx_data", ".index.json",
+)  # fmt: skip
+_LOG = "events.out.tfevents"
 
 # safetensors' names of the dtypes that weights come in.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
@@ -27,8 +41,48 @@ class CheckpointError(ValueError):
     """A Hugging Face folder's weights cannot be used; the message names the file or tensor and what to do."""
 
 
+def weights_file(folder: str | os.PathLike) -> Path:
+    """The safetensors file, or index of several, that counts in a Hugging Face folder: the choice of transformers (5.12, ``_get_resolved_checkpoint_files``).
+
+    A whole file beside an index counts, whatever the index says: ``save_pretrained`` leaves older shards, and their index, where they are.
+
+    Raises:
+        CheckpointError: there is none; names what lies there instead.
+    """
+    folder = Path(folder)
+    named = _config(folder).get(NAMED)
+    if named and not (isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json"))):
+        raise CheckpointError(
+            f"{folder / 'config.json'} names {named!r} ({NAMED}), which is no safetensors file: convert the weights to safetensors first"
+        )
+    for name in (named,) if named else (SINGLE, INDEX):
+        if (folder / name).is_file():
+            return folder / name
+    if named:
+        raise CheckpointError(
+            f"{folder / 'config.json'} names {named} ({NAMED}), which is not there: the checkpoint is incomplete, copy it again"
+        )
+    others = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not others:
+        raise CheckpointError(f"{folder} has no *.safetensors file: convert the weights to safetensors first")
+    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+    raise CheckpointError(
+        f"{folder} has neither {SINGLE} nor {INDEX}, only {others[0]}{more}, which transformers does not take either: "
+        f"rename the one file that holds all weights to {SINGLE}, or restore the index"
+    )
+
+
+def _config(folder: Path) -> dict:
+    """config.json, or nothing where there is none: whoever needs it says what is wrong."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 class SafetensorsFolder:
-    """Tensors of a Hugging Face folder by name, read one at a time (nothing is held).
+    """Tensors of a Hugging Face folder by name, read one at a time (nothing is held). Which files count, :func:`weights_file` says.
 
     Raises:
         CheckpointError: no safetensors file, a broken one, or an index that names files which are not there.
@@ -38,32 +92,23 @@ class SafetensorsFolder:
         self.folder = Path(folder)
         # Of each file: name -> (shape, dtype, first byte).
         self._headers: dict[Path, dict[str, tuple[tuple[int, ...], torch.dtype, int]]] = {}
-        index = self.folder / INDEX
-        if index.is_file():
-            try:
-                weight_map = json.loads(index.read_text())["weight_map"]
-                self._file_of = {name: self.folder / file for name, file in weight_map.items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(
-                    f"{index} is not a safetensors index ({error}): restore it from the original checkpoint"
-                ) from None
-            missing = sorted(file.name for file in set(self._file_of.values()) if not file.is_file())
-            if missing:
-                raise CheckpointError(
-                    f"{index} names {missing[0]}, which is not there: the checkpoint is incomplete, copy it again"
-                )
-        else:
-            # As transformers does: another copy of the weights may lie beside it (Mistral's consolidated.safetensors).
-            single = self.folder / SINGLE
-            files = [single] if single.is_file() else sorted(self.folder.glob("*.safetensors"))
-            if not files:
-                raise CheckpointError(
-                    f"{self.folder} has no *.safetensors file: convert the weights to safetensors first"
-                )
-            self._file_of = {}
-            for file in files:
-                with self._open(file) as handle:
-                    self._file_of |= dict.fromkeys(handle.keys(), file)
+        file = weights_file(folder)
+        if not file.name.endswith(".index.json"):
+            with self._open(file) as handle:
+                self._file_of = dict.fromkeys(handle.keys(), file)
+            return
+        try:
+            weight_map = json.loads(file.read_text())["weight_map"]
+            self._file_of = {name: self.folder / shard for name, shard in weight_map.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{file} is not a safetensors index ({error}): restore it from the original checkpoint"
+            ) from None
+        missing = sorted(shard.name for shard in set(self._file_of.values()) if not shard.is_file())
+        if missing:
+            raise CheckpointError(
+                f"{file} names {missing[0]}, which is not there: the checkpoint is incomplete, copy it again"
+            )
 
     @staticmethod
     def _open(file: Path):
@@ -160,11 +205,51 @@ class SafetensorsFolder:
         return result
 
 
+def companions(folder: str | os.PathLike, destination: Path | None = None) -> list[Path]:
+    """What of a Hugging Face folder is not weights (configuration, tokenizer, chat templates, code, licence), as paths relative to it.
+
+    Subfolders belong to it, but for hidden ones, caches, logs of a training, and such with weights in them: another form of the weights, or a checkpoint.
+    ``destination``: a folder that is being written; where it lies below ``folder``, the way to it is left out.
+    """
+    root, found, seen = Path(folder), [], set()
+    target = destination.resolve() if destination is not None else None
+
+    def walk(here: Path) -> None:
+        real = here.resolve()
+        if here != root and (real in seen or (target is not None and target.is_relative_to(real))):
+            return
+        seen.add(real)
+        try:
+            entries = sorted(here.iterdir())
+        except PermissionError:
+            if here == root:
+                raise
+            return  # a file system's own, such as lost+found
+        files = [entry for entry in entries if entry.is_file()]
+        if here != root and any(file.name.endswith(_WEIGHT_SUFFIXES) or file.name.startswith(_LOG) for file in files):
+            return
+        found.extend(
+            file.relative_to(root)
+            for file in files
+            if not file.name.endswith(_WEIGHT_SUFFIXES) and not (here != root and file.name.startswith("."))
+        )
+        for entry in entries:
+            if entry.is_dir() and not entry.name.startswith(".") and not entry.name.strip("_").endswith("cache"):
+                walk(entry)
+
+    walk(root)
+    return found
+
+
 def copy_companions(source: str | os.PathLike, destination: Path) -> None:
-    """Copies every file of a Hugging Face folder that is not weights (configuration, tokenizer, licence) untouched."""
-    for file in sorted(Path(source).iterdir()):
-        if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES):
-            shutil.copy2(file, destination / file.name)
+    """Copies :func:`companions` of a Hugging Face folder untouched; only a name of its weights' file goes from config.json: they get the usual one."""
+    for path in companions(source, destination):
+        target = destination / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(Path(source) / path, target)
+    content = _config(destination)
+    if content.pop(NAMED, None):
+        (destination / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def shard_name(number: int, count: int) -> str:
@@ -178,6 +263,7 @@ def write_weight_index(folder: Path, shards: list[list[str]], total_bytes: int) 
         weight_map = {name: shard_name(number, len(shards)) for number, names in enumerate(shards) for name in names}
         content = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(content, indent=2))
+        sync(folder / INDEX)
 
 
 def write_safetensors(
@@ -236,37 +322,47 @@ def write_hf_folder(
     *,
     dtype: torch.dtype | None = None,
     shard_bytes: int = 5 * 1024**3,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> Path:
     """Writes a Hugging Face folder: ``tensors`` in safetensors shards with an index, every other file copied from ``source``.
 
-    The folder appears under its final name only when complete; an existing one is replaced. At most one shard is held in memory.
+    The folder appears under its final name only when complete and on the disk; an existing one is replaced. At most one shard is held in memory.
+
+    Args:
+        warn: is told what is left of older folders that cannot be removed.
 
     Raises:
-        OSError: disk full or not writable; the final name is then untouched, and nothing is left beside it.
+        OSError: disk full or not writable, or the existing folder cannot be moved; the final name is then untouched, and nothing is left beside it.
     """
     destination, source = Path(destination), Path(source)
     work = destination.with_name(destination.name + ".incomplete")
-    if work.exists():
-        shutil.rmtree(work)
+    # First, since the disk may need the room.
+    for left in [*moved_aside(destination), *([move_aside(work)] if work.exists() else [])]:
+        if problem := remove(left):
+            warn(problem)
+    old = None
     try:
         work.mkdir(parents=True)
         copy_companions(source, work)
         _write_shards(work, tensors, dtype, shard_bytes)
-    except SafetensorError as error:  # the package's word for a full disk, too
+        sync_tree(work)
+        if destination.exists():
+            old = move_aside(destination)
+        work.rename(destination)
+        sync(destination.parent)
+    except (OSError, SafetensorError) as error:
+        if old is not None and not destination.exists():
+            old.rename(destination)
         shutil.rmtree(work, ignore_errors=True)
-        raise OSError(f"{destination} could not be written: {error}") from None
-    except OSError:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-
-    old = destination.with_name(destination.name + ".old")
-    if destination.exists():
-        if old.exists():
-            shutil.rmtree(old)
-        destination.rename(old)
-    work.rename(destination)
-    if old.exists():
-        shutil.rmtree(old)
+        if isinstance(error, OSError):
+            raise
+        # The package's word for a full disk, too: "... No space left on device (os error 28)".
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise OSError(f"{destination} could not be written: {error}") from None
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(destination)) from None
+    if old is not None and (problem := remove(old)):
+        warn(problem)
     return destination
 
 

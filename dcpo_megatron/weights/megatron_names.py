@@ -19,6 +19,7 @@ import torch
 
 from dcpo_megatron.mcore.families.base import FUSED_NORMS, single_expert
 from dcpo_megatron.mcore.hf_config import ModelShape
+from dcpo_megatron.weights.fit import check_tie
 from dcpo_megatron.weights.hf_folder import CheckpointError
 from dcpo_megatron.weights.torch_dist import TorchDistFolder, serialized
 
@@ -28,7 +29,7 @@ _FUSED = {plain: fused for fused, plain in FUSED_NORMS.items()}
 # Empty states: the local linear layers ask for theirs, Transformer Engine's norms too (those that it does not fuse into a linear layer).
 _STATES = ("self_attention.linear_qkv", "self_attention.linear_proj")
 _QK_STATES = ("self_attention.q_layernorm", "self_attention.k_layernorm")
-_EMBEDDING = "embedding.word_embeddings.weight"
+_EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 OPTIMIZER_PREFIX = "optimizer.state."
 
 
@@ -39,7 +40,7 @@ def global_name(name: str, shape: ModelShape, layer_offset: int, expert_offset: 
     """
     match = _LAYER.match(name)
     if match is None:
-        return _EMBEDDING if shape.tied_embeddings and name == "output_layer.weight" else name
+        return _EMBEDDING if shape.tied_embeddings and name == _OUTPUT else name
     part = single_expert(FUSED_NORMS.get(match[2], match[2]))
     expert = _EXPERT.match(part)
     if expert:
@@ -104,7 +105,8 @@ class MegatronTensors:
     """Reads whole parameters, or rows of them, of a checkpoint in any dialect and layout.
 
     Raises:
-        CheckpointError: no model in the checkpoint, or one of another number of layers or experts than ``shape`` says.
+        CheckpointError: no model in the checkpoint, one of another number of layers or experts than ``shape`` says, or one with an output layer of its own
+            where ``shape`` is tied.
     """
 
     def __init__(self, folder: TorchDistFolder, shape: ModelShape):
@@ -123,6 +125,20 @@ class MegatronTensors:
                     raise CheckpointError(
                         f"{folder.folder} has {entry.shape[0]} layers, config.json says num_hidden_layers {shape.layers}: they do not belong together"
                     )
+        if shape.tied_embeddings and self.prefix + _OUTPUT in folder.tensors:
+            self._check_tie()
+
+    def _check_tie(self) -> None:
+        def rows_of(name: str):
+            entry = self.folder.tensors[self.prefix + name]
+            return lambda rows: self.folder.read(
+                self.prefix + name, (rows[0], 0), (rows[1] - rows[0], *entry.shape[1:])
+            )
+
+        # Too few rows are found out when they are read.
+        vocab = min(self.folder.tensors[self.prefix + name].shape[0] for name in (_EMBEDDING, _OUTPUT))
+        place = f"{self.folder.folder}: {self.prefix}{_OUTPUT} (lm_head.weight)"
+        check_tie(rows_of(_EMBEDDING), rows_of(_OUTPUT), min(vocab, self.shape.vocab), place, self.prefix + _EMBEDDING)
 
     def places(self, name: str) -> list[Place]:
         """The places that make up ``name`` in this checkpoint: one, or gate and up. Raises :class:`CheckpointError` where it has none."""
@@ -165,9 +181,7 @@ class MegatronTensors:
             wanted = sizes if len(places) == 1 else (sizes[0] // 2, *sizes[1:])
             # Rows of a vocabulary beyond the real ones are padding of any length.
             fits = entry.shape[lead + 1 :] == wanted[1:] and entry.shape[lead] >= wanted[0]
-            if not fits or (
-                entry.shape[lead] != wanted[0] and not name.endswith(("word_embeddings.weight", "output_layer.weight"))
-            ):
+            if not fits or (entry.shape[lead] != wanted[0] and not name.endswith(("word_embeddings.weight", _OUTPUT))):
                 raise CheckpointError(
                     f"{self.folder.folder}: {place.key} holds {entry.shape[lead:]} for {name}, config.json calls for {wanted}: they do not belong together"
                 )

@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from dcpo_megatron.files import sync
 from dcpo_megatron.weights.hf_folder import CheckpointError
 
 FORMAT_FILE = "metadata.json"
@@ -458,6 +459,7 @@ def write_index(
         os.fsync(file.fileno())
     if common is not None:
         torch.save(common, folder / COMMON_FILE)
+        sync(folder / COMMON_FILE)
     (folder / FORMAT_FILE).write_text(
         json.dumps(
             {
@@ -468,6 +470,7 @@ def write_index(
             }
         )
     )
+    sync(folder / FORMAT_FILE)
 
 
 def serialized(value: object) -> bytes:

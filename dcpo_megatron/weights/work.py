@@ -28,6 +28,7 @@ from typing import Protocol
 
 import torch
 
+from dcpo_megatron.files import sync, sync_tree
 from dcpo_megatron.weights.hf_folder import CheckpointError
 from dcpo_megatron.weights.torch_dist import Record
 
@@ -89,6 +90,7 @@ def run_job(
         if destination.exists():
             destination.rmdir()
         work.rename(destination)
+        sync(destination.parent)
     return resumed
 
 
@@ -130,6 +132,7 @@ def _run_units(job: Job, units: list[Unit], identity: dict, work: Path, workers:
         # All from the notes: records of this run and of an earlier one make the same index, byte for byte.
         notes = [_read_json(work / f"{number}.done.json") for number in range(len(units))]
         job.finish(work, [_record(fields) for note in notes for fields in note])
+        sync_tree(work)
     except OSError as error:
         raise CheckpointError(
             f"{work}: {error.strerror or error} after {len(done)} of {len(units)} parts: mend that and run the same command again, the finished parts are kept"
@@ -137,6 +140,7 @@ def _run_units(job: Job, units: list[Unit], identity: dict, work: Path, workers:
     for number in range(len(units)):
         (work / f"{number}.done.json").unlink()
     (work / PLAN).unlink()
+    sync(work)
     return resumed
 
 

@@ -323,6 +323,7 @@ def test_a_truncated_safetensors_file(hf, tmp_path, capsys, keep):
 
 
 def test_a_damaged_safetensors_index(hf, tmp_path, capsys):
+    (hf / "model.safetensors").rename(hf / "model-00001-of-00001.safetensors")
     (hf / "model.safetensors.index.json").write_text('{"weight_map": ')
     assert "is not a safetensors index" in refused(capsys, "hf-to-megatron", hf, tmp_path / "out")
 

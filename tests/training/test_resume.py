@@ -14,6 +14,7 @@ import torch
 from dcpo_megatron.cli import resumption
 from dcpo_megatron.training.signals import START_AGAIN
 from dcpo_megatron.weights.torch_dist import TorchDistFolder
+from tests.unremovable import unremovable
 
 
 def run(arguments: list[str], log: Path, ranks: int = 2) -> tuple[int, str]:
@@ -115,12 +116,22 @@ def test_another_configuration_is_refused_with_the_names_of_the_keys(copy):
     assert len(rows(folder)) == 4  # nothing was touched
 
 
-def test_keys_that_are_allowed_to_change_may_and_a_run_can_be_made_longer(copy):
+def test_keys_that_are_allowed_to_change_may_and_a_run_can_be_made_longer_beside_old_folders_that_stay(copy):
     arguments, folder = copy
-    code, said = run(
-        [*arguments, "optimizer.lr=0.002", "checkpoint.allow_changed=[optimizer.lr]", "training.steps=5"], folder.parent / "log"
-    )  # fmt: skip
+    root = folder / "checkpoints"
+    (root / "step-000001.removing").mkdir()
+    (root / "step-000001.removing" / "run.json").write_text("{}")
+    with unremovable(
+        root / "step-000001.removing" / "run.json", root / "step-000002" / "run.json", folder / "model" / "config.json"
+    ):
+        code, said = run(
+            [*arguments, "optimizer.lr=0.002", "checkpoint.allow_changed=[optimizer.lr]", "training.steps=5"], folder.parent / "log"
+        )  # fmt: skip
     assert code == 0, said
+    for name in ("step-000001.removing", "step-000002.removing", "model.removing"):
+        assert f"{name} could not be removed: Operation not permitted" in said
+    assert "checkpoint of step 5 is complete" in said and "could not be written" not in said
+    assert sorted(p.name for p in root.glob("step-00000?")) == ["step-000003", "step-000004", "step-000005"]
     assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4, 5]
     assert rows(folder)[4]["lr"] == 0.002 * 5 / 10  # the fifth of ten steps of warm-up
 
@@ -166,12 +177,24 @@ def test_a_full_disk_is_reported_and_training_goes_on(task, tmp_path):
         pytest.skip("only root can make a small disk")
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=260k", "tmpfs", str(disk)]).returncode:
         pytest.skip("no small disk can be mounted here")
     try:
-        _, said = run([*task[0], f"output={disk / 'run'}"], tmp_path / "log")
+        # Room for one copy of the model, and for no checkpoint.
+        code, said = run(
+            [*task[0], f"output={disk / 'run'}", "training.save_every=1", "logging.tensorboard=true"], tmp_path / "log"
+        )
+        assert code == 1 and "Traceback" not in said, said
+        for step in (2, 3):
+            assert f"the model could not be written to {disk / 'run' / f'step-{step}'}: No space left on device" in said
+        assert (
+            f"all 4 steps are done, but the model could not be written to {disk / 'run' / 'model'}: No space left"
+            in said
+        )
+        assert "there is no checkpoint either" in said
+        assert sorted(p.name for p in (disk / "run").glob("*") if p.name.startswith(("step", "model"))) == ["step-1"]
         assert "checkpoint of step 1 could not be written" in said and "No space left" in said
-        assert said.count("could not be written") >= 3  # it tried again
+        assert said.count("of step") >= 3 and said.count("the next one tries again") >= 3
         assert "step    4/4" in said or "4/4" in said
         assert not list((disk / "run" / "checkpoints").glob("step-*"))
         assert len(rows(disk / "run")) == 4
@@ -179,8 +202,13 @@ def test_a_full_disk_is_reported_and_training_goes_on(task, tmp_path):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_finished_run_that_is_started_again_has_nothing_left_to_do(copy, task):
+def test_a_finished_run_that_is_started_again_has_nothing_left_to_do_but_its_model(copy, task):
     arguments, folder = copy
+    with unremovable(folder / "model"):
+        code, said = run(arguments, folder.parent / "log")
+    assert code == 1 and "Traceback" not in said, said
+    assert f"the model could not be written to {folder / 'model'}: Operation not permitted" in said
+    assert f"{folder / 'checkpoints' / 'step-000004'} holds everything" in said
     code, said = run(arguments, folder.parent / "log")
     assert code == 0 and "4 of 4 steps are done" in said
     assert torch.equal(

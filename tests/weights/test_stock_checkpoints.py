@@ -97,6 +97,13 @@ def test_the_trainer_starts_from_a_checkpoint_of_another_layout(pool, tmp_path, 
         assert_same(found, hf_tensors(tmp_path / "hf"))
 
 
+def test_experts_come_back_from_stages_where_they_are_cut_otherwise_than_the_rest(pool, tmp_path):
+    make_model("moe", str(tmp_path))
+    layout = dict(tensor=2, sequence_parallel=True, pipeline=2, expert=2, expert_tensor=1)
+    for found in pool.run("tests.weights.jobs:through_megatron", 4, str(tmp_path), layout):
+        assert_same(found, hf_tensors(tmp_path))
+
+
 def transformers_logits(folder: Path, ids: list[int]) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 

@@ -8,10 +8,10 @@ the weights that they have. Servers sample until all files are written.
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
+from dcpo_megatron.files import discard, move_aside, remove, sync
 from dcpo_megatron.rollout.protocol import RolloutError
 from dcpo_megatron.rollout.server import Server
 from dcpo_megatron.weights.hf_folder import shard_name, write_safetensors, write_weight_index
@@ -40,7 +40,7 @@ class DiskTransport:
         self._shards, self._bytes = [], 0
         try:
             for left in self.folder.glob(".incomplete-*"):
-                shutil.rmtree(left)
+                discard(left)
             self._work.mkdir(parents=True)
         except OSError as error:
             raise self._failed(error) from error
@@ -65,11 +65,13 @@ class DiskTransport:
             for number in range(len(self._shards)):
                 (self._work / f"part-{number}").rename(self._work / shard_name(number, len(self._shards)))
             write_weight_index(self._work, self._shards, self._bytes)
-            _sync(self._work)
-            if self._target.exists():  # the same version once more, for a server that came back
-                shutil.rmtree(self._target)
+            sync(self._work)
+            # The same version once more, for a server that came back.
+            old = move_aside(self._target) if self._target.exists() else None
             self._work.rename(self._target)
-            _sync(self.folder)
+            sync(self.folder)
+            if old is not None:
+                remove(old)
         except OSError as error:
             raise self._failed(error) from error
 
@@ -82,10 +84,10 @@ class DiskTransport:
         """Nothing is held for a server."""
 
     def committed(self) -> None:
-        """Removes older versions."""
+        """Removes older versions, as far as they let go: half of one has a name that nobody reads."""
         for other in self.folder.glob("version-*"):
             if other != self._target:
-                shutil.rmtree(other, ignore_errors=True)
+                discard(other)
 
     def close(self) -> None:
         """The last version stays: servers may be started from it."""
@@ -100,11 +102,3 @@ class DiskTransport:
             f"weights could not be written to {self.folder} ({error.strerror or error}; {room}): the servers keep the weights that they have; "
             "free space or set publish.folder"
         )
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
