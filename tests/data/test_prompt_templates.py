@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from tokenizers import processors
+from tokenizers import normalizers, processors
 from transformers import ByT5Tokenizer
 
-from dcpo_megatron.data import PromptOptions, load_prompts
+from dcpo_megatron.data import DataError, PromptOptions, load_prompts
 from dcpo_megatron.data.templates import QWEN_MATH_SYSTEM, turn_end
 from tests.data.conftest import CHAT_TEMPLATE, make_tokenizer
 
@@ -81,6 +81,14 @@ def test_what_the_text_itself_says_stays_and_bos_is_not_said_twice(tmp_path, wra
     assert tokens("<|bos|>2") == ["<|bos|>", "2"]
     assert tokens("2<|im_end|>3<|im_end|>") == ["<|bos|>", "2", "<|im_end|>", "3", "<|im_end|>"]
     assert tokens("2<|bos|>") == ["<|bos|>", "2", "<|bos|>"]
+
+
+def test_a_text_that_leaves_no_token_is_no_prompt_though_bos_would_be_one(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
+    with pytest.raises(DataError, match="has a prompt without tokens: give it a question"):
+        _load(tmp_path, tokenizer, "~~~")
+    assert len(_load(tmp_path, tokenizer, "~2", max_prompt_tokens=2).token_ids) == 2
 
 
 def test_a_tokenizer_without_a_fast_half_and_without_bos(tmp_path):
