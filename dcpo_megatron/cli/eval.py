@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from dcpo_megatron.cli.progress import LINE_SECONDS
-from dcpo_megatron.cli.quiet import quiet_libraries
+from dcpo_megatron.cli.quiet import quiet_libraries, write_any_letter
 
 BAD_INPUT, AGAIN, INTERRUPTED = 2, 75, 130
 
@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-response-tokens", type=_at_least(1), default=3072, metavar="N", help="3072")
     add("--temperature", type=float, default=1.0, help="of the samples (1)")
     add("--top-p", type=float, default=1.0, help="of the samples (1)")
+    add("--stop-token-ids", nargs="+", type=_at_least(0), default=[], metavar="ID", help="tokens that end a response, beside the model's own end-of-text tokens")  # fmt: skip
     add("--seed", type=int, default=0)
     add("--limit", type=_at_least(1), default=None, metavar="N", help="problems of each file")
     add("--template", choices=("auto", "chat", "qwen-math", "plain"), default="auto")
@@ -67,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     """Evaluates; returns the exit code."""
     args = parser().parse_args(argv)
     quiet_libraries()
+    write_any_letter()
     from dcpo_megatron.data import DataError
     from dcpo_megatron.mcore.hf_config import ModelConfigError
     from dcpo_megatron.rewards import RewardError
@@ -96,6 +98,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from dcpo_megatron.training import eval_run
     from dcpo_megatron.training.eval_engine import check_folder, make_engine
     from dcpo_megatron.training.eval_store import EvaluationError, ResponseStore
+    from dcpo_megatron.training.introduction import introduce
     from dcpo_megatron.training.tokenizer import load_tokenizer, stop_token_ids
 
     started = time.monotonic()
@@ -112,8 +115,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     sets = eval_run.load_sets(args.files, tokenizer, options)
     sampling = eval_run.Sampling(
         args.samples, not args.no_greedy, args.max_response_tokens, args.temperature, args.top_p,
-        stop_token_ids(args.model, tokenizer), args.seed, args.correct_at,
+        stop_token_ids(args.model, tokenizer, args.stop_token_ids), args.seed, args.correct_at,
     )  # fmt: skip
+    if max(args.stop_token_ids, default=0) >= shape.vocab:
+        raise EvaluationError(
+            f"--stop-token-ids {max(args.stop_token_ids)}: the model's vocabulary has {shape.vocab} tokens"
+        )
     longest = max(len(prompt.token_ids) for s in sets for prompt in s.prompts) + args.max_response_tokens
     if longest > shape.max_positions:
         raise EvaluationError(
@@ -140,12 +147,17 @@ def _evaluate(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "reward": [args.reward, args.correct_at, args.reward_timeout],
     }
+    if args.stop_token_ids:
+        settings["stop_token_ids"] = sorted(set(args.stop_token_ids))
+    key = " ".join(["--stop-token-ids", *map(str, args.stop_token_ids), "{}"])
     try:
         store = ResponseStore(Path(args.output), settings)
         try:
             with Rewarder(args.reward, args.reward_timeout, workers=args.reward_workers) as rewarder, _Progress(args.quiet) as bar:  # fmt: skip
                 for s in sets:
-                    bar.say(f"{s.name}: {len(s.prompts):,} problems of {s.rows:,} rows ({s.copies:,} copies, {s.left_out:,} left out)")  # fmt: skip
+                    bar.say(f"{s.name}: {len(s.prompts):,} problems of {s.rows:,} rows ({s.copies:,} copies, {s.left_out:,} left out){s.notes}")  # fmt: skip
+                for line in introduce(sets[0].prompts[0], tokenizer, sampling.stop_token_ids, args.template, key):
+                    bar.say(line)
                 deadline = None if args.deadline is None else started + 60 * args.deadline
                 eval_run.answer(engine, tokenizer, rewarder, sets, sampling, store, batch=batch, deadline=deadline, progress=bar.report)  # fmt: skip
             found = eval_run.result(sets, sampling, store)

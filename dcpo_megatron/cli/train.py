@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 
-from dcpo_megatron.cli.quiet import quiet_libraries
+from dcpo_megatron.cli.quiet import quiet_libraries, write_any_letter
 from dcpo_megatron.training.config import Config, ConfigError, known_keys, load_config
 from dcpo_megatron.training.signals import START_AGAIN, StopRequest
 
@@ -82,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         rest = _without(("--ranks", "--grace"), sys.argv[1:] if argv is None else argv)
         return start_ranks(args.ranks, rest, args.grace)
     quiet_libraries()
+    write_any_letter()
     try:
         return _train(args)
     except KeyboardInterrupt:

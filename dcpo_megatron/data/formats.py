@@ -9,17 +9,27 @@
 The full id is "data source/id", so that files do not collide by accident. A row without a data source takes the name of its
 file, without folder and suffix: the id stays while the file moves, and changes when it is renamed. An id by content is the
 first 16 hex digits of the SHA-256 of the question (all messages but the system's): it stays while the words do.
+
+Nothing is a ground truth that only stands for a missing one: null, NaN (also in JSON), a time that is none. Numbers are texts as
+a person writes them: 2.0 is "2", 1e16 has all its digits, 1e-7 is "0.0000001"; a timestamp at midnight is a date. The TEXT "nan"
+stays, since somebody wrote it, and is counted aloud. A prompt that is the JSON text of messages is those messages.
 """
 
 import hashlib
+import json
 import math
 import re
+from collections import Counter
+from datetime import date
+from decimal import Decimal
 from typing import NamedTuple
 
-from dcpo_megatron.data.errors import DataError
+from dcpo_megatron.data.errors import DataError, is_unicode
 from dcpo_megatron.data.readers import Table
 
 CONTENT = "content"  # as id_key: derive the id from the question's text
+_WORDS_FOR_NOTHING = ("nan", "none", "null", "nat", "<na>")  # what a missing value becomes where a table is made text
+_LIKE_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*['"](role|content)['"]\s*:""")
 
 
 class Schema(NamedTuple):
@@ -64,7 +74,7 @@ def wanted_columns(*keys: str | None) -> set[str]:
 
 
 def find_schema(table: Table, name: str, prompt_key: str | None, answer_key: str | None, id_key: str | None) -> Schema:
-    """The schema of a file: the named one, or for "auto" the one that its first row fits; the keys given override it.
+    """The schema of a file: the named one, or for "auto" the one that its first row with an answer fits; the keys given override it.
 
     Raises DataError if the file has none of the columns for the prompt, the answer or the id.
     """
@@ -87,9 +97,14 @@ def find_schema(table: Table, name: str, prompt_key: str | None, answer_key: str
     return schema
 
 
-def understand(row: dict, schema: Schema, file_stem: str) -> Question:
-    """Reads one row. Raises BadRow where the prompt, the answer or the id is missing or unusable."""
-    messages = _messages(_first(row, schema.prompts), schema)
+def understand(row: dict, schema: Schema, file_stem: str, notes: Counter[str] | None = None) -> Question:
+    """Reads one row; counts in ``notes`` what the reader of the file may want to know of it.
+
+    Raises BadRow where the prompt, the answer or the id is missing or unusable.
+    """
+    prompt = _first(row, schema.prompts)
+    written = _written_messages(prompt) if isinstance(prompt, str) else None
+    messages = _messages(prompt if written is None else written, schema)
     ground_truth = _answer(_first(row, schema.answers), schema)
     row_id = _id(_first(row, [path for path in schema.ids if path != CONTENT]))
     if row_id is None and CONTENT in schema.ids:
@@ -99,7 +114,16 @@ def understand(row: dict, schema: Schema, file_stem: str) -> Question:
     source = row.get("data_source")
     if not isinstance(source, str) or not source:
         source = "gsm8k" if schema.name == "gsm8k" else file_stem
-    return Question(f"{source}/{row_id}", messages, ground_truth, source)
+    question = Question(f"{source}/{row_id}", messages, ground_truth, source)
+    texts = [("a prompt", m[key]) for m in messages for key in ("role", "content")]
+    for what, text in (("an id", question.id), ("an answer", ground_truth), *texts):
+        if not is_unicode(text):
+            raise BadRow("broken text", f"has {what} that is not valid Unicode ({text[:80]!a}): correct its text")
+    if notes is not None and written is not None:
+        notes["prompts that are the JSON text of messages, taken as messages"] += 1
+    if notes is not None and ground_truth.lower() in _WORDS_FOR_NOTHING:
+        notes["answers that are a word for a missing value, kept as text"] += 1
+    return question
 
 
 def content_id(messages: list[dict[str, str]]) -> str:
@@ -109,7 +133,8 @@ def content_id(messages: list[dict[str, str]]) -> str:
 
 
 def _guess(table: Table) -> Schema:
-    first = table.rows[0][1] if table.rows else {}
+    answers = ("reward_model", *SCHEMAS["jsonl"].answers)
+    first = next((row for _, row in table.rows if _first(row, answers) is not None), {})
     if isinstance(first.get("reward_model"), dict):
         return SCHEMAS["verl-parquet"]
     if isinstance(first.get("question"), str) and "####" in str(first.get("answer")):
@@ -122,9 +147,26 @@ def _first(row: dict, paths: tuple[str, ...] | list[str]) -> object:
         value: object = row
         for part in [path] if path in row else path.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
+        # NaN, and a time that is none, are not equal to themselves.
+        if value is not None and not (isinstance(value, (float, Decimal, date)) and value != value):
             return value
     return None
+
+
+def _written_messages(text: str) -> list | None:
+    """The messages whose JSON text a prompt is; None for a prompt. Raises BadRow for what begins like messages and is no JSON."""
+    if not _LIKE_MESSAGES.match(text):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if getattr(error, "msg", "") == "Extra data":
+            return None  # a question that begins with a piece of JSON
+        raise BadRow(
+            "broken messages",
+            "has a prompt that begins like the text of messages and is not JSON: give a list of messages, or its JSON text",
+        ) from None
+    return value if isinstance(value, list) else [value]
 
 
 def _messages(value: object, schema: Schema) -> list[dict[str, str]]:
@@ -145,9 +187,7 @@ def _messages(value: object, schema: Schema) -> list[dict[str, str]]:
 def _answer(value: object, schema: Schema) -> str:
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
-    text = value.strip() if isinstance(value, str) else ""
+    text = value.strip() if isinstance(value, str) else _in_writing(value)
     if schema.name == "gsm8k":
         _, _, text = text.rpartition("####") if "####" in text else ("", "", "")
         text = text.strip()
@@ -161,8 +201,23 @@ def _answer(value: object, schema: Schema) -> str:
     return text
 
 
+def _in_writing(value: object) -> str:
+    """A number or a date as a person writes it; empty for anything else, also for what is not finite."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return ""
+        value = int(value) if value.is_integer() else Decimal(repr(value))
+    if isinstance(value, Decimal):
+        text = f"{value:f}" if value.is_finite() else ""
+        value = text.rstrip("0").rstrip(".") if "." in text else text
+        return "0" if value == "-0" else value
+    if isinstance(value, (int, date)) and not isinstance(value, bool):
+        return str(value).removesuffix(" 00:00:00")
+    return ""
+
+
 def _id(value: object) -> str | None:
-    if isinstance(value, float) and math.isfinite(value) and value.is_integer():
+    if isinstance(value, (float, Decimal)) and math.isfinite(value) and value == int(value):
         value = int(value)  # a column of integers with gaps is read as floats
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         return None

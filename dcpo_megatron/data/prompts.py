@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dcpo_megatron.data.errors import DataError
+from dcpo_megatron.data.errors import DataError, is_unicode
 from dcpo_megatron.data.formats import SCHEMAS, BadRow, Question, find_schema, understand, wanted_columns
 from dcpo_megatron.data.readers import read_table
-from dcpo_megatron.data.templates import TEMPLATES, adds_special_tokens, choose_template, render
+from dcpo_megatron.data.templates import TEMPLATES, choose_template, render, tokenise
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,17 @@ class PromptOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise DataError(f"data.{name} is {value}: it must be at least 1, or null for no bound")
+        if not is_unicode(self.system_prompt or ""):
+            raise DataError(f"data.system_prompt is {self.system_prompt!a}: it must be valid Unicode")
 
 
 @dataclass
 class PromptSet:
-    """Prompts in the order of the files; ``rows`` were looked at, and ``skipped`` of them left out, by reason."""
+    """Prompts in the order of the files; ``rows`` were looked at, and ``skipped`` of them left out, by reason; ``notes``: what was kept, and is worth a look."""
 
     prompts: list[Prompt] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
     rows: int = 0
     files: int = 0
 
@@ -87,7 +90,11 @@ class PromptSet:
         if self.skipped:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.most_common())
             text += f"; left out {self.skipped.total():,}: {reasons}"
-        return text + "."
+        return text + self.told() + "."
+
+    def told(self) -> str:
+        """The notes, each behind a semicolon; empty where there is none."""
+        return "".join(f"; {note}: {count:,}" for note, count in self.notes.items())
 
     def fingerprint(self) -> str:
         """16 hex digits over the ids in order: equal exactly if positions in this set mean the same prompts."""
@@ -111,12 +118,14 @@ def load_prompts(files: Sequence[str | Path], tokenizer, options: PromptOptions 
     for path in files:
         table = read_table(path, wanted_columns(options.prompt_key, options.answer_key, options.id_key))
         schema = find_schema(table, options.format, options.prompt_key, options.answer_key, options.id_key)
+        if not table.rows:
+            found.notes[f"rows of {table.path}"] = 0
         for place, row in table.rows:
             if options.limit is not None and len(found.prompts) >= options.limit:
                 return found
             found.rows += 1
             try:
-                question = understand(row, schema, table.path.stem)
+                question = understand(row, schema, table.path.stem, found.notes)
                 if question.id in seen:
                     _check_copy(place, question, *seen[question.id], options.on_duplicate_id)
                     found.skipped["copies of an id already read"] += 1
@@ -153,11 +162,9 @@ def _check_copy(place: str, question: Question, first_place: str, first: Questio
 
 def _make_prompt(question: Question, template: str, tokenizer, options: PromptOptions) -> Prompt:
     text = render(question.messages, template, tokenizer, options.system_prompt)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadRow("broken text", "has a prompt that is not valid Unicode: correct its text") from None
-    token_ids = tuple(tokenizer(text, add_special_tokens=adds_special_tokens(template))["input_ids"])
+    if not is_unicode(text):
+        raise BadRow("broken text", "has a prompt that the chat template makes invalid Unicode: correct the template")
+    token_ids = tuple(tokenise(text, template, tokenizer))
     if not token_ids:
         raise BadRow("empty prompt", "has a prompt without tokens: give it a question")
     if options.max_prompt_tokens is not None and len(token_ids) > options.max_prompt_tokens:

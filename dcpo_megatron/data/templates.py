@@ -4,7 +4,7 @@ r"""Chat messages to the text that the model continues.
 |---|---|---|
 | chat | the tokenizer's own chat template, with the opening of the assistant's turn | no: the template writes them |
 | qwen-math | ChatML with "Please reason step by step, and put your final answer within \boxed{}." | no: ChatML's are in it |
-| plain | the contents of the messages, a blank line between two | yes: a model that begins with a BOS token gets it |
+| plain | the contents of the messages, a blank line between two | before the text: a model that begins with a BOS token gets it, once |
 
 A system prompt given in the options replaces that of the row. ``qwen-math`` is rendered here, so that it is the same for a
 base model whose tokenizer has another chat template or none.
@@ -30,13 +30,41 @@ def choose_template(name: str, tokenizer) -> str:
     return name
 
 
-def adds_special_tokens(template: str) -> bool:
-    """Whether the tokenizer should add its own special tokens to a text of this template."""
-    return template == "plain"
+def tokenise(text: str, template: str, tokenizer) -> list[int]:
+    """The tokens of a rendered prompt. A special token that the tokenizer would add is not added twice, and none behind the text: the model goes on from there."""
+    if template != "plain":
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    found = tokenizer(text, return_special_tokens_mask=True)
+    own = [place for place, added in enumerate(found["special_tokens_mask"]) if not added]
+    if not own:
+        return []
+    front, rest = found["input_ids"][: own[0]], found["input_ids"][own[0] : own[-1] + 1]
+    return rest if rest[: len(front)] == front else front + rest
 
 
-def render(messages: list[dict[str, str]], template: str, tokenizer, system_prompt: str | None = None) -> str:
-    """The text of one prompt. ``template`` comes from ``choose_template``. Raises BadRow if the chat template refuses it."""
+def turn_end(template: str, tokenizer) -> int | None:
+    """The token with which the template ends the assistant's turn: the first special one behind its text. None where there is none to be seen."""
+    if template == "plain":
+        return None
+    ask, said = {"role": "user", "content": "A question?"}, "The whole answer."
+    turns = [ask, {"role": "assistant", "content": said}]
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    # The end of a conversation first: a template may end its earlier turns otherwise, or end a turn by the opening of the next one alone.
+    for messages in (turns, [*turns, ask]):
+        try:
+            _, found, behind = render(messages, template, tokenizer, answer=False).rpartition(said)
+        except BadRow:
+            continue
+        for token in tokenizer(behind, add_special_tokens=False)["input_ids"]:
+            if found and token in special:
+                return token
+    return None
+
+
+def render(
+    messages: list[dict[str, str]], template: str, tokenizer, system_prompt: str | None = None, answer: bool = True
+) -> str:
+    """The text of one prompt, with the opening of an ``answer`` behind it. ``template`` comes from ``choose_template``. Raises BadRow if the chat template refuses it."""
     if system_prompt is None and template == "qwen-math":
         system_prompt = QWEN_MATH_SYSTEM
     if system_prompt is not None:
@@ -46,9 +74,9 @@ def render(messages: list[dict[str, str]], template: str, tokenizer, system_prom
         return "\n\n".join(message["content"] for message in messages)
     if template == "qwen-math":
         turns = [f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages]
-        return "".join(turns) + "<|im_start|>assistant\n"
+        return "".join(turns) + "<|im_start|>assistant\n" * answer
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
     except Exception as error:  # a template is a program of the model's author: it raises what it likes
         cause = str(error).split("\n", 1)[0]
         raise BadRow(

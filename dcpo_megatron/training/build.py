@@ -45,7 +45,7 @@ def build_trainer(run_: CheckedRun) -> Trainer:
     folder = _writable(Path(config.output))
     refuse_another_run(folder, config)
     tokenizer = load_tokenizer(run_.hf_folder, run_.shape.vocab)
-    stops = stop_token_ids(run_.hf_folder, tokenizer)
+    stops = stop_token_ids(run_.hf_folder, tokenizer, config.rollout.stop_token_ids)
     prompts = load_prompts(config.data.files, tokenizer, PromptOptions(**config.data.model_dump(exclude={"files"})))
     held_out = None
     if config.evaluation.files:

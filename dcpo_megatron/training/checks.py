@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from dcpo_megatron.data.errors import is_unicode
 from dcpo_megatron.mcore.fast_paths import choose_model_paths, choose_overlap, dispatcher_problems
 from dcpo_megatron.mcore.head_blocks import missing_for_triton
 from dcpo_megatron.mcore.hf_config import ModelShape, read_shape
@@ -81,6 +82,12 @@ def check_run(config: Config, world_size: int) -> CheckedRun:
     if not found:
         found += _batch_problems(config, objective, layout, world_size)
     found += _length_problems(config, shape, layout)
+    found += [
+        f"rollout.stop_token_ids: the model's vocabulary has {shape.vocab} tokens, and none is {token}"
+        for token in config.rollout.stop_token_ids
+        if token >= shape.vocab
+    ]
+    found += _text_problems(config)
     found += _server_problems(config)
     if found:
         raise ConfigError("\n".join(found))
@@ -167,6 +174,16 @@ def _length_problems(config: Config, shape: ModelShape, layout: ParallelLayout) 
             f"training.micro_batch_tokens={config.training.micro_batch_tokens} cannot hold one longest response "
             f"(data.max_prompt_tokens + rollout.max_response_tokens = {padded} tokens): raise it to at least that"
         )
+    return found
+
+
+def _text_problems(config: Config) -> list[str]:
+    """Keys with a text that cannot be written: a file name of other bytes than UTF-8, half of a surrogate pair."""
+    found = []
+    for name, section in config.model_dump().items():
+        for key, value in section.items() if isinstance(section, dict) else [("", section)]:
+            if any(isinstance(text, str) and not is_unicode(text) for text in (value if isinstance(value, list) else [value])):  # fmt: skip
+                found.append(f"{f'{name}.{key}'.rstrip('.')}={value!r} is not valid Unicode: rename it")
     return found
 
 

@@ -158,6 +158,9 @@ class RolloutSection(Section):
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="0: the whole vocabulary")
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(
+        default_factory=list, description="tokens that end a response, beside the model's own end-of-text tokens"
+    )
     batch_size: int = Field(256, ge=1, description="responses the embedded engine decodes together")
     max_sampling_rounds: int = Field(
         10, ge=1, description="dynamic sampling: rounds of prompts_per_step before the step goes on with what it has"

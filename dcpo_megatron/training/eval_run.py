@@ -25,13 +25,14 @@ from dcpo_megatron.weights.hf_folder import companions
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """The distinct problems of one file; ``rows`` were read, ``copies`` of them were copies, ``left_out`` could not be used."""
+    """The distinct problems of one file; ``rows`` were read, ``copies`` of them were copies, ``left_out`` could not be used; ``notes``: see PromptSet."""
 
     name: str
     prompts: list[Prompt]
     rows: int
     copies: int
     left_out: int
+    notes: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def load_sets(files: Sequence[str], tokenizer, options: PromptOptions) -> list[P
         name = Path(file).stem
         if any(other.name == name for other in sets):
             raise EvaluationError(f"two files are named {name}: results go by file name, rename one of them")
-        sets.append(ProblemSet(name, list(distinct.values()), found.rows, copies, found.skipped.total()))
+        sets.append(ProblemSet(name, list(distinct.values()), found.rows, copies, found.skipped.total(), found.told()))
     return sets
 
 

@@ -29,6 +29,7 @@ from dcpo_megatron.training.bad_steps import BadSteps
 from dcpo_megatron.training.checks import CheckedRun
 from dcpo_megatron.training.evaluation import evaluate
 from dcpo_megatron.training.gpu import GpuMonitor
+from dcpo_megatron.training.introduction import introduce
 from dcpo_megatron.training.metrics import seconds_metrics, update_metrics
 from dcpo_megatron.training.minibatches import plan_minibatch, split_minibatches
 from dcpo_megatron.training.mismatch import check_mismatch, mean_of, stale_tokens
@@ -348,6 +349,10 @@ class Trainer:
         self.sinks.announce(f"data: {self.prompts.summary()}")
         if self.held_out is not None:
             self.sinks.announce(f"evaluation: {self.held_out.summary()}")
+        stops, template = self.phase.sampling.stop_token_ids, run_.config.data.template
+        key = f"rollout.stop_token_ids=[{','.join(map(str, [*run_.config.rollout.stop_token_ids, '{}']))}]"
+        for line in introduce(self.prompts.prompts[0], self.tokenizer, stops, template, key):
+            self.sinks.announce(line)
 
     def _evaluate(self, step: int) -> None:
         if self.held_out is None:

@@ -102,9 +102,18 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
     return found
 
 
+def _defaults() -> dict[str, object]:
+    return {
+        f"{name}.{key}": inner.get_default(call_default_factory=True)
+        for name, section in Config.model_fields.items()
+        for key, inner in getattr(section.annotation, "model_fields", {}).items()
+        if not inner.is_required()
+    }
+
+
 def changed_keys(saved: dict, now: dict) -> dict[str, tuple[object, object]]:
-    """Dotted keys whose values differ, with (saved, now); a key that one side lacks counts as None there."""
-    before, after = _flat(saved), _flat(now)
+    """Dotted keys whose values differ, with (saved, now); a key that was not there yet counts as its default, any other that one side lacks as None."""
+    before, after = _defaults() | _flat(saved), _flat(now)
     return {
         key: (before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())

@@ -8,8 +8,6 @@ import secrets
 import time
 from pathlib import Path
 
-from rich.markup import escape
-
 from dcpo_megatron.training.config import Config
 from dcpo_megatron.training.endpoint import MetricsEndpoint
 from dcpo_megatron.training.growing_file import BoardFile, GrowingFile
@@ -74,7 +72,7 @@ class Sinks:
     def announce(self, text: str) -> None:
         """What must be said whether or not there is a console line a step."""
         if self._console is not None:
-            self.say(escape(text))
+            self._console.print(text, markup=False, emoji=False, soft_wrap=True)
         elif self.is_writer:
             print(text, flush=True)
 

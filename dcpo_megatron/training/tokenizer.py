@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from dcpo_megatron.training.config import ConfigError
@@ -43,13 +44,13 @@ def load_tokenizer(folder: str, vocab: int):
     return tokenizer
 
 
-def stop_token_ids(folder: str, tokenizer) -> tuple[int, ...]:
-    """Tokens that end a response: those of ``generation_config.json`` and the tokenizer's end of text.
+def stop_token_ids(folder: str, tokenizer, more: Iterable[int] = ()) -> tuple[int, ...]:
+    """Tokens that end a response: those of ``generation_config.json``, the tokenizer's end of text, and ``more``.
 
     Raises:
         ConfigError: there are none, so no response would ever end by itself.
     """
-    found: set[int] = set()
+    found: set[int] = set(more)
     for name in ("generation_config.json", "config.json"):
         file = Path(folder) / name
         if file.is_file():
@@ -63,5 +64,7 @@ def stop_token_ids(folder: str, tokenizer) -> tuple[int, ...]:
     if tokenizer.eos_token_id is not None:
         found.add(tokenizer.eos_token_id)
     if not found:
-        raise ConfigError(f"{folder} names no end-of-text token: set eos_token_id in its generation_config.json")
+        raise ConfigError(
+            f"{folder} names no end-of-text token: set eos_token_id in its generation_config.json, or rollout.stop_token_ids"
+        )
     return tuple(sorted(found))

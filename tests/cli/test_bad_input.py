@@ -63,6 +63,23 @@ def test_a_broken_parquet(good, capsys, tmp_path):
     assert "broken.parquet" in message and message.count("\n") == 1
 
 
+def test_a_row_that_cannot_be_read_or_written(good, capsys, tmp_path):
+    row = '{"id": "1", "prompt": "1+1=", "answer": "2"}\n'
+    file = tmp_path / "odd.jsonl"
+    file.write_text(row + row.replace('"2"', "9" * 5000))
+    message = refused(good | {"data.files": f"[{file}]"}, capsys)
+    assert f"line 2 of {file} cannot be read" in message and message.count("\n") == 1
+    file.write_text(row.replace('"1"', '"cut \\ud835"'))
+    message = refused(good | {"data.files": f"[{file}]"}, capsys)
+    assert "left out 1: 1 broken text" in message and message.count("\n") == 1
+
+
+def test_a_name_of_other_bytes(good, capsys, tmp_path):
+    message = refused(good | {"output": str(tmp_path / "caf\udce9")}, capsys)
+    assert "output=" in message and "Unicode" in message and message.count("\n") == 1
+    assert not (tmp_path / "caf\udce9").exists()
+
+
 def test_an_absent_prompt_column(good, capsys):
     message = refused(good | {"data.prompt_key": "qestion"}, capsys)
     assert "qestion" in message and "prompt" in message and message.count("\n") == 1
@@ -201,6 +218,9 @@ def test_a_missing_evaluation_file_is_named_as_such(good, capsys):
         "reward.correct_at=.nan",
         "data.files=[]",
         "data.format=xx",
+        "rollout.stop_token_ids=[-1]",
+        "rollout.stop_token_ids=7",
+        "rollout.stop_token_ids=[1000]",
     ],
 )
 def test_a_value_that_cannot_be_meant(good, capsys, setting):

@@ -69,12 +69,64 @@ def test_a_parquet_file_that_is_damaged_in_the_middle(tmp_path, plain_tokenizer)
         (b"[1, 2]", "is a JSON list"),
         (b"\xff\xfe", "is not UTF-8 text"),
         (b"[" * 100_000, "is not JSON"),
+        (b'{"id": 2, "seed": ' + b"7" * 5000 + b"}", "cannot be read (Exceeds the limit"),
+        (b'{"id": 2, "more": ' + b'{"a": [' * 50_000, "is not JSON"),
+        (b'{"id": 2, "prompt": "caf\xe9"}', "is not UTF-8 text"),
+        ('{"id": 2}'.encode("utf-16"), "is not UTF-8 text"),
+        ('{"id": 2}'.encode("utf-16-le"), "is not JSON"),
+        (b'{"id": 2} {"id": 3}', "is not JSON"),
+        (b"\xef\xbb\xbf7", "is a JSON int"),
+        (b"null", "is a JSON NoneType"),
     ],
 )
 def test_a_line_that_is_no_json_object_is_named(tmp_path, plain_tokenizer, line, problem):
     path = tmp_path / "x.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b"\n\n" + line + b"\n")
     assert _refusal([path], plain_tokenizer).startswith(f"line 3 of {path} {problem}")
+
+
+def test_a_mark_of_the_byte_order_is_no_line_and_no_error(tmp_path, plain_tokenizer):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\xef\xbb\xbf\n \t\n")
+    assert [prompt.id for prompt in load_prompts([path], plain_tokenizer).prompts] == ["x/1"]
+
+
+def test_a_file_without_a_row_is_named(tmp_path, plain_tokenizer):
+    empty, full = tmp_path / "empty.jsonl", _lines(tmp_path / "x.jsonl", GOOD)
+    empty.write_bytes(b"\xef\xbb\xbf")
+    assert _refusal([empty], plain_tokenizer).endswith(f"0 rows of 1 file; rows of {empty}: 0.")
+    assert load_prompts([full, empty], plain_tokenizer).summary().endswith(f"2 files; rows of {empty}: 0.")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([GOOD]).slice(0, 0), tmp_path / "empty.parquet")
+    assert "empty.parquet: 0" in _refusal([tmp_path / "empty.parquet"], plain_tokenizer)
+
+
+def _raw_texts(*values: bytes) -> pyarrow.Array:
+    """A column of texts whose bytes nobody has looked at."""
+    ends = [0]
+    for value in values:
+        ends.append(ends[-1] + len(value))
+    offsets = b"".join(end.to_bytes(4, "little") for end in ends)
+    return pyarrow.Array.from_buffers(
+        pyarrow.string(), len(values), [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(b"".join(values))]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [
+        ("prompt", _raw_texts(b"2+2=", b"caf\xe9", b"3+3=")),
+        ("id", _raw_texts(b"a", b"\xed\xa0\x80", b"c")),
+        ("answer", pyarrow.array([0, 2**62, 0], pyarrow.timestamp("us"))),
+        ("answer", pyarrow.array([0, 5_000_000, 0], pyarrow.date32())),
+        ("answer", pyarrow.array([1000, 1, 0], pyarrow.duration("ns"))),
+    ],
+)
+def test_a_value_of_a_parquet_file_that_cannot_be_read(tmp_path, plain_tokenizer, name, column):
+    columns = {"id": pyarrow.array(["a", "b", "c"]), "prompt": pyarrow.array(["1+1="] * 3), "answer": pyarrow.array(["2"] * 3)}  # fmt: skip
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns | {name: column}), path)
+    message = _refusal([path], plain_tokenizer, on_bad_row="skip")
+    assert message.startswith(f"row 2 of {path}, column {name}, cannot be read (")
 
 
 def test_a_missing_prompt_column_and_the_columns_there_are(tmp_path, plain_tokenizer):
@@ -140,6 +192,7 @@ def test_a_prompt_that_is_too_long(tmp_path, plain_tokenizer):
     assert _refusal([path], plain_tokenizer, max_prompt_tokens=100) == (
         f"line 1 of {path} has a prompt of 101 tokens: raise data.max_prompt_tokens=100, or set data.on_bad_row=skip"
     )
+    assert len(load_prompts([path], plain_tokenizer, PromptOptions(max_prompt_tokens=101)).prompts[0].token_ids) == 101
 
 
 def test_messages_that_the_chat_template_refuses(tmp_path, chat_tokenizer):
@@ -155,8 +208,11 @@ def test_duplicate_ids_name_both_rows(tmp_path, plain_tokenizer):
     )
 
 
-def test_one_id_for_two_questions_is_refused_even_where_copies_are_allowed(tmp_path, plain_tokenizer):
-    path = _lines(tmp_path / "x.jsonl", GOOD, GOOD | {"prompt": "3+3=", "answer": "6"})
+@pytest.mark.parametrize("change", [{"prompt": "3+1="}, {"answer": "5"}, {"prompt": "3+3=", "answer": "6"}])
+def test_one_id_for_two_questions_or_answers_is_refused_even_where_copies_are_allowed(
+    tmp_path, plain_tokenizer, change
+):
+    path = _lines(tmp_path / "x.jsonl", GOOD, GOOD | change)
     message = _refusal([path], plain_tokenizer, on_duplicate_id="first", on_bad_row="skip")
     assert message.startswith(f"line 2 of {path} has the same id 'x/1' as line 1 of {path} but another question")
 

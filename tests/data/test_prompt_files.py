@@ -75,8 +75,9 @@ def test_all_real_files_load_together_without_a_collision(real_data, plain_token
 
 def test_gsm8k_answers_lose_their_commas_and_ids_are_the_hash_of_the_question(tmp_path, plain_tokenizer):
     rows = [{"question": "How much?", "answer": "Much.\n#### 1,234"}, {"question": "Less?", "answer": "#### -3"}]
+    rows += [{"question": "Cents?", "answer": "#### 1,234.50"}, {"question": "Both?", "answer": "#### 1,2 or 3"}]
     found = load_prompts([_write(tmp_path / "any_name.jsonl", *rows)], plain_tokenizer)
-    assert [prompt.ground_truth for prompt in found.prompts] == ["1234", "-3"]
+    assert [prompt.ground_truth for prompt in found.prompts] == ["1234", "-3", "1234.50", "1,2 or 3"]
     assert found.prompts[0].id == "gsm8k/06a1ee61a3f25ce6"  # for ever: histories of rewards are kept under it
 
 
@@ -135,6 +136,14 @@ def test_a_limit_stops_after_so_many_prompts(real_data, plain_tokenizer):
     found = load_prompts([real_data / "amc2023.parquet"], plain_tokenizer, options)
     assert len(found) == 5
     assert found.rows == 5 + found.skipped.total()
+    assert len(load_prompts([real_data / "math500.parquet"], plain_tokenizer, PromptOptions(limit=1))) == 1
+
+
+@pytest.mark.parametrize("source", ["", None, 3])
+def test_a_row_without_a_data_source_takes_the_name_of_its_file(tmp_path, plain_tokenizer, source):
+    row = {"id": 1, "prompt": "2+2=", "answer": "4", "data_source": source}
+    (prompt,) = load_prompts([_write(tmp_path / "mine.jsonl", row)], plain_tokenizer).prompts
+    assert (prompt.id, prompt.data_source) == ("mine/1", "mine")
 
 
 def test_what_is_skipped_is_counted_by_reason_and_told(tmp_path, plain_tokenizer):

@@ -474,6 +474,22 @@ def test_wandb_that_is_not_installed_is_refused(config_of, monkeypatch):
     assert "wandb is not installed" in line
 
 
+def test_tokens_beyond_the_vocabulary_end_no_response(config_of):
+    assert check_run(config_of("rollout.stop_token_ids=[0, 99]"), 1).config.rollout.stop_token_ids == [0, 99]
+    (line,) = problems(config_of("rollout.stop_token_ids=[99, 100]"))
+    assert line == "rollout.stop_token_ids: the model's vocabulary has 100 tokens, and none is 100"
+
+
+@pytest.mark.parametrize("key", ["output", "data.prompt_key", "servers.file", "checkpoint.allow_changed"])
+def test_a_text_that_cannot_be_written_is_refused(config_of, key):
+    config = config_of()
+    section, _, name = key.rpartition(".")
+    value = ["a", "caf\udce9"] if key == "checkpoint.allow_changed" else "caf\udce9"
+    setattr(getattr(config, section) if section else config, name, value)
+    (line,) = [line for line in problems(config) if "Unicode" in line]
+    assert line.startswith(f"{key}=") and "caf\\udce9" in line
+
+
 def test_a_gpu_that_is_not_there_is_refused(config_of, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (line,) = problems(config_of("training.platform=cuda"))

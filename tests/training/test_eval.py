@@ -124,6 +124,18 @@ def test_killed_and_started_again_it_ends_as_if_it_had_not_been(byte_model, prob
     assert len(responses(tmp_path / "cut")) == 10 * 5
 
 
+def test_tokens_may_be_named_that_end_a_response(byte_model, problems, tmp_path, capsys):
+    arguments = [*words(byte_model, problems, tmp_path / "out", samples=1), "--stop-token-ids", *map(str, range(263))]
+    assert command.main(arguments) == 0
+    assert {(row["tokens"], row["finish_reason"]) for row in responses(tmp_path / "out")} == {(1, "stop")}
+    said = capsys.readouterr().err
+    assert "first prompt, sums/10, 6 tokens:\n  | 10+10=\n" in said and "<end> (256)" in said
+    assert command.main(words(byte_model, problems, tmp_path / "out", samples=1)) == 2
+    assert "another stop_token_ids" in capsys.readouterr().err
+    assert command.main([*arguments, "264"]) == 2
+    assert "--stop-token-ids 264" in capsys.readouterr().err
+
+
 def test_a_deadline_stops_between_batches_and_says_so(byte_model, problems, tmp_path, capsys):
     assert command.main(words(byte_model, problems, tmp_path / "out", deadline=0)) == 75
     assert "the same command goes on" in capsys.readouterr().err

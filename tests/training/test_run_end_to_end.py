@@ -61,11 +61,18 @@ def check_run_folder(run: Path, start: Path) -> dict:
 
 def test_bash_starts_the_job(folder, demo_start):
     done = launch(
-        ["bash", "examples/pretrain_dcpo.sh", *settings(folder, demo_start)], PYTHON=sys.executable, NPROC_PER_NODE="2"
+        ["bash", "examples/pretrain_dcpo.sh", *settings(folder, demo_start, f"rollout.stop_token_ids={[*range(15)]}")],
+        PYTHON=sys.executable,
+        NPROC_PER_NODE="2",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert check_run_folder(folder / "run", demo_start)["ranks"] == 2
     assert "step    2/2" in done.stdout
+    # Every token of the vocabulary was said to end a response, and did, in training and evaluation.
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {(row["response_length"], row["truncated"]) for row in rows if "reward" in row} == {(1.0, 0.0)}
+    assert {row["eval_response_length"] for row in rows if "eval_accuracy" in row} == {1.0}
+    assert "first prompt, train/" in done.stdout and done.stdout.count("a response ends with") == 1
 
 
 def test_torchrun_starts_the_same_job(folder, demo_start):
@@ -149,5 +156,6 @@ def test_real_files_go_through_the_whole_job_without_an_edit(real_data, tmp_path
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "7,9" in done.stdout and "from 7,973 rows of 2 files" in done.stdout  # counted aloud
+    assert "  | <|im_start|>user\n" in done.stdout and "a response ends with <|im_end|> (258)\n" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["reward"] for row in rows if "reward" in row] == [-1.0, -1.0]
