@@ -118,6 +118,18 @@ def test_an_aborted_response_goes_on_from_its_last_token(stand_ins):
     assert again["input_ids"] == [[5, 6, 0, 7, 8]] and again["sampling_params"][0]["max_new_tokens"] == 2
 
 
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_a_request_that_brought_a_token_is_not_one_in_vain(stand_ins, attempts):
+    def interrupted(body):
+        if len(servers[0].asked) <= 3:
+            return [finished(0, [len(servers[0].asked)], TAG, "abort")]
+        return ordinary(TAG)(body)
+
+    fleet, servers = stand_ins(interrupted)
+    (generation,) = ServerClient(fleet, attempts=attempts).generate(requests(1, 1), SAMPLING)
+    assert generation.token_ids == [1, 2, 3, 1] and len(servers[0].asked) == 4
+
+
 def test_tokens_from_weights_under_check_count_once_the_check_is_over(stand_ins):
     fleet, servers = stand_ins(lambda body: [finished(0, [1] * 4, f"run-4{UNVERIFIED}")])
     pending = ServerClient(fleet).start(requests(1, 1), SAMPLING)
