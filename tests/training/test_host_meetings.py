@@ -8,6 +8,7 @@ import pytest
 from dcpo_megatron.training.config import ConfigError
 from dcpo_megatron.training.engines import listed_servers
 from dcpo_megatron.verification.ranks import RankPool
+from tests.rollout.test_addresses import SGLANG, Whoever
 from tests.standins.pynvml import uuid
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,3 +86,43 @@ def test_a_servers_gpu_is_told_by_the_uuid_that_nvidia_smi_shows(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert gpu_of(Platform("cuda", "nccl", torch.device("cuda", 0))) == uuid(3)
     assert gpu_of(Platform("cpu", "gloo", torch.device("cpu"))) is None
+
+
+DOWN = "http://127.0.0.1:9"
+WRONG_KEY, GATEWAY, LOADING = (401, "application/json", '{"error": "Unauthorized"}'), (502, "text/html", "nginx"), (503, "text/plain", "")  # fmt: skip
+
+
+def wait_for_servers(pool, urls: list[str], seconds: float, *more):
+    """(the same end on both ranks, what rank 0 announced, seconds)."""
+    (found, said, took), (other, silent, _) = pool.run("tests.training.host_jobs:servers_of_a_run", 2, urls, seconds, *more)  # fmt: skip
+    assert found == other and len(silent) <= 1
+    return found, said, took
+
+
+@pytest.mark.parametrize(("answer", "status"), [(WRONG_KEY, 401), (GATEWAY, 502), ((404, "text/plain", ""), 404)])
+def test_a_run_whose_only_server_refuses_ends_at_once_with_the_status_and_the_address(pool, answer, status):
+    with Whoever(answer) as one:
+        found, said, took = wait_for_servers(pool, [one.url], 600.0)
+    assert found.startswith(f"RolloutError: GET {one.url}/model_info was refused with status {status}") and took < 20
+    assert any(f"rollout server {one.url} refuses" in line for line in said)
+
+
+def test_a_server_that_refuses_is_not_waited_for_where_enough_others_answer(pool):
+    with Whoever(SGLANG, "::1") as good, Whoever(WRONG_KEY) as bad:
+        found, said, took = wait_for_servers(pool, [good.url, bad.url], 600.0)
+        assert list(found) == [good.url, bad.url] and took < 20
+        assert sum("status 401" in line for line in said) == 1
+        found, said, took = wait_for_servers(pool, [good.url, bad.url], 600.0, 2)
+    assert "status 401" in found and took < 20
+
+
+def test_what_may_pass_is_said_at_once_and_waited_for(pool):
+    with Whoever(LOADING) as one:
+        found, said, took = wait_for_servers(pool, [one.url, DOWN], 2.0)
+    assert took >= 2.0 and sum(f"{one.url} refuses" in line and "not ready" in line for line in said) == 1
+    assert found.startswith(f"RolloutError: {one.url} (status 503), {DOWN} did not answer within servers.start_timeout")
+
+
+def test_a_run_that_is_asked_to_stop_while_it_waits_for_servers_stops_on_every_rank(pool):
+    found, _, took = wait_for_servers(pool, [DOWN], 600.0, 1, 1)
+    assert found == "Stopped: asked to stop" and took < 20
