@@ -173,6 +173,7 @@ def _addresses(config: Config, key: str | None, announce, tick, stop) -> dict[st
     servers = config.servers
     wanted = servers.count or servers.min_healthy if servers.file else len(servers.urls)
     seconds = servers.start_timeout_seconds
+    asked: dict[str, Server] = {}
     answers: dict[str, ServerError | None] = {}
     listed: dict[str, list[str] | None] = {}
     said: set[str] = set()
@@ -189,13 +190,10 @@ def _addresses(config: Config, key: str | None, announce, tick, stop) -> dict[st
             return f"!{error}"
         listed.clear()
         listed.update(now)
-        with contextlib.ExitStack() as stack:
-            asked = [
-                stack.enter_context(contextlib.closing(Server(url, api_key=key)))
-                for url in listed
-                if url not in answers or answers[url] is not None
-            ]
-            found = look_at(asked, 2.0)
+        for url in listed:
+            if url not in asked:
+                asked[url] = stack.enter_context(contextlib.closing(Server(url, api_key=key)))
+        found = look_at([asked[url] for url in listed if url not in answers or answers[url] is not None], 2.0)
         answers.update(found)
         say_refusals(found, said, announce)
         refusals = [url for url in listed if refuses(url)]
@@ -205,7 +203,8 @@ def _addresses(config: Config, key: str | None, announce, tick, stop) -> dict[st
         return json.dumps(listed) if able and len(listed) - len(refusals) >= servers.min_healthy else None
 
     announce(f"waiting for {wanted} rollout servers, at most {seconds:.0f} s")
-    found = wait_together(look, seconds, tick, stop)
+    with contextlib.ExitStack() as stack:
+        found = wait_together(look, seconds, tick, stop)
     if found is None:
         # Those that answer will do, where they are enough.
         mine = [_briefly(url, answers[url]) for url in listed if answers[url] is not None]

@@ -166,7 +166,7 @@ SGLANG = (200, "application/json", '{"model_path": "m", "weight_version": "unpub
         ((200, "text/html", "<title>Grafana</title>"), True, "not by an SGLang server .*Grafana"),
         ((200, "application/json", '{"status": "ok"}'), True, "not by an SGLang server"),
         ((200, "application/json", "{"), True, "not JSON"),
-        (b"SSH-2.0-OpenSSH_9.2\r\n", True, "another service"),
+        (b"-ERR unknown command 'GET'\r\n\r\n", True, "another service"),
     ],
 )
 def test_whoever_else_answers_is_told_with_the_status_and_what_to_do(answer, final, said):

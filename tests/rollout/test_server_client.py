@@ -156,6 +156,9 @@ def test_a_response_cut_short_ends_the_batch_and_says_what_the_server_lacks(stan
     fleet, _ = stand_ins(lambda body: [finished(0, [1] * 3, TAG, "length")])
     with pytest.raises(RolloutError, match=r"after 3 of max_new_tokens=4: .*--context-length"):
         ServerClient(fleet).generate(requests(1, 1), SAMPLING)
+
+
+def test_a_response_that_ends_itself_may_be_short(stand_ins):
     fleet, _ = stand_ins(lambda body: [finished(0, [1] * 3, TAG, "stop")])
     assert ServerClient(fleet).generate(requests(1, 1), SAMPLING)[0].token_ids == [1] * 3
 

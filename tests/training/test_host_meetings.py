@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_megatron.training.config import ConfigError
-from dcpo_megatron.training.engines import listed_servers
+from dcpo_megatron.training.config import ConfigError, load_config
+from dcpo_megatron.training.engines import listed_servers, publish_options
 from dcpo_megatron.verification.ranks import RankPool
 from tests.rollout.test_addresses import SGLANG, Whoever
 from tests.standins.pynvml import uuid
@@ -86,6 +86,25 @@ def test_a_servers_gpu_is_told_by_the_uuid_that_nvidia_smi_shows(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert gpu_of(Platform("cuda", "nccl", torch.device("cuda", 0))) == uuid(3)
     assert gpu_of(Platform("cpu", "gloo", torch.device("cpu"))) is None
+
+
+def test_a_publications_deadlines_and_limits_are_the_configurations():
+    given = {"bucket_timeout_seconds": 7.0, "timeout_seconds": 70.0, "bucket_bytes": 1000, "address": "fd00::2", "tolerance": 0.5, "verify": False}  # fmt: skip
+    wanted = [f"publish.{key}={value}" for key, value in given.items()]
+    config = load_config(
+        [], ["model.path=m", "data.files=[d]", "data.template=plain", "servers.min_healthy=3", *wanted]
+    )
+    made = publish_options(config, is_cpu=True)
+    assert (made.bucket_timeout, made.timeout, made.bucket_bytes, made.address) == (7.0, 70.0, 1000, "fd00::2")
+    assert (made.tolerance, made.verify, made.min_servers, made.backend) == (0.5, False, 3, "gloo")
+
+
+@pytest.mark.parametrize("quote", ["", '"', "'"])
+def test_ipv6_addresses_can_be_typed_with_quotes_and_without(quote):
+    urls = ["http://[::1]:30000", "http://[fd00::2]:30001"]
+    typed = ", ".join(f"{quote}{url}{quote}" for url in urls)
+    config = load_config([], ["model.path=m", "data.files=[d]", f"servers.urls=[{typed}]", f"publish.address={quote}[fd00::2]{quote}"])  # fmt: skip
+    assert config.servers.urls == urls and config.publish.address in ("fd00::2", "[fd00::2]")
 
 
 DOWN = "http://127.0.0.1:9"
