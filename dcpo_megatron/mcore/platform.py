@@ -140,6 +140,7 @@ def start(platform: Platform, timeout_seconds: float = 600.0) -> None:
         pass
     elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         store, rank, world = _meet(max(timeout_seconds, FIRST_MEETING_SECONDS))
+        store.set_timeout(timeout)
         dist.init_process_group(platform.backend, store=store, rank=rank, world_size=world, timeout=timeout)
     else:
         store = dist.HashStore()

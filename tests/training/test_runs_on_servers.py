@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dcpo_megatron.cli import resumption
+from dcpo_megatron.training.heartbeat import read_heartbeats
 from dcpo_megatron.training.run_status import read_status
 from tests.sglang_servers import loopback_ipv6, serve
 
@@ -134,9 +135,15 @@ def test_a_mismatch_beyond_the_limit_stops_the_run_before_it_trains(task, tmp_pa
 def test_a_run_that_waits_for_lost_servers_saves_and_ends_when_it_is_asked_to(task, servers, tmp_path):
     """The last one: it ends the servers for good."""
     folder, log = tmp_path / "run", tmp_path / "log"
-    arguments = [*task, "rollout.max_staleness=1", "training.steps=1000", "checkpoint.every=900", f"output={folder}"]
+    arguments = [
+        *task, "rollout.max_staleness=1", "training.steps=1000", "checkpoint.every=900", "rollout.max_response_tokens=24", f"output={folder}",
+    ]  # fmt: skip
     process = resumption.start(arguments, 2, log)
     until(lambda: resumption.steps_done(folder) >= 2, process, log)
+    # Lost in a publication they would end the run.
+    until(lambda: read_heartbeats(folder / "health")[0].phase == "rollout", process, log)
+    for server in servers.processes:
+        os.killpg(server.pid, signal.SIGKILL)
     servers.stop()
     until(lambda: "no rollout server is left" in log.read_text(), process, log)
     process.send_signal(signal.SIGUSR1)
