@@ -157,7 +157,7 @@ class Server:
         status = response.status_code
         if status >= 300:
             raise ServerError(
-                f"{what} was refused with status {status}: {refusal(response.content)}{_advice(status)}",
+                f"{what} was refused with status {status}: {refusal(response.content)}{advice(status)}",
                 self.url,
                 path,
                 status,
@@ -186,7 +186,8 @@ def check_url(url: str) -> None:
         raise ValueError(f"server address {url!r} is not of the form http://host:port")
 
 
-def _advice(status: int) -> str:
+def advice(status: int) -> str:
+    """What to do about a status, as the end of a sentence; "" where the server's own words say it."""
     if status in (401, 403):
         return "; the key is not the server's: give its own in servers.api_key_file, or in the variable DCPO_SGLANG_API_KEY"
     if status in (407, 502, 504):

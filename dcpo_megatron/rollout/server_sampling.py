@@ -21,7 +21,7 @@ import httpx
 
 from dcpo_megatron.rollout.fleet import Fleet
 from dcpo_megatron.rollout.protocol import GenerateRequest, Generation, RolloutError, SamplingParams
-from dcpo_megatron.rollout.server import Server, ServerError, headers
+from dcpo_megatron.rollout.server import Server, ServerError, advice, headers
 from dcpo_megatron.rollout.server_answers import (
     BadAnswer,
     Batch,
@@ -196,10 +196,10 @@ class Sampling:
             whole = True
         except Refused as error:
             if error.status in _WHOEVER_ASKS and self.router is None:
-                return f"it refused with status {error.status}: {error}", True
+                return f"it refused with status {error.status}: {error}{advice(error.status)}", True
             raise ServerError(
-                f"POST {server.url}/generate was refused: {error} (a prompt of {len(batch.prompt_token_ids)} tokens, "
-                f"max_new_tokens={self.sampling.max_new_tokens})",
+                f"POST {server.url}/generate was refused with status {error.status}: {error}{advice(error.status)} "
+                f"(a prompt of {len(batch.prompt_token_ids)} tokens, max_new_tokens={self.sampling.max_new_tokens})",
                 server.url,
                 "/generate",
                 error.status,
