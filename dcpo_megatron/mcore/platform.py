@@ -128,8 +128,9 @@ def use_transformer_engine(wanted: str, dtype: str, platform: Platform) -> bool:
 def start(platform: Platform, timeout_seconds: float = 600.0) -> None:
     """Makes the default process group from torchrun's environment (or of one rank alone where there is none).
 
-    Beside nccl's it makes a gloo group of all ranks (:mod:`dcpo_megatron.mcore.collectives`). Every later collective raises after ``timeout_seconds`` instead of waiting for ever;
-    the ranks' first meeting has ten minutes at least: they import at the pace of machine and file system.
+    Beside nccl's it makes a gloo group of all ranks (:mod:`dcpo_megatron.mcore.collectives`). Every later collective
+    raises after ``timeout_seconds`` instead of waiting for ever. The first meeting of the ranks has ten minutes at
+    least: they import at the pace of machine and file system.
 
     Raises:
         RuntimeError: ranks that did not come to the first meeting.
@@ -160,8 +161,8 @@ def _meet(seconds: float) -> tuple[dist.Store, int, int]:
         store.wait(keys, limit)
     except dist.DistStoreError as error:
         raise RuntimeError(
-            f"not all {os.environ['WORLD_SIZE']} ranks have started within {seconds:g} s ({str(error).splitlines()[0]}): look at the output of the others, and at "
-            "their hosts"
+            f"not all {os.environ['WORLD_SIZE']} ranks have started within {seconds:g} s ({str(error).splitlines()[0]}): "
+            "look at the output of the others, and at their hosts"
         ) from error
     return dist.PrefixStore("default_pg", store), rank, world
 

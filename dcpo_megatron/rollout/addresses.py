@@ -1,8 +1,10 @@
-"""Hosts and addresses: an IPv6 address stands in brackets where a port follows, and bare where a socket takes it.
+"""Hosts and addresses: IPv6 in brackets where a port follows, and bare where a socket takes it.
 
-bare("[fd00::1]")      "fd00::1"          for sockets, names, SGLang's --host
-in_url("fd00::1")      "[fd00::1]"        for http://HOST:PORT and tcp://HOST:PORT; names and IPv4 addresses stay as they are
-own_address("s1", 30000)                  the address that this host has on the way to s1, of whichever family leads there
+    bare("[fd00::1]")           "fd00::1"      for sockets, and SGLang's --host
+    in_url("fd00::1")           "[fd00::1]"    for http://HOST:PORT and tcp://HOST:PORT
+    own_address("s1", 30000)                   this host's address on the way to s1, of whichever family leads there
+
+Names and IPv4 addresses are the same in all of them.
 """
 
 from __future__ import annotations

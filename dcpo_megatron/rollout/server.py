@@ -25,8 +25,9 @@ _PASSING = (408, 425, 429)
 
 
 class ServerError(RolloutError):
-    """A server refused a request or did not answer it. ``url``: the server; ``path``: the request; ``status``: the HTTP status, None without an answer;
-    ``final``: somebody answers there who is not a server of ours (another key, another service), and will not become one by waiting."""
+    """A server refused a request or did not answer it. ``url``: the server; ``path``: the request; ``status``: the HTTP
+    status, None without an answer; ``final``: who answers there is no server of ours (another key, another service),
+    and will not become one by waiting."""
 
     def __init__(self, message: str, url: str, path: str, status: int | None = None, final: bool = False):
         super().__init__(message)
@@ -94,7 +95,8 @@ class Server:
         return True
 
     def model(self, timeout: float | None = None) -> dict:
-        """What the server says of its model: ``model_path``, ``weight_version``, ... Raises ServerError, ``final`` where no SGLang server of ours is there."""
+        """What the server says of its model: ``model_path``, ``weight_version``, ... Raises ServerError, ``final`` where
+        no server of ours is there."""
         path = "/model_info"
         answer = self.get(path, timeout=timeout)
         if "weight_version" not in answer:
@@ -180,7 +182,8 @@ def check_url(url: str) -> None:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
         raise ValueError(
-            f"server address {url!r} cannot be read ({error}): it has the form http://host:port, with an IPv6 address in brackets, such as http://[::1]:30000"
+            f"server address {url!r} cannot be read ({error}): it has the form http://host:port, with an IPv6 address in "
+            "brackets, such as http://[::1]:30000"
         ) from None
     if parsed.scheme not in ("http", "https") or not parsed.host or not 0 < (parsed.port or 80) < 2**16:
         raise ValueError(f"server address {url!r} is not of the form http://host:port")
@@ -189,9 +192,12 @@ def check_url(url: str) -> None:
 def advice(status: int) -> str:
     """What to do about a status, as the end of a sentence; "" where the server's own words say it."""
     if status in (401, 403):
-        return "; the key is not the server's: give its own in servers.api_key_file, or in the variable DCPO_SGLANG_API_KEY"
+        return "; the key is not the server's: give its own in servers.api_key_file, or in DCPO_SGLANG_API_KEY"
     if status in (407, 502, 504):
-        return "; something between (a proxy, a gateway) answers in the server's place: give the server's own address, and see that it runs"
+        return (
+            "; something between (a proxy, a gateway) answers in the server's place: give the server's own address, and "
+            "see that it runs"
+        )
     if status == 503:
         return "; it, or something before it, is not ready"
     return f"; {_ANOTHER}" if status < 400 or status in (404, 405) else ""

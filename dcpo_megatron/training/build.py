@@ -44,7 +44,8 @@ from dcpo_megatron.weights.transfer import WeightGatherer, load_weights
 def build_trainer(run_: CheckedRun, stop_requested: Callable[[], bool] = lambda: False) -> Trainer:
     """Starts the process groups and builds data, model, optimizer and engine. Raises the errors of each part.
 
-    ``stop_requested``: whether this rank has been asked to stop; looked at while waiting for servers, now and in the run (Stopped is raised here, then).
+    ``stop_requested``: whether this rank has been asked to stop; looked at while waiting for servers, now (Stopped is
+    raised) and in the run.
     """
     config = run_.config
     folder = _writable(Path(config.output))

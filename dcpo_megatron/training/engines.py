@@ -166,7 +166,8 @@ def listed_servers(file: Path) -> dict[str, list[str] | None]:
 
 
 def _addresses(config: Config, key: str | None, announce, tick, stop) -> dict[str, list[str] | None]:
-    """The servers of the run, the same on every rank, as soon as enough of them answer: address -> uuids of its GPUs where they are known.
+    """The servers of the run, the same on every rank, as soon as enough of them answer: address -> uuids of its GPUs
+    where they are known.
 
     One that refuses is named at once and not waited for; where not enough can be left, the run ends.
     """

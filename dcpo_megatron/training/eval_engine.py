@@ -35,11 +35,14 @@ def make_engine(
     prompts: Sequence[Sequence[int]] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[RolloutEngine, str]:
-    """The engine and what it says of its weights ("" for the embedded one, whose weights are the folder's). ``prompts``: token ids, on which servers are compared with
-    the folder; ``say`` takes what is found (:mod:`~dcpo_megatron.training.eval_weights`).
+    """The engine and what it says of its weights ("" for the embedded one, whose weights are the folder's).
+
+    ``prompts``: token ids, on which servers are compared with the folder (:mod:`~dcpo_megatron.training.eval_weights`);
+    ``say`` takes what is found.
 
     Raises:
-        EvaluationError: no Hugging Face folder (a Megatron checkpoint is converted first), or servers that hold different weights, or others than the folder's.
+        EvaluationError: no Hugging Face folder (a Megatron checkpoint is converted first), or servers that hold different
+            weights, or others than the folder's.
         RolloutError: a server that does not answer.
     """
     check_folder(folder)

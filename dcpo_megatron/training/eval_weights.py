@@ -1,8 +1,10 @@
-"""Do the servers of an evaluation hold the weights of the folder that is evaluated? A server tells a path and a tag, and neither is its weights.
+"""Do the servers of an evaluation hold the weights of the folder that is evaluated? They tell a path and a tag, and no more.
 
-never given weights (`dcpo serve` has it say so), and its path holds the folder's files     -> yes
-otherwise                                  log-probs of a few prompts, the folder's model in this process beside each server: they agree, or it is refused
-no room for the model here, or servers that round more (quantized ones)          -> said, not refused
+    never given weights (`dcpo serve` has it say so), and its path holds the folder's files     -> yes
+    otherwise: log-probs of a few prompts, the folder's model in this process beside each server    -> they agree, or refused
+    no room for the model here, or servers that round more (quantized ones)                      -> said, not refused
+
+Weights that differ by less than rounding pass for the same.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ def check_weights(
     size, room = _bytes(Path(folder)), _available()
     if size > room:
         say(
-            f"{theirs} are not compared with {folder}: its model needs {size / 1e9:.0f} GB here, {room / 1e9:.0f} are free"
+            f"{theirs} are not compared with {folder}: its model needs {size / 1e9:.0f} GB here, and {room / 1e9:.0f} "
+            "are free"
         )
         return
     sequences = [list(prompt[:_TOKENS]) for prompt in prompts if len(prompt) > 1][:_PROMPTS]
@@ -63,7 +66,8 @@ def check_weights(
         say(f"{what}; they are quantized ({info['quantization']}), and are taken at their word")
     else:
         raise EvaluationError(
-            f"{what}, above {_TOLERANCE[dtype]:g}: start servers of {folder} (dcpo serve {folder}), or evaluate the folder whose weights they hold"
+            f"{what}, above {_TOLERANCE[dtype]:g}: start servers of {folder} (dcpo serve {folder}), or evaluate the folder "
+            "whose weights they hold"
         )
 
 

@@ -116,8 +116,9 @@ class Trainer:
     def run(self, stop_requested: Callable[[], bool] = lambda: False) -> dict | None:
         """Trains up to ``training.steps`` steps; returns (and writes) the summary.
 
-        ``stop_requested`` is asked at each step boundary: where any rank says yes, the run is saved and None is returned (start it again to go on). An engine that waits
-        for servers raises Stopped: then the run ends as at the boundary before the step.
+        ``stop_requested`` is asked at each step boundary: where any rank says yes, the run is saved and None is returned
+        (start it again to go on). An engine that waits for servers raises Stopped: then the run ends as at the boundary
+        before the step.
         """
         config = self.run_.config
         last = config.training.steps
@@ -148,7 +149,8 @@ class Trainer:
         return summary
 
     def _step_back(self, step: int, sampler: dict, pending: PendingBatch | None) -> None:
-        """Ends the run as after ``step`` steps: the next one had begun and nothing of it was trained. ``sampler``, ``pending``: as they were."""
+        """Ends the run as after ``step`` steps: the next one had begun and nothing of it was trained. ``sampler``,
+        ``pending``: as they were."""
         self.sampler.load_state_dict(sampler)
         self.phase.pending = self.phase.pending or pending
         self.sinks.announce(

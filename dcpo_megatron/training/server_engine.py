@@ -91,8 +91,8 @@ class ServerEngine:
         sampling: SamplingParams,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Generation]:
-        """See :class:`RolloutEngine`. Raises RolloutError where servers are lost again and again, or none comes back in time; Stopped where the run is asked to stop
-        while it waits for them."""
+        """See :class:`RolloutEngine`. Raises RolloutError where servers are lost again and again, or none comes back in
+        time; Stopped where the run is asked to stop while it waits for them."""
         return self._complete(requests, sampling, progress, lambda: self.client.generate(requests, sampling, progress))
 
     def start(self, requests: Sequence[GenerateRequest], sampling: SamplingParams) -> StartedBatch:
@@ -184,7 +184,7 @@ class ServerEngine:
 
 
 def look_at(servers: Sequence[Server], seconds: float) -> dict[str, ServerError | None]:
-    """Address -> why it is no server of ours now, None where it is. All are asked at once: together they take no longer than one."""
+    """Address -> why it is no server of ours now, None where it is. They are asked side by side."""
 
     def ask(server: Server) -> ServerError | None:
         try:

@@ -16,7 +16,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(Exception):
-    """The run was asked to stop while it waited for something that may not come; raised on every rank. ``finished``: responses there were, by place in the requests."""
+    """The run was asked to stop while it waited for something that may not come; raised on every rank. ``finished``: the
+    responses there were, by place in the requests."""
 
     def __init__(self, finished: dict | None = None):
         super().__init__("asked to stop")

@@ -133,8 +133,8 @@ def environment(plan: ServerPlan, servers: int, of: Mapping[str, str] = os.envir
 
 
 def without_proxy(of: Mapping[str, str], hosts: Sequence[str]) -> dict[str, str]:
-    """``no_proxy`` and ``NO_PROXY`` of ``of`` with ``hosts`` besides: SGLang's requests to itself must not go to a proxy. IPv6 addresses without brackets: httpx, which
-    servers import, raises at a bracket."""
+    """``no_proxy`` and ``NO_PROXY`` of ``of`` with ``hosts`` besides: SGLang's requests to itself must not go to a proxy.
+    IPv6 addresses without brackets: httpx, which servers import, raises at a bracket."""
     found = {}
     for name, other in (("no_proxy", "NO_PROXY"), ("NO_PROXY", "no_proxy")):
         # Where one of the two is not set, programs read the other.

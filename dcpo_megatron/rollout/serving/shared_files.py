@@ -1,8 +1,10 @@
-"""Files in shared memory that a killed server leaves behind: SGLang names them at random, and only a server that ends by itself removes its own.
+"""Files in shared memory that a killed server leaves: SGLang names them at random, and none but a live server removes its own.
 
-healthy         what its process group has mapped is noted, in memory and beside its log          server-30000.shared
-ended           all of the group is gone: what is noted is removed
-started again   after a launcher that was killed too: what the note names and nobody maps is removed
+    healthy         what its process group has mapped is noted, here and beside its log: server-30000.shared
+    ended           all of the group is gone: what is noted is removed
+    started again   also after a launcher that was killed: what the note names and nobody maps is removed
+
+Other files are nobody's business here.
 """
 
 from __future__ import annotations

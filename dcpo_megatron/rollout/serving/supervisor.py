@@ -216,7 +216,8 @@ class _Watched:
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Ports of ``host`` that nobody listens on, below those that the kernel gives to outgoing connections: they are still free a little later."""
+    """Ports of ``host`` that nobody listens on, below those that the kernel gives to outgoing connections: they are still
+    free a little later."""
     found: list[int] = []
     for port in random.sample(range(20000, 30000), 500):
         if len(found) < count and not _taken(host, port):
@@ -249,14 +250,16 @@ def _taken(host: str, port: int) -> bool:
 
 
 def _own_name(host: str) -> str:
-    """This host's name, under which servers on all of its interfaces (``host``) are reached. Raises ServingError where it does not lead to one of them."""
+    """This host's name, under which servers on all of its interfaces (``host``) are reached. Raises ServingError where it
+    leads to none of them."""
     name = socket.gethostname()
     family = {"0.0.0.0": socket.AF_INET, "::": socket.AF_INET6}.get(host, socket.AF_UNSPEC)
     try:
         socket.getaddrinfo(name, None, family)
     except socket.gaierror as error:
         raise ServingError(
-            f"--host {host}: this host's name {name} has no such address ({error.strerror}): give one that has, or an address, with --advertise"
+            f"--host {host}: this host's name {name} has no such address ({error.strerror}): give one that has, or an "
+            "address, with --advertise"
         ) from error
     return name
 

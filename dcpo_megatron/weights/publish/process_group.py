@@ -81,8 +81,8 @@ class ProcessGroupTransport:
         """Joins a group with ``server``, or keeps the one it has if the server is still the one that joined it (``known``).
 
         Raises:
-            RolloutError: a server of several pipeline stages or data-parallel copies, with another NCCL, whose name does not resolve, or one that did not join
-                within ``seconds``.
+            RolloutError: a server of several pipeline stages or data-parallel copies, with another NCCL, whose name does
+                not resolve, or one that did not join within ``seconds``.
         """
         if known and server.url in self._groups:
             return
@@ -240,5 +240,6 @@ def _own_address(url: str) -> str:
         return own_address(parts.hostname, parts.port or 80)
     except (OSError, UnicodeError) as error:
         raise RolloutError(
-            f"this host finds no way to {url} ({error}): does its name resolve here? set publish.address to the address at which servers reach this host"
+            f"this host finds no way to {url} ({error}): does its name resolve here? set publish.address to the address at "
+            "which servers reach this host"
         ) from error
