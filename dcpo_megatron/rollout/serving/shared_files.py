@@ -20,7 +20,7 @@ _PREFIXES = ("/dev/shm/sglang_loads_", "/dev/shm/sgl_shm_", "/dev/shm/sem.mp-")
 def mapped_files(group: int | None = None) -> set[str]:
     """Such files that processes of ``group`` (None: all processes that this user may look at) have mapped."""
     found = set()
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+    for pid in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
         with contextlib.suppress(OSError):  # it has just ended, or is not ours to look at
             if group is None or os.getpgid(int(pid)) == group:
                 with open(f"/proc/{pid}/maps") as maps:
