@@ -16,8 +16,9 @@ from dcpo_megatron.rollout.serving import ServerPlan, ServingError, start_server
 from dcpo_megatron.rollout.serving.command import environment
 from dcpo_megatron.rollout.serving.shared_files import SharedFiles
 from dcpo_megatron.weights.publish.process_group import _own_address
+from tests.sglang_servers import loopback_ipv6
 
-KEY = "the-servers-key"
+ipv6 = pytest.mark.skipif(loopback_ipv6() != "::1", reason="this host has no IPv6")
 
 
 def test_an_ipv6_address_has_brackets_in_a_url_and_none_elsewhere():
@@ -26,6 +27,7 @@ def test_an_ipv6_address_has_brackets_in_a_url_and_none_elsewhere():
     assert [in_url(host) for host in ("s1", "127.0.0.1", "s1.example.org")] == ["s1", "127.0.0.1", "s1.example.org"]
 
 
+@ipv6
 def test_the_rendezvous_is_at_the_address_that_leads_to_the_server_whatever_its_family(monkeypatch):
     assert own_address("::1", 1) == own_address("[::1]", 1) == "::1" and own_address("localhost", 1) == "127.0.0.1"
 
@@ -55,6 +57,7 @@ def test_an_address_that_is_none_is_refused_with_the_form_that_is_wanted():
             Server(url)
 
 
+@ipv6
 def test_servers_on_an_ipv6_address_are_listed_in_brackets_and_one_that_is_not_this_hosts_is_refused(
     demo_start, tmp_path, monkeypatch
 ):
@@ -179,7 +182,7 @@ def test_whoever_else_answers_is_told_with_the_status_and_what_to_do(answer, fin
         assert caught.value.status == (answer[0] if isinstance(answer, tuple) and answer[0] != 200 else caught.value.status)  # fmt: skip
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=ipv6)])
 def test_a_server_is_spoken_to_past_any_proxy(host, monkeypatch):
     for name, value in PROXY.items():
         monkeypatch.setenv(name, value)

@@ -9,6 +9,7 @@ from dcpo_megatron.training.config import ConfigError, load_config
 from dcpo_megatron.training.engines import listed_servers, publish_options
 from dcpo_megatron.verification.ranks import RankPool
 from tests.rollout.test_addresses import SGLANG, Whoever
+from tests.sglang_servers import loopback_ipv6
 from tests.standins.pynvml import uuid
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,7 +128,7 @@ def test_a_run_whose_only_server_refuses_ends_at_once_with_the_status_and_the_ad
 
 
 def test_a_server_that_refuses_is_not_waited_for_where_enough_others_answer(pool):
-    with Whoever(SGLANG, "::1") as good, Whoever(WRONG_KEY) as bad:
+    with Whoever(SGLANG, loopback_ipv6()) as good, Whoever(WRONG_KEY) as bad:
         found, said, took = wait_for_servers(pool, [good.url, bad.url], 600.0)
         assert list(found) == [good.url, bad.url] and took < 20
         assert sum("status 401" in line for line in said) == 1
