@@ -3,7 +3,9 @@
 DCPO_TEST_SGLANG: `required` (set by `make test`) fails where that environment is missing, and a test would otherwise skip; `latest` is that, with the newest SGLang.
 """
 
+import contextlib
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,14 @@ def python_path() -> str | None:
         refuse = pytest.fail if wanted else pytest.skip
         refuse("no server environment: run `make .venv-sglang/.installed` (`make test-sglang-latest` for the newest)")
     return str(LATEST) if wanted == "latest" else None
+
+
+def loopback_ipv6() -> str:
+    """The IPv6 loopback address; that of IPv4 on a host without it."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        return "::1"
+    return "127.0.0.1"
 
 
 def server_options() -> list[str]:

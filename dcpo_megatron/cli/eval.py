@@ -133,6 +133,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     engine, served = make_engine(
         args.model, args.servers, device=platform.device, dtype=dtype, max_batch=batch,
         api_key=os.environ.get("DCPO_SGLANG_API_KEY") or None, request_timeout=args.request_timeout,
+        prompts=[prompt.token_ids for prompt in sets[0].prompts],
+        say=lambda line: print(f"dcpo eval: {line}", file=sys.stderr, flush=True),
     )  # fmt: skip
     # More samples or problems may be asked for later: their numbers are not held.
     settings = {

@@ -16,7 +16,7 @@ import traceback
 
 from dcpo_megatron.cli.quiet import quiet_libraries, write_any_letter
 from dcpo_megatron.training.config import Config, ConfigError, known_keys, load_config
-from dcpo_megatron.training.signals import START_AGAIN, StopRequest
+from dcpo_megatron.training.signals import START_AGAIN, Stopped, StopRequest
 
 BAD_INPUT = 2
 _NOT_WRITABLE = errno.ENOSPC, errno.EDQUOT, errno.EROFS
@@ -123,7 +123,10 @@ def _train(args) -> int:
     from dcpo_megatron.training.watchdog import explain_failure
 
     with StopRequest(announce=_rank() == 0) as stop:
-        trainer = build_trainer(run)
+        try:
+            trainer = build_trainer(run, lambda: stop.requested is not None)
+        except Stopped:  # before it had begun: what is on the disk is where it stands
+            return START_AGAIN
         try:
             summary = trainer.run(lambda: stop.requested is not None)
         except BaseException as error:

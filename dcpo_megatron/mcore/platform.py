@@ -16,6 +16,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+# Until all ranks of a run have started.
+FIRST_MEETING_SECONDS = 600.0
+
 
 @dataclass(frozen=True)
 class Platform:
@@ -125,20 +128,43 @@ def use_transformer_engine(wanted: str, dtype: str, platform: Platform) -> bool:
 def start(platform: Platform, timeout_seconds: float = 600.0) -> None:
     """Makes the default process group from torchrun's environment (or of one rank alone where there is none).
 
-    Beside nccl's it makes a gloo group of all ranks (:mod:`dcpo_megatron.mcore.collectives`). Every later collective raises after ``timeout_seconds`` instead of waiting for ever.
+    Beside nccl's it makes a gloo group of all ranks (:mod:`dcpo_megatron.mcore.collectives`). Every later collective
+    raises after ``timeout_seconds`` instead of waiting for ever. The first meeting of the ranks has ten minutes at
+    least: they import at the pace of machine and file system.
+
+    Raises:
+        RuntimeError: ranks that did not come to the first meeting.
     """
     prepare(platform)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if dist.is_initialized():
         pass
     elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(platform.backend, timeout=timeout)
+        store, rank, world = _meet(max(timeout_seconds, FIRST_MEETING_SECONDS))
+        store.set_timeout(timeout)
+        dist.init_process_group(platform.backend, store=store, rank=rank, world_size=world, timeout=timeout)
     else:
         store = dist.HashStore()
         dist.init_process_group(platform.backend, store=store, rank=0, world_size=1, timeout=timeout)
     from dcpo_megatron.mcore.collectives import make_host_group
 
     make_host_group(timeout)
+
+
+def _meet(seconds: float) -> tuple[dist.Store, int, int]:
+    """Waits for all ranks at torchrun's store: it, this rank, and how many there are."""
+    limit = datetime.timedelta(seconds=seconds)
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+        keys = [f"dcpo/rank-{other}" for other in range(world)]
+        store.set(keys[rank], "")
+        store.wait(keys, limit)
+    except dist.DistStoreError as error:
+        raise RuntimeError(
+            f"not all {os.environ['WORLD_SIZE']} ranks have started within {seconds:g} s ({str(error).splitlines()[0]}): "
+            "look at the output of the others, and at their hosts"
+        ) from error
+    return dist.PrefixStore("default_pg", store), rank, world
 
 
 def stop() -> None:

@@ -17,12 +17,21 @@ from dcpo_megatron.rollout.protocol import RolloutError
 KEEPALIVE_SECONDS = 2.0
 
 
-class ServerError(RolloutError):
-    """A server refused a request or did not answer it. ``url``: the server; ``path``: the request; ``status``: the HTTP status, None without an answer."""
+_ANOTHER = "another service (or another version of SGLang) is there: give the address of an SGLang server"
+# In the errors of connections that were made: to something that speaks no HTTP, or HTTP without TLS.
+_NOT_HTTP = ("illegal status line", "[SSL")
+# Statuses below 500 that pass by themselves.
+_PASSING = (408, 425, 429)
 
-    def __init__(self, message: str, url: str, path: str, status: int | None = None):
+
+class ServerError(RolloutError):
+    """A server refused a request or did not answer it. ``url``: the server; ``path``: the request; ``status``: the HTTP
+    status, None without an answer; ``final``: who answers there is no server of ours (another key, another service),
+    and will not become one by waiting."""
+
+    def __init__(self, message: str, url: str, path: str, status: int | None = None, final: bool = False):
         super().__init__(message)
-        self.url, self.path, self.status = url, path, status
+        self.url, self.path, self.status, self.final = url, path, status, final
 
 
 class Server:
@@ -39,9 +48,7 @@ class Server:
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 60.0):
         self.url = url.rstrip("/")
-        parsed = httpx.URL(self.url)
-        if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ValueError(f"server address {url!r} is not of the form http://host:port")
+        check_url(self.url)
         self.api_key = api_key
         self.timeout = timeout
         # trust_env off: a proxy of the machine must not stand between the trainer and its servers.
@@ -87,6 +94,21 @@ class Server:
             return False
         return True
 
+    def model(self, timeout: float | None = None) -> dict:
+        """What the server says of its model: ``model_path``, ``weight_version``, ... Raises ServerError, ``final`` where
+        no server of ours is there."""
+        path = "/model_info"
+        answer = self.get(path, timeout=timeout)
+        if "weight_version" not in answer:
+            said = " ".join(str(answer.get("message", answer)).split())[:80]
+            raise ServerError(
+                f"GET {self.url}{path} was answered, but not by an SGLang server ({said!r}): {_ANOTHER}",
+                self.url,
+                path,
+                final=True,
+            )
+        return answer
+
     def generates(self, timeout: float = 30.0) -> bool:
         """Whether the server samples a token within ``timeout`` seconds; false while it is starting or paused."""
         try:
@@ -97,7 +119,7 @@ class Server:
 
     def weight_version(self) -> str:
         """The tag of the weights that the server holds now. Raises ServerError."""
-        return str(self.get("/model_info")["weight_version"])
+        return str(self.model()["weight_version"])
 
     def pause(self, mode: str = "abort", timeout: float | None = None) -> None:
         """Stops sampling: ``abort`` ends what is running, ``in_place`` keeps its cache, ``retract`` lets it recompute its cache on resuming. Raises ServerError."""
@@ -122,25 +144,63 @@ class Server:
                 self.url,
                 path,
             ) from None
-        except httpx.TransportError as error:
+        except (httpx.RequestError, UnicodeError) as error:  # the second: a name that can be none
             with self._lock:
                 self._paths = None  # whoever answers next may be another version
-            raise ServerError(
-                f"{what} failed ({type(error).__name__}: {error}): the server is down or not reachable from here; restart it or correct its address",
-                self.url,
-                path,
-            ) from None
-        if response.status_code >= 400:
-            raise ServerError(
-                f"{what} was refused with status {response.status_code}: {refusal(response.content)}",
-                self.url,
-                path,
-                response.status_code,
+            foreign = any(sign in str(error) for sign in _NOT_HTTP)
+            why = (
+                _ANOTHER
+                if foreign
+                else "the server is down or not reachable from here; restart it or correct its address"
             )
-        answer = _decode(response)
+            raise ServerError(
+                f"{what} failed ({type(error).__name__}: {error}): {why}", self.url, path, final=foreign
+            ) from None
+        status = response.status_code
+        if status >= 300:
+            raise ServerError(
+                f"{what} was refused with status {status}: {refusal(response.content)}{advice(status)}",
+                self.url,
+                path,
+                status,
+                final=status < 500 and status not in _PASSING,
+            )
+        try:
+            answer = _decode(response)
+        except ValueError as error:
+            raise ServerError(
+                f"{what} was answered with what is not JSON ({error}): {_ANOTHER}", self.url, path, status, final=True
+            ) from None
         if answer.get("success") is False:
             raise ServerError(f"{what} failed: {refusal(response.content)}", self.url, path, response.status_code)
         return answer
+
+
+def check_url(url: str) -> None:
+    """Raises ValueError where ``url`` is no server's address."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(
+            f"server address {url!r} cannot be read ({error}): it has the form http://host:port, with an IPv6 address in "
+            "brackets, such as http://[::1]:30000"
+        ) from None
+    if parsed.scheme not in ("http", "https") or not parsed.host or not 0 < (parsed.port or 80) < 2**16:
+        raise ValueError(f"server address {url!r} is not of the form http://host:port")
+
+
+def advice(status: int) -> str:
+    """What to do about a status, as the end of a sentence; "" where the server's own words say it."""
+    if status in (401, 403):
+        return "; the key is not the server's: give its own in servers.api_key_file, or in DCPO_SGLANG_API_KEY"
+    if status in (407, 502, 504):
+        return (
+            "; something between (a proxy, a gateway) answers in the server's place: give the server's own address, and "
+            "see that it runs"
+        )
+    if status == 503:
+        return "; it, or something before it, is not ready"
+    return f"; {_ANOTHER}" if status < 400 or status in (404, 405) else ""
 
 
 def headers(api_key: str | None) -> dict[str, str]:

@@ -21,7 +21,7 @@ import httpx
 
 from dcpo_megatron.rollout.fleet import Fleet
 from dcpo_megatron.rollout.protocol import GenerateRequest, Generation, RolloutError, SamplingParams
-from dcpo_megatron.rollout.server import Server, ServerError, headers
+from dcpo_megatron.rollout.server import Server, ServerError, advice, headers
 from dcpo_megatron.rollout.server_answers import (
     BadAnswer,
     Batch,
@@ -42,6 +42,8 @@ from dcpo_megatron.rollout.server_silence import Silence
 _CONNECT_SECONDS = 10.0
 _ABORT_SECONDS = 2.0
 _LOOK_SECONDS = 0.05
+# Statuses that are no fault of the request: the server has another key now, or another service is in its place.
+_WHOEVER_ASKS = (401, 403, 404, 405, 407)
 # Before a request is repeated that came to nothing at a server (or router) which is not given up.
 _PAUSE_SECONDS = 1.0
 
@@ -183,7 +185,7 @@ class Sampling:
                 silence.deadline(),
                 http.stream("POST", f"{server.url}/generate", json=posted, headers=headers(server.api_key)) as answer,
             ):
-                if answer.status_code >= 400:
+                if answer.status_code >= 300:
                     content = (await answer.aread()).decode("utf-8", errors="replace")
                     raise refusal_or_failure(content, answer.status_code)
                 async for line in answer.aiter_lines():
@@ -193,9 +195,11 @@ class Sampling:
                         self._take(event, server, waiting, self.fleet.version == version)
             whole = True
         except Refused as error:
+            if error.status in _WHOEVER_ASKS and self.router is None:
+                return f"it refused with status {error.status}: {error}{advice(error.status)}", True
             raise ServerError(
-                f"POST {server.url}/generate was refused: {error} (a prompt of {len(batch.prompt_token_ids)} tokens, "
-                f"max_new_tokens={self.sampling.max_new_tokens})",
+                f"POST {server.url}/generate was refused with status {error.status}: {error}{advice(error.status)} "
+                f"(a prompt of {len(batch.prompt_token_ids)} tokens, max_new_tokens={self.sampling.max_new_tokens})",
                 server.url,
                 "/generate",
                 error.status,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -33,14 +34,19 @@ from dcpo_megatron.training.resume import (
 from dcpo_megatron.training.rollout_phase import RolloutPhase
 from dcpo_megatron.training.samples import SampleLog
 from dcpo_megatron.training.saver import CheckpointSaver
+from dcpo_megatron.training.signals import Stopped
 from dcpo_megatron.training.sinks import Sinks
 from dcpo_megatron.training.tokenizer import load_tokenizer, stop_token_ids
 from dcpo_megatron.training.watchdog import Watchdog, WatchedTimeline, collective_timeout
 from dcpo_megatron.weights.transfer import WeightGatherer, load_weights
 
 
-def build_trainer(run_: CheckedRun) -> Trainer:
-    """Starts the process groups and builds data, model, optimizer and engine. Raises the errors of each part."""
+def build_trainer(run_: CheckedRun, stop_requested: Callable[[], bool] = lambda: False) -> Trainer:
+    """Starts the process groups and builds data, model, optimizer and engine. Raises the errors of each part.
+
+    ``stop_requested``: whether this rank has been asked to stop; looked at while waiting for servers, now (Stopped is
+    raised) and in the run.
+    """
     config = run_.config
     folder = _writable(Path(config.output))
     refuse_another_run(folder, config)
@@ -120,16 +126,22 @@ def build_trainer(run_: CheckedRun) -> Trainer:
     sinks = Sinks(config, folder, is_writer, config.training.steps, None if found.state is None else step)
     if warning is not None:
         sinks.announce(warning)
-    engine = make_engine(
-        run_,
-        policy,
-        gatherer,
-        prompts,
-        step=step,
-        restored=found.path is not None or run_.weights != run_.hf_folder,
-        announce=sinks.announce,
-        tick=watchdog.progress,
-    )
+    try:
+        engine = make_engine(
+            run_,
+            policy,
+            gatherer,
+            prompts,
+            step=step,
+            restored=found.path is not None or run_.weights != run_.hf_folder,
+            announce=sinks.announce,
+            tick=watchdog.progress,
+            stop=stop_requested,
+        )
+    except Stopped:
+        rewarder.close()
+        watchdog.close("stopped")
+        raise
     timeline = WatchedTimeline(watchdog)
     for held in filter(None, (policy, reference)):
         held.span = timeline.span

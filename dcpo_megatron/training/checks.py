@@ -12,6 +12,7 @@ from dcpo_megatron.mcore.hf_config import ModelShape, read_shape
 from dcpo_megatron.mcore.layout import ParallelLayout, alignment
 from dcpo_megatron.mcore.platform import Platform, find_apex, select_platform, use_transformer_engine
 from dcpo_megatron.objectives import Objective
+from dcpo_megatron.rollout.server import check_url
 from dcpo_megatron.training.config import Config, ConfigError
 from dcpo_megatron.training.tokenizer import has_tokenizer
 from dcpo_megatron.weights.conversion import hf_folder_of
@@ -207,9 +208,12 @@ def _server_problems(config: Config) -> list[str]:
             "rollout.engine=sglang needs the servers' addresses: give servers.urls=[http://HOST:PORT,...], or servers.file, which `dcpo serve` writes"
             + (" (one of them, not both)" if servers.urls else "")
         )
-    for url in servers.urls:
-        if not url.startswith(("http://", "https://")):
-            found.append(f"servers.urls: {url!r} is not of the form http://HOST:PORT")
+    for key, urls in (("servers.urls", servers.urls), ("servers.router", filter(None, [servers.router]))):
+        for url in urls:
+            try:
+                check_url(url)
+            except ValueError as error:
+                found.append(f"{key}: {error}")
     if servers.urls and len(servers.urls) < servers.min_healthy:
         found.append(
             f"servers.min_healthy={servers.min_healthy}, but servers.urls lists {len(servers.urls)}: lower it or list more"

@@ -202,6 +202,14 @@ class ServersSection(Section):
         description="seconds without a sign of work from a server until it is asked whether it still samples",
     )
 
+    @field_validator("urls", mode="before")
+    @classmethod
+    def _ipv6_in_yaml(cls, value: Any) -> Any:
+        # [http://[::1]:30000] without quotes is no list for YAML.
+        if isinstance(value, str) and value.startswith("[http") and value.endswith("]"):
+            return [url.strip(" '\"") for url in value[1:-1].split(",")]
+        return value
+
 
 class PublishSection(Section):
     mode: Literal["distributed", "disk", "ipc"] = Field(
@@ -227,6 +235,12 @@ class PublishSection(Section):
     colocated: bool = Field(
         False, description="servers share the trainer's GPUs: their memory is released while training goes on"
     )
+
+    @field_validator("address", mode="before")
+    @classmethod
+    def _ipv6_in_yaml(cls, value: Any) -> Any:
+        # [fd00::2] without quotes is a list for YAML.
+        return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 class RewardSection(Section):

@@ -16,14 +16,14 @@ from dcpo_megatron.mcore.model import DTYPES
 from dcpo_megatron.mcore.step import PolicyModel
 from dcpo_megatron.rollout import EmbeddedEngine, RolloutEngine, RolloutError
 from dcpo_megatron.rollout.fleet import Fleet
-from dcpo_megatron.rollout.server import Server
+from dcpo_megatron.rollout.server import Server, ServerError, check_url
 from dcpo_megatron.rollout.server_client import ServerClient
 from dcpo_megatron.rollout.serving.api_key import read_api_key
 from dcpo_megatron.training.checks import CheckedRun
 from dcpo_megatron.training.config import Config, ConfigError
 from dcpo_megatron.training.heartbeat import health_folder
 from dcpo_megatron.training.probe import TrainingProbe
-from dcpo_megatron.training.server_engine import ServerEngine, wait_together
+from dcpo_megatron.training.server_engine import ServerEngine, look_at, say_refusals, wait_together
 from dcpo_megatron.training.server_health import ServerHealth
 from dcpo_megatron.training.shared_gpus import SharedGpu, check_servers_gpus, gpu_of
 from dcpo_megatron.weights.publish import PublishOptions, WeightPublisher, nccl
@@ -40,6 +40,7 @@ def make_engine(
     restored: bool,
     announce: Callable[[str], None],
     tick: Callable[[], None],
+    stop: Callable[[], bool] = lambda: False,
 ) -> RolloutEngine:
     """Collective over all ranks; the engine samples with the weights of ``policy``, as version ``step``.
 
@@ -47,13 +48,15 @@ def make_engine(
         restored: ``policy`` does not hold the weights of ``run_.hf_folder``.
         announce: says things on the rank that writes.
         tick: called while waiting for servers.
+        stop: whether this rank has been asked to stop; looked at while waiting for servers.
 
     Raises:
-        RolloutError: servers that do not answer, or do not take the weights.
+        RolloutError: servers that do not answer, refuse, or do not take the weights.
+        Stopped: asked to stop while it waited.
         ConfigError: an address or key that cannot be used.
     """
     if run_.config.rollout.engine == "sglang":
-        engine = _server_engine(run_, policy, gatherer, prompts, announce, tick)
+        engine = _server_engine(run_, policy, gatherer, prompts, announce, tick, stop)
         engine.load_weights(gatherer, version=step)
         return engine
     engine = EmbeddedEngine(
@@ -68,13 +71,13 @@ def make_engine(
     return engine
 
 
-def _server_engine(run_: CheckedRun, policy, gatherer, prompts: PromptSet, announce, tick) -> ServerEngine:
+def _server_engine(run_: CheckedRun, policy, gatherer, prompts: PromptSet, announce, tick, stop) -> ServerEngine:
     config, device, rank = run_.config, run_.platform.device, dist.get_rank()
     try:
         key = read_api_key(config.servers.api_key_file)
     except ValueError as error:
         raise ConfigError(f"servers.api_key_file: {error}") from None
-    addresses = _addresses(config, key, announce, tick)
+    addresses = _addresses(config, key, announce, tick, stop)
     for note in check_servers_gpus(addresses, gpu_of(run_.platform), shared=config.publish.mode == "ipc"):
         announce(note)
     servers = [Server(url, api_key=key, timeout=config.publish.timeout_seconds) for url in addresses]
@@ -105,6 +108,7 @@ def _server_engine(run_: CheckedRun, policy, gatherer, prompts: PromptSet, annou
         start_timeout=config.servers.start_timeout_seconds,
         announce=announce,
         tick=tick,
+        stop=stop,
         health=health,
         shared=shared,
     )
@@ -153,16 +157,32 @@ def listed_servers(file: Path) -> dict[str, list[str] | None]:
             raise ConfigError(
                 f"servers.file: {part} is not a JSON list of addresses: give the file that `dcpo serve` writes"
             ) from None
+    try:
+        for url in found:
+            check_url(url)
+    except ValueError as error:
+        raise ConfigError(f"servers.file: {file}: {error}") from None
     return found
 
 
-def _addresses(config: Config, key: str | None, announce, tick) -> dict[str, list[str] | None]:
-    """The servers of the run, the same on every rank, as soon as enough of them answer: address -> uuids of its GPUs where they are known."""
+def _addresses(config: Config, key: str | None, announce, tick, stop) -> dict[str, list[str] | None]:
+    """The servers of the run, the same on every rank, as soon as enough of them answer: address -> uuids of its GPUs
+    where they are known.
+
+    One that refuses is named at once and not waited for; where not enough can be left, the run ends.
+    """
     servers = config.servers
     wanted = servers.count or servers.min_healthy if servers.file else len(servers.urls)
     seconds = servers.start_timeout_seconds
-    seen: dict[str, bool] = {}
+    asked: dict[str, Server] = {}
+    answers: dict[str, ServerError | None] = {}
     listed: dict[str, list[str] | None] = {}
+    said: set[str] = set()
+
+    def refuses(url: str) -> bool:
+        error = answers[url]
+        # 502: what stands between has no server behind it.
+        return error is not None and (error.final or error.status == 502)
 
     def look() -> str | None:
         try:
@@ -172,25 +192,38 @@ def _addresses(config: Config, key: str | None, announce, tick) -> dict[str, lis
         listed.clear()
         listed.update(now)
         for url in listed:
-            if not seen.get(url):
-                with contextlib.closing(Server(url, api_key=key)) as server:
-                    seen[url] = server.alive(timeout=2.0)
-        return json.dumps(listed) if len(listed) >= wanted and all(seen[url] for url in listed) else None
+            if url not in asked:
+                asked[url] = stack.enter_context(contextlib.closing(Server(url, api_key=key)))
+        found = look_at([asked[url] for url in listed if url not in answers or answers[url] is not None], 2.0)
+        answers.update(found)
+        say_refusals(found, said, announce)
+        refusals = [url for url in listed if refuses(url)]
+        if max(wanted, len(listed)) - len(refusals) < servers.min_healthy:
+            return f"?{'; '.join(str(answers[url]) for url in refusals)}"
+        able = len(listed) >= wanted and all(answers[url] is None or refuses(url) for url in listed)
+        return json.dumps(listed) if able and len(listed) - len(refusals) >= servers.min_healthy else None
 
     announce(f"waiting for {wanted} rollout servers, at most {seconds:.0f} s")
-    found = wait_together(look, seconds, tick)
+    with contextlib.ExitStack() as stack:
+        found = wait_together(look, seconds, tick, stop)
     if found is None:
         # Those that answer will do, where they are enough.
-        answers, listed = json.loads(wait_together(lambda: json.dumps([seen, listed]), 1.0))
-        if sum(answers.values()) < servers.min_healthy:
-            silent = [url for url, answered in answers.items() if not answered]
-            what = f"{', '.join(silent)} did not answer" if silent else f"{servers.file} lists {len(answers)} servers"
+        mine = [_briefly(url, answers[url]) for url in listed if answers[url] is not None]
+        missing, listed = json.loads(wait_together(lambda: json.dumps([mine, listed]), 1.0, tick, stop))
+        if len(listed) - len(missing) < servers.min_healthy:
+            what = f"{', '.join(missing)} did not answer" if missing else f"{servers.file} lists {len(listed)} servers"
             raise RolloutError(
                 f"{what} within servers.start_timeout_seconds={seconds:g}, and {servers.min_healthy} healthy ones are needed: start them (dcpo serve), "
                 "or correct servers.urls or servers.file"
             )
-        announce(f"going on with {sum(answers.values())} of {max(wanted, len(answers))} rollout servers")
-        return {url: listed.get(url) for url in answers}
+        announce(f"going on with {len(listed) - len(missing)} of {max(wanted, len(listed))} rollout servers")
+        return listed
     if found.startswith("!"):
         raise ConfigError(found[1:])
+    if found.startswith("?"):
+        raise RolloutError(found[1:])
     return json.loads(found)
+
+
+def _briefly(url: str, error: ServerError) -> str:
+    return url if error.status is None else f"{url} (status {error.status})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from dcpo_megatron.rollout.fleet import Fleet
 from dcpo_megatron.rollout.server import Server
 from dcpo_megatron.rollout.server_client import ServerClient
 from dcpo_megatron.training.eval_store import EvaluationError
+from dcpo_megatron.training.eval_weights import check_weights
 
 
 class ServedFleet(Fleet):
@@ -31,11 +32,17 @@ def make_engine(
     max_batch: int = 64,
     api_key: str | None = None,
     request_timeout: float = 600.0,
+    prompts: Sequence[Sequence[int]] = (),
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[RolloutEngine, str]:
     """The engine and what it says of its weights ("" for the embedded one, whose weights are the folder's).
 
+    ``prompts``: token ids, on which servers are compared with the folder (:mod:`~dcpo_megatron.training.eval_weights`);
+    ``say`` takes what is found.
+
     Raises:
-        EvaluationError: no Hugging Face folder (a Megatron checkpoint is converted first), or servers that hold different weights.
+        EvaluationError: no Hugging Face folder (a Megatron checkpoint is converted first), or servers that hold different
+            weights, or others than the folder's.
         RolloutError: a server that does not answer.
     """
     check_folder(folder)
@@ -43,7 +50,7 @@ def make_engine(
         return EmbeddedEngine(folder, device=device, dtype=DTYPES[dtype], max_batch=max_batch), ""
     try:
         servers = [Server(url, api_key=api_key) for url in urls]
-        facts = [server.get("/model_info") for server in servers]
+        facts = [server.model() for server in servers]
         held = {(str(fact["model_path"]), str(fact["weight_version"])) for fact in facts}
         if len(held) > 1:
             raise EvaluationError(f"the servers hold different weights ({sorted(held)}): give servers of one model")
@@ -51,6 +58,7 @@ def make_engine(
         fleet = ServedFleet(servers, served[1])
     except ValueError as error:
         raise EvaluationError(f"--servers: {error}") from None
+    check_weights(folder, servers, facts[0], prompts, say)
     for server in servers:
         fleet.admit(server, 0)
     return ServerClient(fleet, request_timeout=request_timeout), " ".join(served)

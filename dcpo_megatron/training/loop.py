@@ -34,7 +34,7 @@ from dcpo_megatron.training.metrics import seconds_metrics, update_metrics
 from dcpo_megatron.training.minibatches import plan_minibatch, split_minibatches
 from dcpo_megatron.training.mismatch import check_mismatch, mean_of, stale_tokens
 from dcpo_megatron.training.model_copy import UnsavedModelError, holder, write_copy
-from dcpo_megatron.training.pending import read_pending
+from dcpo_megatron.training.pending import PendingBatch, read_pending
 from dcpo_megatron.training.report import draw_report
 from dcpo_megatron.training.resume import (
     HISTORY_FILE,
@@ -47,7 +47,8 @@ from dcpo_megatron.training.resume import (
 )
 from dcpo_megatron.training.rollout_phase import RolloutPhase, RolloutResult
 from dcpo_megatron.training.samples import SampleLog
-from dcpo_megatron.training.saver import CheckpointSaver
+from dcpo_megatron.training.saver import CheckpointSaver, SaveReport
+from dcpo_megatron.training.signals import Stopped
 from dcpo_megatron.training.sinks import Sinks
 from dcpo_megatron.training.watchdog import Watchdog, WatchedTimeline
 from dcpo_megatron.weights.transfer import WeightGatherer
@@ -81,11 +82,13 @@ class Trainer:
     train_seconds: float = 0.0
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     history_of_metrics: list[dict[str, float]] = field(default_factory=list)
+    saved_step: int = 0  # of the last complete checkpoint
 
     def resume(self, found: Found) -> None:
         """Takes over everything of a checkpoint but weights and optimizer, which are in place already."""
         state = found.state
         self.start_step, self.updates_done, self.train_seconds = state.step, state.updates_done, state.train_seconds
+        self.saved_step = state.step
         self.evaluations = {int(step): result for step, result in state.evaluations.items()}
         self.history_of_metrics = [row for row in self.sinks.kept if "seconds" in row]
         self.sampler.load_state_dict(state.sampler)
@@ -114,10 +117,13 @@ class Trainer:
     def run(self, stop_requested: Callable[[], bool] = lambda: False) -> dict | None:
         """Trains up to ``training.steps`` steps; returns (and writes) the summary.
 
-        ``stop_requested`` is asked at each step boundary: where any rank says yes, the run is saved and None is returned (start it again to go on).
+        ``stop_requested`` is asked at each step boundary: where any rank says yes, the run is saved and None is returned
+        (start it again to go on). An engine that waits for servers raises Stopped: then the run ends as at the boundary
+        before the step.
 
         Raises:
-            UnsavedModelError: the trained model cannot be written at the end. Copies on the way that cannot be written are announced.
+            UnsavedModelError: the trained model cannot be written at the end. Copies on the way that cannot be written are
+                announced.
         """
         config = self.run_.config
         last = config.training.steps
@@ -126,7 +132,12 @@ class Trainer:
             self._evaluate(0)
         for step in range(self.start_step + 1, last + 1):
             started = time.perf_counter()
-            metrics = self.step(step)
+            boundary = self.sampler.state_dict(), self.phase.pending
+            try:
+                metrics = self.step(step)
+            except Stopped:
+                self._step_back(step - 1, *boundary)
+                return None
             self.history_of_metrics.append(metrics)
             self.sinks.step(step, metrics)
             self.train_seconds += time.perf_counter() - started
@@ -148,6 +159,19 @@ class Trainer:
         self.watchdog.close("finished")
         return summary
 
+    def _step_back(self, step: int, sampler: dict, pending: PendingBatch | None) -> None:
+        """Ends the run as after ``step`` steps: the next one had begun and nothing of it was trained. ``sampler``,
+        ``pending``: as they were."""
+        self.sampler.load_state_dict(sampler)
+        self.phase.pending = self.phase.pending or pending
+        self.sinks.announce(
+            f"asked to stop while it waits for rollout servers: step {step + 1} begins anew when the run goes on"
+        )
+        self._announce(self.saver.finish())
+        if self.saved_step < step:
+            self._checkpoint(step, stop=True)
+        self.watchdog.close("stopped")
+
     def _checkpoint(self, step: int, stop: bool) -> bool:
         """At a step boundary: completes the checkpoint under way, begins one where it is time. Returns whether the run must stop here."""
         settings, last = self.run_.config.checkpoint, step == self.run_.config.training.steps
@@ -164,8 +188,13 @@ class Trainer:
                 reports += self.saver.finish()
             waited = time.perf_counter() - clock
             self.sinks.announce(f"checkpoint of step {step}: training waited {waited:.2f} s")
+        self._announce(reports)
+        return stop and not last
+
+    def _announce(self, reports: list[SaveReport]) -> None:
         for report in reports:
             if report.problem is None:
+                self.saved_step = report.step
                 self.sinks.announce(f"checkpoint of step {report.step} is complete after {report.seconds:.2f} s")
             else:
                 at_the_end = report.step == self.run_.config.training.steps
@@ -173,7 +202,6 @@ class Trainer:
                 self.sinks.announce(f"checkpoint of step {report.step} could not be written: {report.problem}; {then}")
             for warning in report.warnings:
                 self.sinks.warn(warning)
-        return stop and not last
 
     def _extras(self, step: int) -> Callable[[Path], None]:
         """What goes into a checkpoint beside weights and optimizer: copies are made now, and written by the function that is returned."""
@@ -357,9 +385,20 @@ class Trainer:
     def _evaluate(self, step: int) -> None:
         if self.held_out is None:
             return
-        config = self.run_.config
         self.watchdog.enter("evaluate", step)
-        result = evaluate(
+        try:
+            result = self._evaluated()
+        except Stopped:
+            self.sinks.announce(
+                f"asked to stop while it waits for rollout servers: the evaluation of step {step} is left out"
+            )
+            return
+        self.evaluations[step] = result
+        self.sinks.evaluation(step, result)
+
+    def _evaluated(self) -> dict[str, float]:
+        config = self.run_.config
+        return evaluate(
             self.engine,
             self.tokenizer,
             self.phase.rewarder,
@@ -372,8 +411,6 @@ class Trainer:
             seed=config.training.seed,
             progress=self.watchdog.progress,
         )
-        self.evaluations[step] = result
-        self.sinks.evaluation(step, result)
 
     def _save(self, name: str) -> str | None:
         """The current weights as a Hugging Face folder ``output/name``; collective. A sentence on every rank where it could not be written."""

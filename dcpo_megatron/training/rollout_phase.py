@@ -24,6 +24,7 @@ from dcpo_megatron.objectives import Objective, soft_overlong_penalty
 from dcpo_megatron.rewards import Rewarder
 from dcpo_megatron.rollout import GenerateRequest, Generation, RolloutEngine, SamplingParams
 from dcpo_megatron.training.pending import PendingBatch, response_of
+from dcpo_megatron.training.signals import Stopped
 from dcpo_megatron.training.timeline import Timeline
 
 
@@ -150,10 +151,16 @@ class RolloutPhase:
         if batch.step != step:
             raise RuntimeError(f"the pending batch is for step {batch.step}, and this is step {step}")
         with self.timeline.span("rollout"):
-            if batch.handle is not None:
-                sampled = self.engine.finish(batch.handle, progress)
-            else:
-                sampled = self.engine.generate(batch.requests, self.sampling, progress)
+            try:
+                if batch.handle is not None:
+                    sampled = self.engine.finish(batch.handle, progress)
+                else:
+                    sampled = self.engine.generate(batch.requests, self.sampling, progress)
+            except Stopped as stopped:
+                # It stays pending, with what is finished: a checkpoint keeps it.
+                batch.known |= {batch.asked[place]: generation for place, generation in stopped.finished.items()}
+                batch.handle, self.pending = None, batch
+                raise
             generations = batch.known | dict(zip(batch.asked, sampled, strict=True))
         with self.timeline.span("reward"):
             return batch.prompts, self._judge(batch.jobs, [generations[place] for place in range(len(batch.jobs))])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -17,15 +18,20 @@ import torch.distributed as dist
 from dcpo_megatron.mcore.collectives import all_gather_on_host, all_reduce_on_host
 from dcpo_megatron.rollout import GenerateRequest, Generation, RolloutError, SamplingParams
 from dcpo_megatron.rollout.fleet import Fleet
+from dcpo_megatron.rollout.server import Server, ServerError
 from dcpo_megatron.rollout.server_client import NoServersLeft, ServerClient
 from dcpo_megatron.training.server_health import ServerHealth
 from dcpo_megatron.training.shared_gpus import SharedGpu
+from dcpo_megatron.training.signals import Stopped
 from dcpo_megatron.weights.publish import WeightPublisher
 
 # How often in one batch all servers may be lost before the run ends.
 RECOVERIES = 3
 _LOOK_SECONDS = 2.0
 _OUT_OF_TIME = "\0"
+_GO_ON, _STOP = b".", b"s"
+# Before a look's text: the wait is over, and in vain.
+_IN_VAIN = "!"
 
 
 @dataclass
@@ -51,6 +57,7 @@ class ServerEngine:
         start_timeout: seconds to wait for a server where none is left.
         announce: says what happened, on the rank that writes.
         tick: called while waiting, which has a deadline of its own.
+        stop: whether this rank has been asked to stop; looked at while waiting.
         health: is told of every change; None on ranks that do not write.
         shared: this rank's half of a GPU that servers are on too; None: they are on others.
     """
@@ -65,11 +72,12 @@ class ServerEngine:
         start_timeout: float,
         announce: Callable[[str], None] = print,
         tick: Callable[[], None] = lambda: None,
+        stop: Callable[[], bool] = lambda: False,
         health: ServerHealth | None = None,
         shared: SharedGpu | None = None,
     ):
         self.client, self.publisher, self.fleet, self.weights = client, publisher, fleet, weights
-        self.start_timeout, self.announce, self.tick = start_timeout, announce, tick
+        self.start_timeout, self.announce, self.tick, self.stop = start_timeout, announce, tick, stop
         self.health, self.shared = health, shared
 
     @property
@@ -83,7 +91,8 @@ class ServerEngine:
         sampling: SamplingParams,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Generation]:
-        """See :class:`RolloutEngine`. Raises RolloutError where servers are lost again and again, or none comes back in time."""
+        """See :class:`RolloutEngine`. Raises RolloutError where servers are lost again and again, or none comes back in
+        time; Stopped where the run is asked to stop while it waits for them."""
         return self._complete(requests, sampling, progress, lambda: self.client.generate(requests, sampling, progress))
 
     def start(self, requests: Sequence[GenerateRequest], sampling: SamplingParams) -> StartedBatch:
@@ -106,7 +115,10 @@ class ServerEngine:
             self._note()
             if not lacking:
                 return [finished[place] for place in range(len(requests))]
-            self._recover(lacking)
+            try:
+                self._recover(lacking)
+            except Stopped:
+                raise Stopped(finished) from None
             rest = [requests[place] for place in range(len(requests)) if place not in finished]
 
             def attempt(rest=rest) -> list[Generation]:
@@ -118,15 +130,24 @@ class ServerEngine:
         )
 
     def _recover(self, lacking: int) -> None:
-        """Waits for a server that answers and gives it the weights of now."""
+        """Waits for a server that answers and gives it the weights of now. Raises RolloutError, Stopped."""
         self.announce(
             f"no rollout server is left ({self._reasons()}): {lacking} responses wait for one to come back, at most {self.start_timeout:.0f} s"
         )
-        back = wait_together(
-            lambda: "back" if any(server.alive(timeout=_LOOK_SECONDS) for server in self.fleet.servers) else None,
-            self.start_timeout,
-            self.tick,
-        )
+        said: set[str] = set()
+
+        def look() -> str | None:
+            found = look_at(self.fleet.servers, _LOOK_SECONDS)
+            if None in found.values():
+                return "back"
+            say_refusals(found, said, self.announce)
+            if all(error.final for error in found.values()):
+                return _IN_VAIN + "; ".join(map(str, found.values()))
+            return None
+
+        back = wait_together(look, self.start_timeout, self.tick, self.stop)
+        if back is not None and back.startswith(_IN_VAIN):
+            raise RolloutError(f"every rollout server refuses: {back[1:]}")
         if back is None:
             raise RolloutError(
                 f"no rollout server answered within servers.start_timeout_seconds={self.start_timeout:.0f} ({self._reasons()}): start them again "
@@ -162,12 +183,40 @@ class ServerEngine:
         self.publisher.close()
 
 
+def look_at(servers: Sequence[Server], seconds: float) -> dict[str, ServerError | None]:
+    """Address -> why it is no server of ours now, None where it is. They are asked side by side."""
+
+    def ask(server: Server) -> ServerError | None:
+        try:
+            server.model(seconds)
+        except ServerError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(max(1, min(64, len(servers)))) as pool:
+        return dict(zip((server.url for server in servers), pool.map(ask, servers), strict=True))
+
+
+def say_refusals(found: dict[str, ServerError | None], said: set[str], announce: Callable[[str], None]) -> None:
+    """Announces, once a server and status, that somebody answers at an address and refuses. ``said`` remembers."""
+    for url, error in found.items():
+        if error is not None and (error.final or error.status is not None) and f"{url} {error.status}" not in said:
+            said.add(f"{url} {error.status}")
+            announce(f"rollout server {url} refuses: {error}")
+
+
 def wait_together(
-    look: Callable[[], str | None], seconds: float, tick: Callable[[], None] = lambda: None
+    look: Callable[[], str | None],
+    seconds: float,
+    tick: Callable[[], None] = lambda: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> str | None:
     """Collective: rank 0 calls ``look`` until it gives a text, for ``seconds`` at most. Every rank returns that text, or None where time ran out.
 
     The ranks meet every few seconds, so that a wait may be longer than the deadline of a collective.
+
+    Raises:
+        Stopped: ``stop`` is true on any rank.
     """
     until = time.monotonic() + seconds
     while True:
@@ -176,8 +225,9 @@ def wait_together(
             found = look() or ("" if time.monotonic() < until else _OUT_OF_TIME)
             if not found:
                 time.sleep(_LOOK_SECONDS / 4)
-        (answer, *_) = all_gather_on_host(found.encode())
+        answers = all_gather_on_host((_STOP if stop() else _GO_ON) + found.encode())
         tick()
-        if answer:
-            text = answer.decode()
+        if any(answer.startswith(_STOP) for answer in answers):
+            raise Stopped
+        if text := answers[0][1:].decode():
             return None if text == _OUT_OF_TIME else text

@@ -92,7 +92,7 @@ def check_servers_gpus(servers: Mapping[str, Sequence[str] | None], gpu: str | N
 
 def _is_here(url: str) -> bool:
     """Whether the address is one of this host's: only then can a socket be bound to it."""
-    with contextlib.suppress(OSError):  # a name that does not resolve
+    with contextlib.suppress(OSError, UnicodeError):  # a name that does not resolve, or can be none
         for family, kind, protocol, _, address in socket.getaddrinfo(
             urlsplit(url).hostname, 0, type=socket.SOCK_STREAM
         ):

@@ -15,6 +15,15 @@ STOOD_STILL = 70  # EX_SOFTWARE: a watchdog ended the rank
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
+class Stopped(Exception):
+    """The run was asked to stop while it waited for something that may not come; raised on every rank. ``finished``: the
+    responses there were, by place in the requests."""
+
+    def __init__(self, finished: dict | None = None):
+        super().__init__("asked to stop")
+        self.finished = finished or {}
+
+
 class StopRequest:
     """Notes SIGTERM and SIGUSR1 from now until :meth:`restore`; a context manager too.
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from dcpo_megatron.rollout import GenerateRequest, SamplingParams, server_client
+from dcpo_megatron.rollout import GenerateRequest, RolloutError, SamplingParams, server_client
 from dcpo_megatron.rollout.fleet import UNVERIFIED, Fleet
 from dcpo_megatron.rollout.server import Server, ServerError
 from dcpo_megatron.rollout.server_client import GaveUp, NoServersLeft, ServerClient
@@ -116,6 +116,81 @@ def test_an_aborted_response_goes_on_from_its_last_token(stand_ins):
     assert generations[0].finish_reason == "length" and len(generations[0].logprobs) == 4
     again = servers[0].asked[1]
     assert again["input_ids"] == [[5, 6, 0, 7, 8]] and again["sampling_params"][0]["max_new_tokens"] == 2
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 405])
+def test_a_server_that_refuses_whoever_asks_is_evicted_and_the_others_go_on(stand_ins, status):
+    fleet, servers = stand_ins(lambda body: status, ordinary(TAG))
+    generations = ServerClient(fleet).generate(requests(1, 3), SAMPLING)
+    assert [g.token_ids for g in generations] == [[1] * 4] * 3
+    assert f"status {status}" in fleet.evicted()[servers[0].server.url] and len(servers[0].asked) == 1
+
+
+def test_no_more_is_under_way_at_a_server_than_its_share_but_never_nothing(stand_ins):
+    most, now, lock = [0], [0], threading.Lock()
+
+    def slow(body):
+        with lock:
+            now[0] += len(body["input_ids"])
+            most[0] = max(most[0], now[0])
+        time.sleep(0.05)
+        with lock:
+            now[0] -= len(body["input_ids"])
+        return ordinary(TAG)(body)
+
+    fleet, _ = stand_ins(slow)
+    for outstanding, expected in ((4, 4), (3, 2), (1, 2)):  # two samples a prompt, posted together
+        most[0] = 0
+        assert len(ServerClient(fleet, outstanding=outstanding).generate(requests(4, 2), SAMPLING)) == 8
+        assert most[0] == expected
+
+
+def test_a_sample_that_is_answered_twice_counts_once_and_one_never_asked_for_not_at_all(stand_ins):
+    fleet, _ = stand_ins(
+        lambda body: [finished(0, [7] * 4, TAG), finished(0, [8] * 4, TAG), finished(5, [9] * 4, TAG), finished(1, [6] * 4, TAG)]
+    )  # fmt: skip
+    assert [g.token_ids for g in ServerClient(fleet).generate(requests(1, 2), SAMPLING)] == [[7] * 4, [6] * 4]
+
+
+def test_a_response_cut_short_ends_the_batch_and_says_what_the_server_lacks(stand_ins):
+    fleet, _ = stand_ins(lambda body: [finished(0, [1] * 3, TAG, "length")])
+    with pytest.raises(RolloutError, match=r"after 3 of max_new_tokens=4: .*--context-length"):
+        ServerClient(fleet).generate(requests(1, 1), SAMPLING)
+
+
+def test_a_response_that_ends_itself_may_be_short(stand_ins):
+    fleet, _ = stand_ins(lambda body: [finished(0, [1] * 3, TAG, "stop")])
+    assert ServerClient(fleet).generate(requests(1, 1), SAMPLING)[0].token_ids == [1] * 3
+
+
+def test_what_a_server_finishes_after_it_failed_at_another_prompt_counts(stand_ins):
+    def answer(body):
+        if body["input_ids"][0][-1] == 2:
+            return 500
+        time.sleep(0.4)
+        return [finished(0, [7] * 4, TAG)]
+
+    fleet, servers = stand_ins(answer, ordinary(TAG))
+    generations = ServerClient(fleet).generate(requests(3, 1), SAMPLING)
+    assert [g.token_ids[0] for g in generations] == [7, 1, 1] and servers[0].server.url in fleet.evicted()
+
+
+def test_tokens_as_old_as_the_caller_allows_are_taken(stand_ins):
+    fleet, _ = stand_ins(lambda body: [finished(0, [1] * 4, "run-2")])
+    assert ServerClient(fleet).generate(requests(1, 1), SAMPLING, oldest=2)[0].weight_versions == [2] * 4
+    assert not fleet.evicted()
+
+
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_a_request_that_brought_a_token_is_not_one_in_vain(stand_ins, attempts):
+    def interrupted(body):
+        if len(servers[0].asked) <= 3:
+            return [finished(0, [len(servers[0].asked)], TAG, "abort")]
+        return ordinary(TAG)(body)
+
+    fleet, servers = stand_ins(interrupted)
+    (generation,) = ServerClient(fleet, attempts=attempts).generate(requests(1, 1), SAMPLING)
+    assert generation.token_ids == [1, 2, 3, 1] and len(servers[0].asked) == 4
 
 
 def test_tokens_from_weights_under_check_count_once_the_check_is_over(stand_ins):

@@ -49,3 +49,23 @@ def a_batch(start: str, fake: bool):
     count = all_reduce_on_host(torch.tensor([0.1, rank], dtype=torch.float64)).tolist()
     refusal = servers_gpus({"http://a:1": ["GPU-1"]}, ["GPU-0", "GPU-1"], False)
     return responses, answer, flags, count, mismatch(0.3, 0.0, 0.2), refusal
+
+
+def servers_of_a_run(urls: list[str], seconds: float, least: int = 1, asked_to_stop: int | None = None):
+    """What a run's wait for its servers comes to on this rank: addresses or the error, what was announced, and how long it took."""
+    import time
+    from types import SimpleNamespace
+
+    from dcpo_megatron.training.config import ServersSection
+    from dcpo_megatron.training.engines import _addresses
+
+    servers = ServersSection(urls=urls, start_timeout_seconds=seconds, min_healthy=least)
+    said: list[str] = []
+    began = time.monotonic()
+    try:
+        found = _addresses(
+            SimpleNamespace(servers=servers), None, said.append, lambda: None, lambda: dist.get_rank() == asked_to_stop
+        )
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+    return found, said, time.monotonic() - began

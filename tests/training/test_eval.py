@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,8 +177,6 @@ def test_other_settings_another_model_or_a_second_process_are_refused(
 
 
 def test_the_model_is_known_by_its_content(byte_model, tmp_path):
-    import shutil
-
     from dcpo_megatron.training.eval_run import model_fingerprint
 
     copy = tmp_path / "copy"
@@ -200,3 +199,32 @@ def test_servers_answer_as_the_model_in_this_process_does(demo_start, sglang_ser
     assert [row["id"] for row in served] == [row["id"] for row in here]
     greedy = [row for row in here if row["sample"] == -1]
     assert len(greedy) == 10 and [row["response"] for row in served if row["sample"] == -1] == [row["response"] for row in greedy]  # fmt: skip
+
+
+@pytest.mark.sglang
+def test_servers_that_hold_other_weights_than_the_folders_are_refused(
+    demo_start, sglang_server, problems, tmp_path, capsys
+):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other"
+    shutil.copytree(demo_start, other)
+    tensors = load_file(other / "model.safetensors")
+    torch.manual_seed(1)
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name] = tensors[name] + torch.randn_like(tensors[name])
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    settings = {"samples": 1, "max-response-tokens": 2}
+    assert command.main([*words(other, problems, tmp_path / "out", **settings), "--servers", sglang_server]) == 2
+    said = capsys.readouterr().err
+    assert str(demo_start) in said and f"differ from those of {other}" in said and f"dcpo serve {other}" in said
+    assert not (tmp_path / "out").exists()
+    # A copy of the weights in other files is the same model: it is computed, and said.
+    copy = tmp_path / "copy"
+    shutil.copytree(demo_start, copy)
+    (copy / "model.safetensors").rename(copy / "weights.safetensors")
+    index = dict.fromkeys(tensors, "weights.safetensors")
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    assert command.main([*words(copy, problems, tmp_path / "out", **settings), "--servers", sglang_server]) == 0
+    assert "taken for the same weights" in capsys.readouterr().err

@@ -44,7 +44,7 @@ class Run:
         )
 
     def wait_for_step(self, step: int) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300  # a loaded machine imports slowly
         while not (self.output / "metrics.jsonl").is_file() or read_status(self.output).step < step:
             assert self.process.poll() is None and time.monotonic() < deadline, self.process.communicate()[0]
             time.sleep(0.1)

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_megatron.training.config import ConfigError
-from dcpo_megatron.training.engines import listed_servers
+from dcpo_megatron.training.config import ConfigError, load_config
+from dcpo_megatron.training.engines import listed_servers, publish_options
 from dcpo_megatron.verification.ranks import RankPool
+from tests.rollout.test_addresses import SGLANG, Whoever
+from tests.sglang_servers import loopback_ipv6
 from tests.standins.pynvml import uuid
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,3 +87,62 @@ def test_a_servers_gpu_is_told_by_the_uuid_that_nvidia_smi_shows(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert gpu_of(Platform("cuda", "nccl", torch.device("cuda", 0))) == uuid(3)
     assert gpu_of(Platform("cpu", "gloo", torch.device("cpu"))) is None
+
+
+def test_a_publications_deadlines_and_limits_are_the_configurations():
+    given = {"bucket_timeout_seconds": 7.0, "timeout_seconds": 70.0, "bucket_bytes": 1000, "address": "fd00::2", "tolerance": 0.5, "verify": False}  # fmt: skip
+    wanted = [f"publish.{key}={value}" for key, value in given.items()]
+    config = load_config(
+        [], ["model.path=m", "data.files=[d]", "data.template=plain", "servers.min_healthy=3", *wanted]
+    )
+    made = publish_options(config, is_cpu=True)
+    assert (made.bucket_timeout, made.timeout, made.bucket_bytes, made.address) == (7.0, 70.0, 1000, "fd00::2")
+    assert (made.tolerance, made.verify, made.min_servers, made.backend) == (0.5, False, 3, "gloo")
+
+
+@pytest.mark.parametrize("quote", ["", '"', "'"])
+def test_ipv6_addresses_can_be_typed_with_quotes_and_without(quote):
+    urls = ["http://[::1]:30000", "http://[fd00::2]:30001"]
+    typed = ", ".join(f"{quote}{url}{quote}" for url in urls)
+    config = load_config([], ["model.path=m", "data.files=[d]", f"servers.urls=[{typed}]", f"publish.address={quote}[fd00::2]{quote}"])  # fmt: skip
+    assert config.servers.urls == urls and config.publish.address in ("fd00::2", "[fd00::2]")
+
+
+DOWN = "http://127.0.0.1:9"
+WRONG_KEY, GATEWAY, LOADING = (401, "application/json", '{"error": "Unauthorized"}'), (502, "text/html", "nginx"), (503, "text/plain", "")  # fmt: skip
+
+
+def wait_for_servers(pool, urls: list[str], seconds: float, *more):
+    """(the same end on both ranks, what rank 0 announced, seconds)."""
+    (found, said, took), (other, silent, _) = pool.run("tests.training.host_jobs:servers_of_a_run", 2, urls, seconds, *more)  # fmt: skip
+    assert found == other and len(silent) <= 1
+    return found, said, took
+
+
+@pytest.mark.parametrize(("answer", "status"), [(WRONG_KEY, 401), (GATEWAY, 502), ((404, "text/plain", ""), 404)])
+def test_a_run_whose_only_server_refuses_ends_at_once_with_the_status_and_the_address(pool, answer, status):
+    with Whoever(answer) as one:
+        found, said, took = wait_for_servers(pool, [one.url], 600.0)
+    assert found.startswith(f"RolloutError: GET {one.url}/model_info was refused with status {status}") and took < 20
+    assert any(f"rollout server {one.url} refuses" in line for line in said)
+
+
+def test_a_server_that_refuses_is_not_waited_for_where_enough_others_answer(pool):
+    with Whoever(SGLANG, loopback_ipv6()) as good, Whoever(WRONG_KEY) as bad:
+        found, said, took = wait_for_servers(pool, [good.url, bad.url], 600.0)
+        assert list(found) == [good.url, bad.url] and took < 20
+        assert sum("status 401" in line for line in said) == 1
+        found, said, took = wait_for_servers(pool, [good.url, bad.url], 600.0, 2)
+    assert "status 401" in found and took < 20
+
+
+def test_what_may_pass_is_said_at_once_and_waited_for(pool):
+    with Whoever(LOADING) as one:
+        found, said, took = wait_for_servers(pool, [one.url, DOWN], 2.0)
+    assert took >= 2.0 and sum(f"{one.url} refuses" in line and "not ready" in line for line in said) == 1
+    assert found.startswith(f"RolloutError: {one.url} (status 503), {DOWN} did not answer within servers.start_timeout")
+
+
+def test_a_run_that_is_asked_to_stop_while_it_waits_for_servers_stops_on_every_rank(pool):
+    found, _, took = wait_for_servers(pool, [DOWN], 600.0, 1, 1)
+    assert found == "Stopped: asked to stop" and took < 20

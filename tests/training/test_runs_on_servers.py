@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from dcpo_megatron.cli import resumption
-from tests.sglang_servers import serve
+from dcpo_megatron.training.heartbeat import read_heartbeats
+from dcpo_megatron.training.run_status import read_status
+from tests.sglang_servers import loopback_ipv6, serve
 
 pytestmark = pytest.mark.sglang
 
@@ -33,8 +35,8 @@ def rows(folder: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def servers(demo_start, tmp_path_factory):
-    """Two servers of the tasks' architecture."""
-    with serve(demo_start, 2, logs=tmp_path_factory.mktemp("servers")) as running:
+    """Two servers of the tasks' architecture, on IPv6."""
+    with serve(demo_start, 2, host=loopback_ipv6(), logs=tmp_path_factory.mktemp("servers")) as running:
         yield running
 
 
@@ -128,3 +130,32 @@ def test_a_mismatch_beyond_the_limit_stops_the_run_before_it_trains(task, tmp_pa
     assert code == 1
     assert "step 1: training and rollout log-probs differ by" in said and "rollout.max_mismatch=1e-12" in said
     assert "Traceback" not in said and not rows(tmp_path / "run")
+
+
+def test_a_run_that_waits_for_lost_servers_saves_and_ends_when_it_is_asked_to(task, servers, tmp_path):
+    """The last one: it ends the servers for good."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    arguments = [
+        *task, "rollout.max_staleness=1", "training.steps=1000", "checkpoint.every=900", "rollout.max_response_tokens=24", f"output={folder}",
+    ]  # fmt: skip
+    process = resumption.start(arguments, 2, log)
+    until(lambda: resumption.steps_done(folder) >= 2, process, log)
+    # Lost in a publication they would end the run.
+    until(lambda: read_heartbeats(folder / "health")[0].phase == "rollout", process, log)
+    for server in servers.processes:
+        os.killpg(server.pid, signal.SIGKILL)
+    servers.stop()
+    until(lambda: "no rollout server is left" in log.read_text(), process, log)
+    process.send_signal(signal.SIGUSR1)
+    asked = time.monotonic()
+    code, said = wait(process, log, 60)
+    assert code == 75 and time.monotonic() - asked < 30, said
+    assert "Traceback" not in said and "asked to stop while it waits for rollout servers" in said
+    done = len(rows(folder))
+    saved = folder / "checkpoints" / f"step-{done:06d}"
+    assert (folder / "checkpoints" / "latest").read_text().strip() == saved.name
+    # The batch that was being sampled is in it, with what was finished, and the sampler stands behind its prompts: as at any boundary.
+    pending, state = json.loads((saved / "pending.json").read_text()), json.loads((saved / "run.json").read_text())
+    assert pending["step"] == done + 1 and len(pending["prompts"]) == 8 and state["step"] == done
+    assert (16 * state["sampler"]["epoch"] + state["sampler"]["position"]) == 8 * (done + 1)
+    assert read_status(folder).state == "stopped"

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -271,6 +272,35 @@ def test_a_trainer_killed_between_pause_and_resume_leaves_servers_that_the_next_
     publish(fleet, models, probes, 1)
     for server in fleet.servers:
         assert_serves(server, probes[1], fleet.tag(1))
+
+
+def test_a_server_whose_name_does_not_resolve_for_a_moment_is_evicted_and_comes_back(
+    running, models, probes, monkeypatch
+):
+    resolve, resolves = socket.getaddrinfo, True
+
+    def names(host, *more, **options):
+        if host == "second.test" and not resolves:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return resolve("127.0.0.1" if host == "second.test" else host, *more, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", names)
+    first, second = running.urls[0], running.urls[1].replace("127.0.0.1", "second.test")
+    fleet = Fleet([Server(first), Server(second)], "names")
+    with publisher(fleet, probes[1]) as one:
+        assert one.publish(weights(models[1]), 1).servers == [first, second]
+    # The connection is there still when the name is gone: the group's rendezvous asks for it anew.
+    with publisher(fleet, probes[2]) as one:
+        fleet.servers[1].alive()
+        resolves = False
+        report = one.publish(weights(models[2]), 2)
+        assert report.servers == [first] and "Temporary failure" in report.evicted[second]
+        assert [server.url for server in fleet.serving()] == [first]
+        resolves = True
+        assert one.publish(weights(models[2]), 3).servers == [first, second]
+    assert_serves(fleet.servers[1], probes[2], fleet.tag(3))
+    for server in fleet.servers:
+        server.close()
 
 
 def test_a_server_stopped_while_it_receives_is_evicted_in_time_and_comes_back(fleet, running, models, probes):

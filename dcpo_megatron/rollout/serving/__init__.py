@@ -3,6 +3,7 @@
 command.py          the command line: defaults for reinforcement learning      (pure)
 sglang_server.py    what the server environment's Python runs                  (no import of the project)
 process.py          one server as a process group
+shared_files.py     what a killed one leaves in shared memory
 supervisor.py       several: health, restarts, the end of all
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dcpo_megatron.gpus import VISIBLE, VisibleGpu, choose, visible_gpus
+from dcpo_megatron.rollout.addresses import bare
 from dcpo_megatron.rollout.serving.command import UNPUBLISHED, ServerPlan, default_command
 from dcpo_megatron.rollout.serving.supervisor import Servers, ServingError, free_ports
 
@@ -42,6 +44,7 @@ def start_servers(
     Args:
         command: the server environment's interpreter (default: the checkout's ``.venv-sglang``), or a container's command that ends with one.
         device: "auto" (cuda where this host shows a GPU), "cuda", "cpu".
+        host: the interface: an address of either family, or a name.
         gpus: which GPUs the servers share out, such as "4-7", "4,5,6,7" or uuids; numbers are among the visible ones (default: those from 0 on).
         port: of the first server, the others follow (default: free ports).
         logs: folder (default: a new temporary one).
@@ -56,7 +59,7 @@ def start_servers(
         raise ServingError(
             "there is no server environment: run `make .venv-sglang/.installed`, or name its interpreter (--python)"
         )
-    model = Path(model).absolute()
+    model, host = Path(model).absolute(), bare(host)
     if not (model / "config.json").is_file():
         raise ServingError(f"no model in {model}: give a Hugging Face folder, with config.json")
     if servers < 1 or tp < 1:
@@ -75,7 +78,7 @@ def start_servers(
         gpus=None if gpus is None else tuple(gpu.name for gpu in mine),
         uuids=tuple(gpu.uuid for gpu in mine or ()),
     )  # fmt: skip
-    ports = free_ports(servers) if port is None else list(range(port, port + servers))
+    ports = free_ports(servers, host) if port is None else list(range(port, port + servers))
     logs = Path(tempfile.mkdtemp(prefix="dcpo-servers-")) if logs is None else Path(logs)
     return Servers(plan, ports, logs, **watching)
 

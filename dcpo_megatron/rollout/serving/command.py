@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dcpo_megatron.gpus import VISIBLE
+from dcpo_megatron.rollout.addresses import LOOPBACK
 from dcpo_megatron.rollout.serving.api_key import API_KEY_VARIABLE
 
 MODULE = Path(__file__).with_name("sglang_server.py")
@@ -45,6 +46,8 @@ CPU = (
 )  # fmt: skip
 # These of SGLang's own arguments decide for themselves on which GPUs a server is.
 PLACING = ("--base-gpu-id", "--gpu-id-step", "--tp", "--tp-size", "--tensor-parallel-size", "--dp", "--dp-size", "--data-parallel-size", "--pp-size", "--pipeline-parallel-size")  # fmt: skip
+# Hosts that mean every interface; a server then speaks to itself through loopback.
+WIDE = ("0.0.0.0", "::", "")
 # A launcher among a trainer's ranks must not make the server one of them, and the trainer's import path leads to another torch.
 NOT_PASSED_ON = (
     "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
@@ -109,6 +112,7 @@ def environment(plan: ServerPlan, servers: int, of: Mapping[str, str] = os.envir
     # /health says whether the HTTP process answers, at once and while paused; /health_generate still samples a token.
     env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "false"
     env["PYTHONUNBUFFERED"] = "1"
+    env |= without_proxy(of, [*LOOPBACK, *([] if plan.host in WIDE else [plan.host])])
     if plan.gpus is not None:
         env[VISIBLE] = ",".join(plan.gpus)
     if plan.device == "cuda":
@@ -126,6 +130,18 @@ def environment(plan: ServerPlan, servers: int, of: Mapping[str, str] = os.envir
             env.setdefault(name, str(2**40))
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // servers)))
     return env
+
+
+def without_proxy(of: Mapping[str, str], hosts: Sequence[str]) -> dict[str, str]:
+    """``no_proxy`` and ``NO_PROXY`` of ``of`` with ``hosts`` besides: SGLang's requests to itself must not go to a proxy.
+    IPv6 addresses without brackets: httpx, which servers import, raises at a bracket."""
+    found = {}
+    for name, other in (("no_proxy", "NO_PROXY"), ("NO_PROXY", "no_proxy")):
+        # Where one of the two is not set, programs read the other.
+        entries = [entry.strip() for entry in (of.get(name) or of.get(other) or "").split(",") if entry.strip()]
+        # "*" is everything, where it stands alone.
+        found[name] = "*" if "*" in entries else ",".join(dict.fromkeys([*entries, *hosts]))
+    return found
 
 
 def default_command() -> Sequence[str] | None:

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from dcpo_megatron.rollout.server import Server
+from dcpo_megatron.rollout.serving.shared_files import SharedFiles
 
 LAST_LINES = 12
 # For the guardian in the server, and after that for the kernel.
@@ -40,6 +41,7 @@ class ServerProcess:
         self._process: subprocess.Popen | None = None
         self._log_start = 0
         self._server = Server(url, api_key=api_key)
+        self._shared = SharedFiles(log.with_suffix(".shared"))
 
     @property
     def pid(self) -> int:
@@ -49,6 +51,7 @@ class ServerProcess:
     def start(self) -> None:
         """Raises OSError where the command cannot be run or the log not be written."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._shared.remove_left()
         with os.fdopen(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
@@ -70,7 +73,10 @@ class ServerProcess:
 
     def samples(self, timeout: float = 5.0) -> bool:
         """Whether it samples a token: true once it has started."""
-        return self._server.generates(timeout)
+        found = self._server.generates(timeout)
+        if found:
+            self._shared.see(self.pid)
+        return found
 
     def answers(self, timeout: float = 5.0) -> bool:
         """Whether its HTTP process answers at all, paused or not."""
@@ -99,5 +105,6 @@ class ServerProcess:
                 os.killpg(self._process.pid, signal_number)  # raises once the group is empty
                 time.sleep(0.02)
         self._process.poll()
+        self._shared.remove()
         self._server.close()
         self._server = Server(self.url, api_key=self._api_key)  # holds no connection yet

@@ -21,12 +21,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dcpo_megatron.rollout.addresses import LOOPBACK, in_url
 from dcpo_megatron.rollout.protocol import RolloutError
-from dcpo_megatron.rollout.serving.command import ServerPlan, command_line, environment, uuids_of
+from dcpo_megatron.rollout.serving.command import WIDE, ServerPlan, command_line, environment, uuids_of
 from dcpo_megatron.rollout.serving.process import ServerProcess
 
-WIDE = {"0.0.0.0", "::", ""}
-LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 POLL_SECONDS = 0.25
 LINE_SECONDS = 10.0
 ANSWER_EVERY = 10.0
@@ -73,9 +72,8 @@ class Servers:
             )
         for port in ports:
             _refuse_taken(plan.host, port)
-        name = advertise or (socket.gethostname() if plan.host in WIDE else plan.host)
-        name = f"[{name}]" if ":" in name else name
-        self.urls = [f"http://{name}:{port}" for port in ports]
+        name = advertise or (_own_name(plan.host) if plan.host in WIDE else plan.host)
+        self.urls = [f"http://{in_url(name)}:{port}" for port in ports]
         self._addresses = addresses(plan, self.urls)
         self._start_seconds, self._hung_seconds = start_seconds, hung_seconds
         self._address_file, self._say = address_file, say
@@ -217,26 +215,53 @@ class _Watched:
         return self.healthy
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nobody listens on, below those that the kernel gives to outgoing connections: they are still free a little later."""
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Ports of ``host`` that nobody listens on, below those that the kernel gives to outgoing connections: they are still
+    free a little later."""
     found: list[int] = []
     for port in random.sample(range(20000, 30000), 500):
-        if len(found) < count and not _taken("127.0.0.1", port):
+        if len(found) < count and not _taken(host, port):
             found.append(port)
     return found
 
 
 def _taken(host: str, port: int) -> bool:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    """Whether somebody listens there. Raises ServingError where nobody can."""
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise ServingError(f"--host {host} does not resolve on this host: {error.strerror}") from error
+    can, failure = False, None
+    for family, kind, protocol, _, address in found:
         try:
-            probe.bind((host, port))
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+                can = True
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 return True
-            raise ServingError(f"this host cannot listen on {host}:{port}: {error.strerror}") from error
-    return False
+            failure = error
+    if can:
+        return False
+    raise ServingError(f"this host cannot listen on {in_url(host)}:{port}: {failure.strerror}") from failure
+
+
+def _own_name(host: str) -> str:
+    """This host's name, under which servers on all of its interfaces (``host``) are reached. Raises ServingError where it
+    leads to none of them."""
+    name = socket.gethostname()
+    family = {"0.0.0.0": socket.AF_INET, "::": socket.AF_INET6}.get(host, socket.AF_UNSPEC)
+    try:
+        socket.getaddrinfo(name, None, family)
+    except socket.gaierror as error:
+        raise ServingError(
+            f"--host {host}: this host's name {name} has no such address ({error.strerror}): give one that has, or an "
+            "address, with --advertise"
+        ) from error
+    return name
 
 
 def _refuse_taken(host: str, port: int) -> None:

@@ -14,7 +14,6 @@ Whatever can block in C++ (joining, broadcasts, taking a group down) runs in a t
 from __future__ import annotations
 
 import datetime
-import socket
 import threading
 import zlib
 from collections.abc import Callable
@@ -27,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from dcpo_megatron.rollout.addresses import bare, in_url, own_address
 from dcpo_megatron.rollout.protocol import RolloutError
 from dcpo_megatron.rollout.server import Server, ServerError
 from dcpo_megatron.weights.publish import nccl
@@ -34,7 +34,6 @@ from dcpo_megatron.weights.publish.buckets import Bucket
 
 # How long the server's own words are waited for after our side failed, and both sides' leaving.
 _WORDS_SECONDS, _FAREWELL_SECONDS = 2.0, 5.0
-_LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
 @dataclass
@@ -82,7 +81,8 @@ class ProcessGroupTransport:
         """Joins a group with ``server``, or keeps the one it has if the server is still the one that joined it (``known``).
 
         Raises:
-            RolloutError: a server of several pipeline stages or data-parallel copies, with another NCCL, or one that did not join within ``seconds``.
+            RolloutError: a server of several pipeline stages or data-parallel copies, with another NCCL, whose name does
+                not resolve, or one that did not join within ``seconds``.
         """
         if known and server.url in self._groups:
             return
@@ -104,12 +104,17 @@ class ProcessGroupTransport:
         address = self.address or _own_address(server.url)
         try:
             store = dist.TCPStore(
-                address, 0, 1 + ranks, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=limit)
+                bare(address),
+                0,
+                1 + ranks,
+                is_master=True,
+                wait_for_workers=False,
+                timeout=datetime.timedelta(seconds=limit),
             )
         except (RuntimeError, OSError) as error:
             raise RolloutError(f"no rendezvous store at {address}: {error}; set publish.address") from error
         body = {
-            "master_address": address, "master_port": store.port, "rank_offset": 1, "world_size": 1 + ranks, "group_name": name, "backend": self.backend,
+            "master_address": in_url(address), "master_port": store.port, "rank_offset": 1, "world_size": 1 + ranks, "group_name": name, "backend": self.backend,
         }  # fmt: skip
 
         def join() -> None:
@@ -229,10 +234,12 @@ def _ranks(server: Server, info: dict) -> int:
 
 
 def _own_address(url: str) -> str:
-    """The address that this host has for the server at ``url``."""
+    """The address that this host has for the server at ``url``. Raises RolloutError."""
     parts = urlsplit(url)
-    if parts.hostname in _LOOPBACK:
-        return "127.0.0.1"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((parts.hostname, parts.port or 80))  # sends nothing
-        return probe.getsockname()[0]
+    try:
+        return own_address(parts.hostname, parts.port or 80)
+    except (OSError, UnicodeError) as error:
+        raise RolloutError(
+            f"this host finds no way to {url} ({error}): does its name resolve here? set publish.address to the address at "
+            "which servers reach this host"
+        ) from error

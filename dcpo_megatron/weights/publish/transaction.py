@@ -219,7 +219,7 @@ class _Publication:
         for server, future in running:
             try:
                 future.result()
-            except (RolloutError, RuntimeError) as error:
+            except (RuntimeError, OSError) as error:  # RolloutError is one of the first
                 self._out(server, error)
 
     def _out(self, server: Server, error: Exception) -> None:
@@ -231,8 +231,12 @@ class _Publication:
         self.transport.drop(server)
 
     def _answers(self, server: Server) -> None:
-        if not server.alive(self._left()):
-            raise RolloutError(f"{server.url} does not answer: start it again")
+        try:
+            server.model(self._left())
+        except ServerError as error:
+            if error.status is None and not error.final:
+                raise RolloutError(f"{server.url} does not answer ({error}): start it again") from error
+            raise
 
     def _write(self, walk: Iterator[tuple[Bucket, object]]) -> None:
         self.transport.begin(self.version)
