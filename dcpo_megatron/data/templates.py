@@ -35,10 +35,11 @@ def tokenise(text: str, template: str, tokenizer) -> list[int]:
     if template != "plain":
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     found = tokenizer(text, return_special_tokens_mask=True)
-    own = [place for place, added in enumerate(found["special_tokens_mask"]) if not added]
-    if not own:
+    added, tokens = found["special_tokens_mask"], found["input_ids"]
+    if 0 not in added:
         return []
-    front, rest = found["input_ids"][: own[0]], found["input_ids"][own[0] : own[-1] + 1]
+    begin, end = added.index(0), len(added) - added[::-1].index(0)
+    front, rest = tokens[:begin], tokens[begin:end]
     return rest if rest[: len(front)] == front else front + rest
 
 

@@ -245,3 +245,9 @@ def test_a_chat_template_that_the_tokenizer_does_not_have(tmp_path, plain_tokeni
 def test_options_out_of_range(option):
     with pytest.raises(DataError, match=f"data.{next(iter(option))} is .*: it must be"):
         PromptOptions(**option)
+
+
+def test_the_smallest_options_in_range(tmp_path, plain_tokenizer):
+    path = _lines(tmp_path / "x.jsonl", GOOD, GOOD | {"id": 2})
+    assert [p.id for p in load_prompts([path], plain_tokenizer, PromptOptions(limit=1)).prompts] == ["x/1"]
+    assert "of 5 tokens: raise data.max_prompt_tokens=1" in _refusal([path], plain_tokenizer, max_prompt_tokens=1)

@@ -5,8 +5,10 @@ import pickle
 from dataclasses import fields, replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 
 from dcpo_megatron.data import DataError, Response, decode_responses, encode_responses
 
@@ -94,3 +96,12 @@ def test_a_response_that_was_broken_later_is_not_sent():
 def test_bytes_that_are_not_responses_are_refused(data):
     with pytest.raises(DataError, match="are not encoded responses"):
         decode_responses(data)
+
+
+@pytest.mark.parametrize("lengths", [[-1, 5], [3, 0], [0, 3]])
+def test_lengths_that_do_not_cut_the_tokens_are_refused(lengths):
+    # Each of 2 tokens; -1 and 5 add up to the 4 that there are.
+    tensors = load(encode_responses([_response(), _response()]))
+    tensors["lengths"] = torch.tensor(lengths)
+    with pytest.raises(DataError, match="are not encoded responses"):
+        decode_responses(save(tensors))

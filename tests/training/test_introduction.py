@@ -36,7 +36,7 @@ def load(tmp_path, tokenizer, text, **options) -> Prompt:
 
 def test_the_first_prompt_is_shown_with_its_special_tokens_and_what_ends_a_response(tmp_path, tokenizer):
     assert said(tokenizer, load(tmp_path, tokenizer, "2+2 = ?")) == [
-        "first prompt, x/1, 28 tokens:",
+        "first prompt, x/1, 26 tokens:",
         "  | <|im_start|>user",
         "  | 2+2 = ?<|im_end|>",
         "  | <|im_start|>assistant",
