@@ -1,5 +1,7 @@
 # The two commands: `make demo` and `make test`. Each sets up what it needs in .venv, with pinned versions.
 PYTHON ?= python3
+# Job scripts read a variable of that name too: it is theirs.
+unexport PYTHON
 VENV ?= .venv
 SEED ?= 0
 OUTPUT ?= runs/demo

@@ -13,7 +13,13 @@ import torch
 torch.set_num_threads(1)
 
 # `make test` runs files side by side (pytest-xdist): these begin, being the longest. A minute or more each.
-LONGEST = ()
+LONGEST = (
+    "tests/training/test_resume.py", "tests/verification/test_certificate.py", "tests/comparison/test_small_comparison.py",
+    "tests/slurm", "tests/weights/test_stock_checkpoints.py", "tests/transformer_engine/test_on_a_cpu.py",
+    "tests/mcore/test_training_state.py", "tests/rollout/test_serving.py", "tests/training/test_faults.py",
+    "tests/training/test_runs_on_servers.py", "tests/weights/test_publish.py", "tests/rollout/test_server_client_real.py",
+    "tests/training/test_layouts_train_alike.py", "tests/cli/test_convert.py", "tests/cli/test_launch_cluster.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
