@@ -40,11 +40,31 @@ def ask_as_saved(request: dict, folder: str | os.PathLike) -> dict:
     return dict_list_map_inplace(ask, request)
 
 
-def settings_of_any_adam(settings: dict, defaults: dict | None = None) -> dict:
-    """A distributed optimizer's saved settings so that each kind of Adam takes them: the step an int in every group, and what ``defaults`` of the
-    optimizer that reads them has beyond them. Changed in place and given back."""
+def settings_of_any_adam(settings: dict) -> dict:
+    """A distributed optimizer's saved settings so that each kind of Adam takes them: the step an int in every group.
+    Changed in place and given back.
+    """
     for group in settings["optimizer"]["param_groups"]:
-        for name, value in (defaults or {}).items():
-            group.setdefault(name, value)
         group["step"] = int(group.get("step") or 0)
     return settings
+
+
+# What of a group follows from the model; the rest is configured, or counted.
+_KIND = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+
+
+def configure_anew(settings: dict, groups: list[dict]) -> None:
+    """Gives an optimizer's saved ``settings`` the numbers (learning rate, decay, betas, ...) of the ``groups`` that this
+    run has made; changed in place. What is counted stays as it was saved.
+
+    Without it a changed number would be without effect, or, from Megatron-Core 0.19 on, which tells groups apart by
+    their learning rates, a KeyError.
+    """
+
+    def kind(group: dict) -> tuple:
+        return tuple(group.get(key, group.get(f"pre_{key}")) for key in _KIND)
+
+    present = {kind(group): group for group in groups}
+    for group in settings.get("optimizer", settings)["param_groups"]:
+        now = present.get(kind(group), {})
+        group |= {name: value for name, value in now.items() if name not in ("params", "step")}

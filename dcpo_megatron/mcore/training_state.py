@@ -23,7 +23,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from dcpo_megatron.mcore import compat  # noqa: F401 - settles what differs between versions
 from dcpo_megatron.mcore.optimizer_shards import optimizer_pieces, optimizer_settings, parameter_places
-from dcpo_megatron.mcore.other_layers import ask_as_saved, settings_of_any_adam
+from dcpo_megatron.mcore.other_layers import ask_as_saved, configure_anew, settings_of_any_adam
 from dcpo_megatron.mcore.step import PolicyModel
 
 # `chained_optim_avoid_prefix`: dense and expert parameters have optimizers of their own; their states are told apart by their parameters' names.
@@ -195,9 +195,10 @@ def restore(policy: PolicyModel, folder: str | os.PathLike) -> None:
     if "optimizer" in loaded:
         parts = _parts(policy.optimizer)
         for number, part in enumerate(parts):
+            settings = loaded["optimizer"] if len(parts) == 1 else loaded["optimizer"][number]
             if isinstance(part, DistributedOptimizer):
-                settings = loaded["optimizer"] if len(parts) == 1 else loaded["optimizer"][number]
-                settings_of_any_adam(settings, part.optimizer.defaults)
+                settings_of_any_adam(settings)
+            configure_anew(settings, part.optimizer.param_groups)
         policy.optimizer.load_state_dict(loaded["optimizer"])
         _own_steps(policy.optimizer)
     else:

@@ -6,7 +6,9 @@ import torch
 import torch.distributed as dist
 
 
-def _policy(hf: str, parallel: dict, optimizer: str, dtype: str, load: bool, transformer_engine: str = "off"):
+def _policy(
+    hf: str, parallel: dict, optimizer: str, dtype: str, load: bool, transformer_engine: str = "off", **numbers
+):
     from dcpo_megatron.mcore.hf_config import read_shape
     from dcpo_megatron.mcore.layout import ParallelLayout, make_groups, rank_position
     from dcpo_megatron.mcore.model import ModelOptions, OptimizerOptions
@@ -24,7 +26,7 @@ def _policy(hf: str, parallel: dict, optimizer: str, dtype: str, load: bool, tra
         for module in policy.modules:
             for parameter in module.parameters():
                 parameter.data.fill_(float("nan"))
-    policy.make_trainable(OptimizerOptions(lr=1e-2, name=optimizer))
+    policy.make_trainable(OptimizerOptions(**{"lr": 1e-2, "name": optimizer} | numbers))
     return policy
 
 
@@ -104,6 +106,22 @@ def restore_and_train(
     if again:
         _save(policy, again)
     return _steps(policy, range(steps, steps + 3)), _weights(policy)
+
+
+def settings_after_restoring(hf: str, parallel: dict, folder: str, optimizer: str, **numbers) -> list[dict]:
+    """The groups' settings of a policy with other ``numbers`` than the checkpoint's run had, and the step of its Adam."""
+    from dcpo_megatron.mcore.training_state import restore
+
+    policy = _policy(hf, parallel, optimizer, "float32", load=False, **numbers)
+    restore(policy, folder)
+    step = {float(state["step"]) for part in _inner(policy) for state in part.state.values() if "step" in state}
+    return [
+        {k: v for k, v in group.items() if k != "params"} | {"steps": step} for group in policy.optimizer.param_groups
+    ]
+
+
+def _inner(policy) -> list[torch.optim.Optimizer]:
+    return [part.optimizer for part in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])]
 
 
 def nan_in_each_buffer(hf: str, parallel: dict) -> dict[str, bool]:

@@ -46,6 +46,23 @@ def test_a_restored_optimizer_goes_on_bit_for_bit_and_so_does_one_that_was_on_th
         assert all(torch.equal(a, b) for a, b in zip(weights, weights_again, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_numbers_that_were_changed_are_in_effect_and_what_was_counted_stays(pool, tmp_path, kind, optimizer):
+    make_model(kind, str(tmp_path / "hf"))
+    job = str(tmp_path / "hf"), {}, str(tmp_path / "saved"), optimizer
+    pool.run("tests.mcore.state_jobs:train_and_save", 2, *job, "float32")
+    changed = (
+        dict(lr=3e-3, weight_decay=0.25, betas=(0.8, 0.9)) if optimizer == "adam" else dict(lr=3e-3, weight_decay=0.25)
+    )
+    for groups in pool.run("tests.mcore.state_jobs:settings_after_restoring", 2, *job, **changed):
+        assert {group["weight_decay"] for group in groups} == {0.0, 0.25}
+        assert {group["lr"] for group in groups} == {3e-3}
+        if optimizer == "adam":
+            assert {group["betas"] for group in groups} == {(0.8, 0.9)}
+            assert all(group["steps"] == {2.0} for group in groups)
+
+
 @pytest.mark.parametrize(
     ("ranks", "parallel"), [(1, {}), (4, dict(tensor=2)), (4, dict(tensor=2, pipeline=2))], ids=["1", "tp2-dp2", "tp2-pp2"]
 )  # fmt: skip
