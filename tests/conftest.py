@@ -22,6 +22,7 @@ LONGEST = (
 )  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file runs in one process, which keeps its fixtures; so do all files of one Slurm, and of the shared server."""
 

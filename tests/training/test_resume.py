@@ -48,9 +48,10 @@ def copy(task, tmp_path) -> tuple[list[str], Path]:
     return [*task[0], f"output={tmp_path / 'run'}"], tmp_path / "run"
 
 
-def test_five_kills_change_not_one_bit(tmp_path):
+@pytest.mark.timeout(900)
+def test_three_kills_change_not_one_bit(tmp_path):
     said: list[str] = []
-    resumption.verify(tmp_path, kills=5, ranks=2, steps=40, seed=0, say=said.append)
+    resumption.verify(tmp_path, kills=3, ranks=2, steps=40, seed=0, say=said.append)
     assert "equal bit for bit" in said[-1]
 
 
