@@ -63,7 +63,7 @@ demo-sglang: $(STAMP) $(SGLANG)
 	$(RUN) -m dcpo_megatron.cli demo --servers 2 --server-python $(SGLANG_RUN) --seed $(SEED) --output runs/demo-sglang
 
 test: $(STAMP) $(OTHER_MEGATRON) $(TE) $(SGLANG) style
-	DCPO_TEST_SGLANG=required $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder tests
+	DCPO_TEST_SGLANG=required $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder tests
 
 # Files of tests that run at once. Most start ranks of their own: more than there are cores is slower, and meets the tests' deadlines.
 WORKERS ?= 2

@@ -15,28 +15,16 @@ torch.set_num_threads(1)
 # `make test` runs files side by side (pytest-xdist): these begin, being the longest. A minute or more each.
 LONGEST = (
     "tests/training/test_resume.py", "tests/verification/test_certificate.py", "tests/comparison/test_small_comparison.py",
-    "tests/slurm", "tests/weights/test_stock_checkpoints.py", "tests/transformer_engine/test_on_a_cpu.py",
+    "tests/slurm/test_jobs.py", "tests/weights/test_stock_checkpoints.py", "tests/transformer_engine/test_on_a_cpu.py",
     "tests/mcore/test_training_state.py", "tests/rollout/test_serving.py", "tests/training/test_faults.py",
     "tests/training/test_runs_on_servers.py", "tests/weights/test_publish.py", "tests/rollout/test_server_client_real.py",
     "tests/training/test_layouts_train_alike.py", "tests/cli/test_convert.py", "tests/cli/test_launch_cluster.py",
 )  # fmt: skip
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file runs in one process, which keeps its fixtures; so do all files of one Slurm, and of the shared server."""
-
-    def group(item: pytest.Item) -> str:
-        if "sglang_server" in item.fixturenames:
-            return "sglang_server"
-        file = item.path.relative_to(item.config.rootpath)
-        return str(file.parent if file.parent.name == "slurm" else file)
-
-    groups = {item: group(item) for item in items}
-    for item, name in groups.items():
-        item.add_marker(pytest.mark.xdist_group(name))
     order = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(groups[item], len(order)))
+    items.sort(key=lambda item: order.get(item.location[0], len(order)))
 
 
 @pytest.fixture(scope="session")
