@@ -146,21 +146,22 @@ def test_an_interrupted_command_says_so_and_the_same_command_goes_on(tmp_path):
         tmp_path / "deep",
         tmp_path / "out",
     ]
-    running = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "out.incomplete").exists() and time.monotonic() < deadline:
-        assert running.poll() is None
-        time.sleep(0.001)
-    # Stopped while we look: on a busy machine it would have done all parts before this process sees the first.
-    while time.monotonic() < deadline:
-        running.send_signal(signal.SIGSTOP)
-        if (tmp_path / "out.incomplete" / "0.done.json").exists():
-            break
+    for _ in range(5):
+        running = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        # Stopped while we look: on a busy machine it would have done all parts before this process sees the first.
+        while time.monotonic() < deadline and running.poll() is None:
+            running.send_signal(signal.SIGSTOP)
+            if (tmp_path / "out.incomplete" / "0.done.json").exists():
+                break
+            running.send_signal(signal.SIGCONT)
+            time.sleep(0.005)
+        running.send_signal(signal.SIGINT)
         running.send_signal(signal.SIGCONT)
-        time.sleep(0.005)
-    running.send_signal(signal.SIGINT)
-    running.send_signal(signal.SIGCONT)
-    _, said = running.communicate(timeout=60)
+        _, said = running.communicate(timeout=60)
+        if running.returncode != 0:
+            break
+        shutil.rmtree(tmp_path / "out")  # it was at its end before this process had its turn
     assert running.returncode == 130, said
     assert said.strip() == "dcpo: interrupted: the same command goes on where this one stopped"
     assert not (tmp_path / "out").exists()

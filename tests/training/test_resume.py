@@ -21,7 +21,7 @@ def run(arguments: list[str], log: Path, ranks: int = 2) -> tuple[int, str]:
     log.write_text("")
     process = resumption.start(arguments, ranks, log)
     try:
-        code = process.wait(200)
+        code = process.wait(400)
     finally:
         resumption.kill_all(process)
     return code, log.read_text()
@@ -48,7 +48,7 @@ def copy(task, tmp_path) -> tuple[list[str], Path]:
     return [*task[0], f"output={tmp_path / 'run'}"], tmp_path / "run"
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_three_kills_change_not_one_bit(tmp_path):
     said: list[str] = []
     resumption.verify(tmp_path, kills=3, ranks=2, steps=40, seed=0, say=said.append)
