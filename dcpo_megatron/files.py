@@ -50,6 +50,24 @@ def moved_aside(path: Path) -> list[Path]:
     return [Path(found) for name in names for found in sorted(glob.glob(glob.escape(str(path)) + name))]
 
 
+def replace(work: Path, target: Path) -> Path | None:
+    """Gives the finished folder ``work`` the name ``target``, on the disk too. Returns what had that name, aside now, for
+    :func:`remove`; None where nothing had.
+
+    Raises:
+        OSError: it has not got its name; what had it has it again.
+    """
+    old = move_aside(target) if target.exists() else None
+    try:
+        work.rename(target)
+    except OSError:
+        if old is not None:
+            old.rename(target)
+        raise
+    sync(target.parent)
+    return old
+
+
 def remove(path: Path) -> str | None:
     """Removes a file or folder, as far as that is possible; a sentence where something is left of it."""
     try:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcpo_megatron.files import REMOVING, discard, move_aside, remove, sync
+from dcpo_megatron.files import REMOVING, discard, remove, replace, sync
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -139,14 +139,7 @@ def publish(work: Path, root: Path, step: int, warn: Callable[[str], None] = lam
     target = root / checkpoint_name(step)
     sync(work)
     # An older one of the same step, from before a resume further back.
-    old = move_aside(target) if target.exists() else None
-    try:
-        work.rename(target)
-    except OSError:
-        if old is not None:
-            old.rename(target)
-        raise
-    sync(root)
+    old = replace(work, target)
     try:
         write_text(root / LATEST, target.name + "\n")
     except OSError as error:

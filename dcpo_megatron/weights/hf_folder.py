@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dcpo_megatron.files import move_aside, moved_aside, remove, sync, sync_tree
+from dcpo_megatron.files import move_aside, moved_aside, remove, replace, sync, sync_tree
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -340,19 +340,13 @@ def write_hf_folder(
     for left in [*moved_aside(destination), *([move_aside(work)] if work.exists() else [])]:
         if problem := remove(left):
             warn(problem)
-    old = None
     try:
         work.mkdir(parents=True)
         copy_companions(source, work)
         _write_shards(work, tensors, dtype, shard_bytes)
         sync_tree(work)
-        if destination.exists():
-            old = move_aside(destination)
-        work.rename(destination)
-        sync(destination.parent)
+        old = replace(work, destination)
     except (OSError, SafetensorError) as error:
-        if old is not None and not destination.exists():
-            old.rename(destination)
         shutil.rmtree(work, ignore_errors=True)
         if isinstance(error, OSError):
             raise

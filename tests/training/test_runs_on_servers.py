@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -84,13 +85,17 @@ def test_on_policy_two_runs_are_one_also_where_servers_and_optimizer_take_turns(
     assert found[0] == found[1] and len(found[0]) == 2
 
 
-def test_off_policy_by_one_a_lost_server_and_a_killed_trainer(task, servers, tmp_path):
-    folder, log = tmp_path / "run", tmp_path / "log"
-    arguments = [
-        *task, "rollout.max_staleness=1", "training.steps=40", "checkpoint.every=1", "rollout.max_response_tokens=24", f"output={folder}",
-    ]  # fmt: skip
+def begin_off_policy(task: list[str], folder: Path, log: Path) -> tuple[list[str], subprocess.Popen]:
+    """A run that samples one batch ahead, two steps of it done: its arguments and its launcher."""
+    arguments = [*task, "rollout.max_staleness=1", "rollout.max_response_tokens=24", f"output={folder}"]
     process = resumption.start(arguments, 2, log)
     until(lambda: resumption.steps_done(folder) >= 2, process, log)
+    return arguments, process
+
+
+def test_off_policy_by_one_a_lost_server_and_a_killed_trainer(task, servers, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    arguments, process = begin_off_policy([*task, "training.steps=40", "checkpoint.every=1"], folder, log)
     os.killpg(servers.processes[1].pid, signal.SIGKILL)  # the supervisor starts it again
     at = resumption.steps_done(folder)
     until(lambda: resumption.steps_done(folder) >= at + 2, process, log)
@@ -135,11 +140,7 @@ def test_a_mismatch_beyond_the_limit_stops_the_run_before_it_trains(task, tmp_pa
 def test_a_run_that_waits_for_lost_servers_saves_and_ends_when_it_is_asked_to(task, servers, tmp_path):
     """The last one: it ends the servers for good."""
     folder, log = tmp_path / "run", tmp_path / "log"
-    arguments = [
-        *task, "rollout.max_staleness=1", "training.steps=1000", "checkpoint.every=900", "rollout.max_response_tokens=24", f"output={folder}",
-    ]  # fmt: skip
-    process = resumption.start(arguments, 2, log)
-    until(lambda: resumption.steps_done(folder) >= 2, process, log)
+    _, process = begin_off_policy([*task, "training.steps=1000", "checkpoint.every=900"], folder, log)
     # Lost in a publication they would end the run.
     until(lambda: read_heartbeats(folder / "health")[0].phase == "rollout", process, log)
     for server in servers.processes:

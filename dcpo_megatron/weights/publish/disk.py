@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from dcpo_megatron.files import discard, move_aside, remove, sync
+from dcpo_megatron.files import discard, remove, replace, sync
 from dcpo_megatron.rollout.protocol import RolloutError
 from dcpo_megatron.rollout.server import Server
 from dcpo_megatron.weights.hf_folder import shard_name, write_safetensors, write_weight_index
@@ -67,9 +67,7 @@ class DiskTransport:
             write_weight_index(self._work, self._shards, self._bytes)
             sync(self._work)
             # The same version once more, for a server that came back.
-            old = move_aside(self._target) if self._target.exists() else None
-            self._work.rename(self._target)
-            sync(self.folder)
+            old = replace(self._work, self._target)
             if old is not None:
                 remove(old)
         except OSError as error:
