@@ -23,7 +23,7 @@ SGLANG_RUN = $(SGLANG_VENV)/bin/python
 SGLANG = $(SGLANG_VENV)/.installed
 SGLANG_LATEST = $(SGLANG_VENV)/sglang-0.5.23
 
-.PHONY: demo demo-pretrained demo-sglang test test-slurm test-sglang test-sglang-latest lint style clean install certificate mutation same-python
+.PHONY: demo demo-pretrained demo-sglang test test-slurm test-hosts test-sglang test-sglang-latest lint style clean install certificate mutation same-python
 
 install: $(STAMP)
 
@@ -78,6 +78,11 @@ test-sglang-latest: $(STAMP) $(SGLANG_LATEST)
 # The job scripts on a real Slurm: fails where `make test` would skip them. Needs root, and Debian's packages or apt-get.
 test-slurm: $(STAMP)
 	DCPO_TEST_SLURM=required $(RUN) -m pytest tests/slurm
+
+# Runs on hosts of network namespaces, each with its own addresses, names and folders: all of tests/hosts, of which `make test` runs a
+# part and skips it where it cannot. Needs root.
+test-hosts: $(STAMP)
+	DCPO_TEST_HOSTS=required $(RUN) -m pytest tests/hosts
 
 lint: style $(RESOLVED)
 
