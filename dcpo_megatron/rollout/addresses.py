@@ -9,14 +9,10 @@ Names and IPv4 addresses are the same in all of them.
 
 from __future__ import annotations
 
-import socket
+from dcpo_megatron import network
+from dcpo_megatron.network import bare
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-def bare(host: str) -> str:
-    """``host`` without brackets."""
-    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
 def in_url(host: str) -> str:
@@ -34,12 +30,4 @@ def own_address(host: str, port: int) -> str:
     host = bare(host)
     if host in LOOPBACK:
         return "::1" if host == "::1" else "127.0.0.1"
-    failure: OSError | None = None
-    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
-        try:
-            with socket.socket(family, kind, protocol) as probe:
-                probe.connect(address)
-                return probe.getsockname()[0]
-        except OSError as error:  # a family that this host does not have
-            failure = error
-    raise failure or OSError(f"{host} has no address")
+    return network.own_address(host, port)

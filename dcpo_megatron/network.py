@@ -1,0 +1,79 @@
+"""This host's network interfaces, and which of them leads to another host. Nothing is sent.
+
+interface_towards("10.0.0.1")    "eth0"     the interface whose address the kernel takes on the way there
+interface_towards("fd00::1")     "eth0"     on the host that has this address: the interface that has it, not the loopback
+interface_towards("127.0.0.1")   "lo"
+interface_towards("h1")          on h1 itself "lo", where its own name resolves to 127.0.1.1: ask for the way to another host there
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+
+def bare(host: str) -> str:
+    """``host`` without the brackets that stand around IPv6 where a port follows."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
+def own_address(host: str, port: int = 9) -> str:
+    """The address that this host has for one at ``host`` (a name or an address, of either family); see :func:`interface_towards` for errors."""
+    return _source(host, port)[0]
+
+
+def interface_towards(host: str) -> str:
+    """The name of the interface on the way to ``host``: a name, or an address of IPv4 or IPv6, brackets or not.
+
+    Raises:
+        OSError: the name does not resolve (``socket.gaierror``), no way leads there, or no interface has the address.
+        UnicodeError: what can be no name.
+    """
+    address, scope = _source(host, 9)
+    if scope:  # link-local: the same address may be on several
+        return socket.if_indextoname(scope)
+    return interface_with(address)
+
+
+def interface_with(address: str) -> str:
+    """The interface that has ``address``; all of 127.0.0.0/8 is the loopback's. Raises OSError where none has it."""
+    wanted = ipaddress.ip_address(address)
+    if wanted.is_loopback:
+        wanted = ipaddress.ip_address("127.0.0.1" if wanted.version == 4 else "::1")
+    found = interfaces()
+    for name, addresses in found.items():
+        if str(wanted) in addresses:
+            return name
+    raise OSError(f"no interface of this host has {address}; it has {text(found)}")
+
+
+def interfaces() -> dict[str, list[str]]:
+    """Name -> addresses of IPv4, then of IPv6, in the kernel's order: collectives take the first. Those without an address are left out."""
+    import psutil
+
+    kept: dict[str, list[str]] = {}
+    for name, entries in psutil.net_if_addrs().items():
+        if addresses := [
+            entry.address.partition("%")[0] for entry in entries if entry.family in (socket.AF_INET, socket.AF_INET6)
+        ]:
+            kept[name] = addresses
+    return kept
+
+
+def text(found: dict[str, list[str]]) -> str:
+    """What :func:`interfaces` gave, for a sentence: "eth0 (10.0.0.1, fd00::1), lo (127.0.0.1)"."""
+    return ", ".join(f"{name} ({', '.join(addresses)})" for name, addresses in found.items())
+
+
+def _source(host: str, port: int) -> tuple[str, int]:
+    """Address and scope (of a link-local address, else 0) that the kernel takes towards ``host``."""
+    failure: OSError | None = None
+    for family, kind, protocol, _, address in socket.getaddrinfo(bare(host), port, type=socket.SOCK_DGRAM):
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.connect(address)
+                name = probe.getsockname()
+                return name[0], name[3] if len(name) > 2 else 0
+        except OSError as error:  # a family that this host does not have, or no way
+            failure = error
+    raise failure or OSError(f"{host} has no address")
