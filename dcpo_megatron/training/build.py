@@ -26,6 +26,7 @@ from dcpo_megatron.training.config import ConfigError, to_yaml
 from dcpo_megatron.training.engines import make_engine, settle_nccl
 from dcpo_megatron.training.gpu import GpuMonitor
 from dcpo_megatron.training.loop import Trainer
+from dcpo_megatron.training.placement import placement_warning
 from dcpo_megatron.training.resume import (
     data_fingerprint,
     find_checkpoint,
@@ -80,6 +81,7 @@ def build_trainer(run_: CheckedRun, stop_requested: Callable[[], bool] = lambda:
     watchdog.start()
     make_groups(run_.layout, timeout_minutes=math.ceil(timeout / 60))
     position = rank_position()
+    placement = placement_warning(position)
     found = find_checkpoint(folder)
     if found.state is not None and found.state.data != data_fingerprint(prompts):
         raise ConfigError(
@@ -126,6 +128,8 @@ def build_trainer(run_: CheckedRun, stop_requested: Callable[[], bool] = lambda:
     sinks = Sinks(config, folder, is_writer, config.training.steps, None if found.state is None else step)
     if warning is not None:
         sinks.announce(warning)
+    if placement is not None:
+        sinks.warn(placement)
     try:
         engine = make_engine(
             run_,
