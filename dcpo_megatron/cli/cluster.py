@@ -84,7 +84,9 @@ def meeting_places(ssh: list[str], host: str) -> list[str]:
     found = [name]
     if Path(ssh[0]).name == "ssh":  # what stands in for it may take other options
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            said = subprocess.run([*ssh, "-G", host], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10)
+            said = subprocess.run(
+                [*ssh, "-G", host], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10
+            )
             found += [line.split()[1] for line in said.stdout.splitlines() if line.startswith("hostname ")]
     with contextlib.suppress(OSError, UnicodeError):
         addresses = [entry[4][0] for entry in socket.getaddrinfo(found[-1], None, type=socket.SOCK_STREAM)]

@@ -30,7 +30,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dcpo_megatron.cli.cluster_node", allow_abbrev=False)
     for name in ("nnodes", "node-rank", "nproc-per-node", "master-port"):
         parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--master-addr", required=True, help="where ranks meet; several, separated by commas: the first that this host knows")
+    parser.add_argument(
+        "--master-addr",
+        required=True,
+        help="where ranks meet; several, separated by commas: the first that this host knows",
+    )
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="-- and what `dcpo train` takes")
     args = parser.parse_args(argv)
     master = choose_address(args.master_addr.split(","))
@@ -81,7 +85,9 @@ def _obey(orders: int, silence: float = GIVEN_UP_SECONDS) -> None:
         *lines, rest = (rest + said).split(b"\n")
         for line in filter(None, lines):
             _signal_ranks(getattr(signal, f"SIG{line.decode().strip()}"))
-    print("dcpo: the launcher or the way to it is gone: the ranks of this host save and end", file=sys.stderr, flush=True)
+    print(
+        "dcpo: the launcher or the way to it is gone: the ranks of this host save and end", file=sys.stderr, flush=True
+    )
     _signal_ranks(signal.SIGTERM)
 
 

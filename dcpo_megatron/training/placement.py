@@ -1,7 +1,7 @@
 """Whether ranks that wait for each other in every layer share a host, as whoever started them has placed them.
 
-    parallel.tensor=2    ranks 0..3 on hosts  a a b b    groups (0 1) (2 3): each on one host
-                                              a b a b    groups (0 1) (2 3): each on two, and every layer waits for the network
+parallel.tensor=2    ranks 0..3 on hosts  a a b b    groups (0 1) (2 3): each on one host
+                                          a b a b    groups (0 1) (2 3): each on two, and every layer waits for the network
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ def placement_warning(position: RankPosition) -> str | None:
         "tensor": position.tensor_group, "expert-tensor": position.expert_tensor_group,
         "context": position.context_group, "expert": position.expert_group,
     }  # fmt: skip
-    mine = {"host": this_host(), "groups": {kind: dist.get_process_group_ranks(group) for kind, group in groups.items()}}
+    mine = {
+        "host": this_host(),
+        "groups": {kind: dist.get_process_group_ranks(group) for kind, group in groups.items()},
+    }
     everyone = [json.loads(text) for text in all_gather_on_host(json.dumps(mine).encode())]
     peers = {kind: {tuple(rank["groups"][kind]) for rank in everyone} for kind in groups}
     return misplaced([tuple(rank["host"]) for rank in everyone], peers)

@@ -1,7 +1,7 @@
 """A real sshd on each host, and what `ssh` of root needs to reach it without being asked: keys and configurations of the tests' own, seen on the hosts alone.
 
-    h1 [ sshd :22 ] <-- ssh h2 --                   files in Hosts.shared/ssh; /etc/ssh/ssh_config, /run are the hosts' own
-    h2 [ sshd :22 ]
+h1 [ sshd :22 ] <-- ssh h2 --                   files in Hosts.shared/ssh; /etc/ssh/ssh_config, /run are the hosts' own
+h2 [ sshd :22 ]
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def start_sshd(hosts: Hosts, only: Sequence[Host] | None = None, client: str = "
     sshd = shutil.which("sshd", path=debian.search_path())
     for host in hosts:
         # /run is still this machine's there, and sshd wants a folder in it.
-        host.call("sh", "-ec", f"mount -t tmpfs run /run; mkdir /run/sshd; mount --bind {folder}/client /etc/ssh/ssh_config")
+        host.call(
+            "sh", "-ec", f"mount -t tmpfs run /run; mkdir /run/sshd; mount --bind {folder}/client /etc/ssh/ssh_config"
+        )
         if only is None or host in only:
-            host.call(sshd, "-f", folder / "server", "-E", folder / f"sshd-{host.name}.log")
-            wait_until(lambda: "listening" in (folder / f"sshd-{host.name}.log").read_text(), 10, f"sshd on {host.name}")
+            log = folder / f"sshd-{host.name}.log"
+            host.call(sshd, "-f", folder / "server", "-E", log)
+            wait_until(lambda log=log: "listening" in log.read_text(), 10, f"sshd on {host.name}")

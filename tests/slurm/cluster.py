@@ -72,7 +72,9 @@ class Cluster:
 
     def _configuration(self) -> str:
         folder, ports = self.folder, _free_ports(1 + len(self.nodes))
-        places = [(host.name, host.ipv4) for host in self.hosts] or [(socket.gethostname(), "127.0.0.1")] * len(self.nodes)
+        places = [(host.name, host.ipv4) for host in self.hosts] or [(socket.gethostname(), "127.0.0.1")] * len(
+            self.nodes
+        )
         lines = [
             "ClusterName=test", f"SlurmctldHost={places[0][0]}({places[0][1]})", f"SlurmctldPort={ports[0]}",
             "AuthType=auth/munge", "CryptoType=crypto/munge",
