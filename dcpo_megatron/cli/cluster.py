@@ -94,12 +94,13 @@ def meeting_places(ssh: list[str], host: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def line_for(args: argparse.Namespace, places: list[str], count: int, number: int) -> str:
-    """The shell line that host ``number`` of ``count`` runs; ``places``: where ranks may meet."""
+def line_for(args: argparse.Namespace, places: list[str], hosts: list[str], number: int) -> str:
+    """The shell line that host ``number`` runs; ``places``: where ranks may meet."""
+    names = ",".join(host.rpartition("@")[2] for host in hosts)  # for the ranks to name one that does not come
     words = [
-        "env", f"PYTHONPATH={args.directory}", *args.env,
+        "env", f"PYTHONPATH={args.directory}", f"DCPO_HOSTS={names}", *args.env,
         args.python, "-u", "-m", "dcpo_megatron.cli.cluster_node",
-        "--nnodes", str(count), "--node-rank", str(number), "--nproc-per-node", str(args.nproc_per_node),
+        "--nnodes", str(len(hosts)), "--node-rank", str(number), "--nproc-per-node", str(args.nproc_per_node),
         "--master-addr", ",".join(places), "--master-port", str(args.master_port), "--", *args.train,
     ]  # fmt: skip
     return f"cd {shlex.quote(args.directory)} && exec {shlex.join(words)}"
@@ -117,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         return BAD_INPUT
     ssh = shlex.split(args.ssh)
     places = [args.master_addr] if args.master_addr else meeting_places(ssh, hosts[0])
-    lines = [line_for(args, places, len(hosts), number) for number in range(len(hosts))]
+    lines = [line_for(args, places, hosts, number) for number in range(len(hosts))]
     if args.print:
         for host, line in zip(hosts, lines):
             print(f"{host}: {line}")

@@ -1,5 +1,6 @@
 """Every way to start a run that README.md and docs/slurm.md name, on hosts: a rank or two on each train a small model for two steps."""
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -139,20 +140,31 @@ def test_hosts_started_by_ssh_from_elsewhere_train_one_model(ssh_hosts, names):
     assert f"{names.split(',')[0]}: dcpo-paper on qwen2" in text
 
 
-def ranks_on(host: Host) -> int:
+def ranks_on(host: Host) -> bool:
     return host.call("pgrep", "-fc", "dcpo_megatron.cli train", check=False).stdout.split() != ["0"]
 
 
 @pytest.mark.thorough
-def test_the_launchers_death_ends_the_ranks_of_every_host_and_the_run_is_saved(ssh_hosts):
+@pytest.mark.parametrize("end", ["killed", "silent"])
+def test_the_end_of_the_launcher_or_of_its_host_ends_the_ranks_of_every_host_and_the_run_is_saved(ssh_hosts, end):
     hosts = ssh_hosts(2)
-    run = hosts.shared / "run"
-    launcher = by_ssh(hosts, "h1,h2", *task_of(hosts, steps=100_000), "checkpoint.every=100000")
+    run, checkout = hosts.shared / "run", hosts.shared / "checkout"
+    # Three minutes of silence are long for a test: a checkout of its own has less patience.
+    shutil.copytree(ROOT / "dcpo_megatron", checkout / "dcpo_megatron", ignore=shutil.ignore_patterns("__pycache__"))
+    node = checkout / "dcpo_megatron" / "cli" / "cluster_node.py"
+    patient = node.read_text()
+    node.write_text(patient.replace("GIVEN_UP_SECONDS = 180.0", "GIVEN_UP_SECONDS = 40.0"))
+    assert node.read_text() != patient
+    task = [*task_of(hosts, steps=100_000), "checkpoint.every=100000"]
+    launcher = by_ssh(hosts, "h1,h2", *task, options=("--directory", str(checkout)))
     wait_until(lambda: steps_done(run) >= 2 or launcher.poll() is not None, DEADLINE, "step 2")
     assert launcher.poll() is None, said(hosts)
-    launcher.kill()
+    if end == "killed":
+        launcher.kill()
+    else:
+        hosts[-1].fall_silent()
     for host in hosts.all[:2]:
-        wait_until(lambda host=host: not ranks_on(host), 60, f"the end of the ranks on {host.name}")
+        wait_until(lambda host=host: not ranks_on(host), 100, f"the end of the ranks on {host.name}")
     assert (run / "checkpoints" / "latest").read_text().strip() == f"step-{steps_done(run):06d}"
 
 
@@ -160,7 +172,7 @@ def test_the_launchers_death_ends_the_ranks_of_every_host_and_the_run_is_saved(s
 def test_a_host_that_ssh_does_not_reach_is_named_and_the_others_end(ssh_hosts):
     hosts = ssh_hosts(2)
     hosts[1].fall_silent()
-    for name, reason in (("h2", "timed out"), ("nowhere", "Could not resolve hostname nowhere")):
+    for name, reason in (("h2", "connect to host h2 port 22: "), ("nowhere", "Could not resolve hostname nowhere")):
         launcher = by_ssh(hosts, f"h1,{name}", *task_of(hosts))
         assert launcher.wait(DEADLINE) == 1, said(hosts)
         assert f"error: host {name}: ssh could not connect" in said(hosts) and reason in said(hosts)
