@@ -81,7 +81,6 @@ def build_trainer(run_: CheckedRun, stop_requested: Callable[[], bool] = lambda:
     watchdog.start()
     make_groups(run_.layout, timeout_minutes=math.ceil(timeout / 60))
     position = rank_position()
-    placement = placement_warning(position)
     found = find_checkpoint(folder)
     if found.state is not None and found.state.data != data_fingerprint(prompts):
         raise ConfigError(
@@ -128,8 +127,8 @@ def build_trainer(run_: CheckedRun, stop_requested: Callable[[], bool] = lambda:
     sinks = Sinks(config, folder, is_writer, config.training.steps, None if found.state is None else step)
     if warning is not None:
         sinks.announce(warning)
-    if placement is not None:
-        sinks.warn(placement)
+    if (misplaced := placement_warning(position)) is not None:
+        sinks.warn(misplaced)
     try:
         engine = make_engine(
             run_,

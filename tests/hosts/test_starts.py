@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_megatron.cli.resumption import compare, make_task, steps_done
+from dcpo_megatron.cli.resumption import make_task, steps_done
 from tests.hosts import ssh
 from tests.hosts.machines import Host, HostProcess, Hosts, wait_until
 from tests.slurm.cluster import Cluster
@@ -51,9 +51,9 @@ def ends_well(hosts: Hosts, processes: list[HostProcess], ranks: int) -> str:
     return text
 
 
-def by_bash(hosts: Hosts, *task: str, master: str = "h1", ranks: int = 1) -> list[HostProcess]:
+def by_bash(hosts: Hosts, *task: str, master: str = "h1") -> list[HostProcess]:
     """The same line on each host, with its number."""
-    variables = {"NNODES": str(len(hosts.all)), "MASTER_ADDR": master, "NPROC_PER_NODE": str(ranks)}
+    variables = {"NNODES": str(len(hosts.all)), "MASTER_ADDR": master, "NPROC_PER_NODE": "1"}
     return [start(host, "bash", SCRIPT, *task, env=variables | {"NODE_RANK": str(host.number - 1)}) for host in hosts]
 
 
@@ -69,18 +69,6 @@ def test_three_hosts_started_by_bash_meet_at_an_ipv6_address(make_hosts):
     hosts = make_hosts(3)
     task = [*task_of(hosts), "training.minibatch_prompts=8", "rollout.group_size=3"]
     assert PARTED not in ends_well(hosts, by_bash(hosts, *task, master=hosts[0].ipv6), 3)
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
-def test_two_hosts_with_two_ranks_each_train_bit_for_bit_as_one_host_with_four(make_hosts, kind):
-    hosts = make_hosts(2)
-    *task, _ = task_of(hosts)
-    alone = start(hosts[0], "bash", SCRIPT, *task, f"parallel.{kind}=2", f"output={hosts.shared}/alone", env={"NPROC_PER_NODE": "4"})  # fmt: skip
-    assert alone.wait(DEADLINE) == 0, said(hosts)
-    processes = by_bash(hosts, *task, f"parallel.{kind}=2", f"output={hosts.shared}/run", ranks=2)
-    assert PARTED not in ends_well(hosts, processes, 4)
-    assert "bit for bit" in compare(hosts.shared / "alone", hosts.shared / "run")
 
 
 def by_torchrun(hosts: Hosts, *task: str, master: str, options=lambda host: ()) -> list[HostProcess]:
