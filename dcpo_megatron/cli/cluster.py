@@ -4,6 +4,7 @@
              -- ssh host 2 --> cluster_node (torchrun) --> ranks K .. 2K-1
       SIGTERM, SIGINT, SIGUSR1 --> to every rank of every host, through ssh's standard input
       a host fails             --> it is named; the others are asked to end, and killed where they stay
+      a line now and then      --> the launcher is there: hosts that hear nothing for long end their ranks
 
 Needs on every host: the checkout in the same folder with its environment, a login without a password, and the folder of the run on a shared file system.
 """
@@ -15,6 +16,7 @@ import contextlib
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +24,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dcpo_megatron.cli.cluster_node import READY
+from dcpo_megatron.cli.cluster_node import READY, SIGN_OF_LIFE_SECONDS, is_loopback
 from dcpo_megatron.training.signals import START_AGAIN
 
 BAD_INPUT = 2
@@ -44,7 +46,10 @@ def parser() -> argparse.ArgumentParser:
     hosts.add_argument("--hosts", help="names, separated by commas; the first is host 0")
     hosts.add_argument("--hosts-file", type=Path, help="one name a line; # begins a comment")
     result.add_argument("--nproc-per-node", type=int, required=True, help="ranks on each host: its number of GPUs")
-    result.add_argument("--master-addr", help="where ranks meet (default: the first host)")
+    result.add_argument(
+        "--master-addr",
+        help="where ranks meet (default: the first host, by its name, or by its address on hosts that do not know the name)",
+    )
     result.add_argument("--master-port", type=int, default=29500)
     result.add_argument("--ssh", default="ssh -o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=30")
     result.add_argument("--directory", default=os.getcwd(), help="the checkout on every host (default: this folder)")
@@ -73,14 +78,30 @@ def read_hosts(names: str | None, file: Path | None) -> list[str]:
     return hosts
 
 
-def line_for(args: argparse.Namespace, hosts: list[str], number: int) -> str:
-    """The shell line that host ``number`` runs."""
-    master = args.master_addr or hosts[0].rpartition("@")[2]
+def meeting_places(ssh: list[str], host: str) -> list[str]:
+    """Names and addresses of ``host`` for the others to try in this order: as it was given, as ssh's configuration has it, and the address that it has here."""
+    name = host.rpartition("@")[2]
+    found = [name]
+    if Path(ssh[0]).name == "ssh":  # what stands in for it may take other options
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            said = subprocess.run(
+                [*ssh, "-G", host], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10
+            )
+            found += [line.split()[1] for line in said.stdout.splitlines() if line.startswith("hostname ")]
+    with contextlib.suppress(OSError, UnicodeError):
+        addresses = [entry[4][0] for entry in socket.getaddrinfo(found[-1], None, type=socket.SOCK_STREAM)]
+        found += [address for address in addresses if not is_loopback(address) and "%" not in address][:1]
+    return list(dict.fromkeys(found))
+
+
+def line_for(args: argparse.Namespace, places: list[str], hosts: list[str], number: int) -> str:
+    """The shell line that host ``number`` runs; ``places``: where ranks may meet."""
+    names = ",".join(host.rpartition("@")[2] for host in hosts)  # for the ranks to name one that does not come
     words = [
-        "env", f"PYTHONPATH={args.directory}", *args.env,
+        "env", f"PYTHONPATH={args.directory}", f"DCPO_HOSTS={names}", *args.env,
         args.python, "-u", "-m", "dcpo_megatron.cli.cluster_node",
         "--nnodes", str(len(hosts)), "--node-rank", str(number), "--nproc-per-node", str(args.nproc_per_node),
-        "--master-addr", master, "--master-port", str(args.master_port), "--", *args.train,
+        "--master-addr", ",".join(places), "--master-port", str(args.master_port), "--", *args.train,
     ]  # fmt: skip
     return f"cd {shlex.quote(args.directory)} && exec {shlex.join(words)}"
 
@@ -95,12 +116,14 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         _say(f"error: {error}")
         return BAD_INPUT
-    lines = [line_for(args, hosts, number) for number in range(len(hosts))]
+    ssh = shlex.split(args.ssh)
+    places = [args.master_addr] if args.master_addr else meeting_places(ssh, hosts[0])
+    lines = [line_for(args, places, hosts, number) for number in range(len(hosts))]
     if args.print:
         for host, line in zip(hosts, lines):
             print(f"{host}: {line}")
         return 0
-    nodes = [_Node(host, [*shlex.split(args.ssh), host, line]) for host, line in zip(hosts, lines)]
+    nodes = [_Node(host, [*ssh, host, line]) for host, line in zip(hosts, lines)]
     return _Launch(nodes, args.start_deadline, args.grace).run()
 
 
@@ -147,6 +170,7 @@ class _Launch:
         self._passed_on: set[int] = set()
         self._failure: int | None = None
         self._deadline, self._killed = float("inf"), False
+        self._next_sign = 0.0
 
     def run(self) -> int:
         previous = {number: signal.signal(number, lambda got, frame: self._arrived.append(got)) for number in PASSED_ON}
@@ -157,6 +181,10 @@ class _Launch:
             while running := self._running():
                 self._pass_on()
                 self._collect(running)
+                if time.monotonic() > self._next_sign:
+                    self._next_sign = time.monotonic() + SIGN_OF_LIFE_SECONDS
+                    for node in self._running():
+                        node.order("")
                 silent = [node for node in self._running() if not node.ready]
                 if silent and time.monotonic() > answer_by and self._failure is None:
                     names = ", ".join(node.host for node in silent)

@@ -1,7 +1,7 @@
 """One host's part of a run that ``tools/launch_cluster.py`` starts: torchrun, whose exit code is the ranks' own and which takes orders on standard input.
 
     launcher == ssh ==> stdin: "TERM", "USR1", ...  -->  that signal to every rank of this host, once
-                        end of stdin                -->  the launcher or the connection is gone: SIGTERM to the ranks, which save and end
+                        end of stdin, or silence    -->  the launcher or the connection is gone: SIGTERM to the ranks, which save and end
     launcher <== ssh == stdout: READY, then what the ranks say;  exit code of the rank that failed first
 
 Plain torchrun gives its ranks 30 seconds after SIGTERM, dies of SIGUSR1, and ends with 1 whatever its ranks ended with: "start me again" would be lost.
@@ -10,12 +10,19 @@ Plain torchrun gives its ranks 30 seconds after SIGTERM, dies of SIGUSR1, and en
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
+import select
 import signal
+import socket
 import sys
 import threading
 
 READY = "dcpo: this host is ready"
+BAD_INPUT = 2
+# The launcher writes an empty line so often. Where its host has lost its power nothing ends the connection: what has heard nothing for so long gives it up.
+SIGN_OF_LIFE_SECONDS = 15.0
+GIVEN_UP_SECONDS = 180.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,10 +30,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dcpo_megatron.cli.cluster_node", allow_abbrev=False)
     for name in ("nnodes", "node-rank", "nproc-per-node", "master-port"):
         parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--master-addr", required=True)
+    parser.add_argument(
+        "--master-addr",
+        required=True,
+        help="where ranks meet; several, separated by commas: the first that this host knows",
+    )
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="-- and what `dcpo train` takes")
     args = parser.parse_args(argv)
-    orders = os.fdopen(os.dup(0), "r")
+    master = choose_address(args.master_addr.split(","))
+    if master is None:
+        said = f"host {socket.gethostname()} does not know where ranks meet: {args.master_addr} does not resolve there"
+        print(f"dcpo: error: {said}: give --master-addr an address of the first host", file=sys.stderr, flush=True)
+        return BAD_INPUT
+    orders = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # not for the ranks
     print(READY, flush=True)
     threading.Thread(target=_obey, args=(orders,), daemon=True).start()
@@ -36,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
     command = [
         f"--nnodes={args.nnodes}", f"--node-rank={args.node_rank}", f"--nproc-per-node={args.nproc_per_node}",
-        f"--master-addr={args.master_addr}", f"--master-port={args.master_port}",
+        f"--master-addr={master}", f"--master-port={args.master_port}",
         "-m", "dcpo_megatron.cli", "train", *args.rest[1:],
     ]  # fmt: skip
     try:
@@ -47,9 +63,31 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _obey(orders) -> None:
-    for line in orders:
-        _signal_ranks(getattr(signal, f"SIG{line.strip()}"))
+def choose_address(places: list[str]) -> str | None:
+    """The first of ``places`` that resolves here to more than this host's loopback; else the first that resolves; None where none does."""
+    known = {}
+    for place in places:
+        try:
+            known[place] = [entry[4][0] for entry in socket.getaddrinfo(place, None, type=socket.SOCK_STREAM)]
+        except (OSError, UnicodeError):
+            continue
+    routed = [place for place, addresses in known.items() if not all(map(is_loopback, addresses))]
+    return next(iter([*routed, *known]), None)
+
+
+def is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def _obey(orders: int, silence: float = GIVEN_UP_SECONDS) -> None:
+    rest = b""
+    while select.select([orders], [], [], silence)[0] and (said := os.read(orders, 4096)):
+        *lines, rest = (rest + said).split(b"\n")
+        for line in filter(None, lines):
+            _signal_ranks(getattr(signal, f"SIG{line.decode().strip()}"))
+    print(
+        "dcpo: the launcher or the way to it is gone: the ranks of this host save and end", file=sys.stderr, flush=True
+    )
     _signal_ranks(signal.SIGTERM)
 
 

@@ -26,6 +26,7 @@ from dcpo_megatron.training.config import ConfigError, to_yaml
 from dcpo_megatron.training.engines import make_engine, settle_interface, settle_nccl
 from dcpo_megatron.training.gpu import GpuMonitor
 from dcpo_megatron.training.loop import Trainer
+from dcpo_megatron.training.placement import placement_warning
 from dcpo_megatron.training.resume import (
     data_fingerprint,
     find_checkpoint,
@@ -132,6 +133,8 @@ def build_trainer(run_: CheckedRun, stop_requested: Callable[[], bool] = lambda:
     sinks = Sinks(config, folder, is_writer, config.training.steps, None if found.state is None else step)
     if warning is not None:
         sinks.announce(warning)
+    if (misplaced := placement_warning(position)) is not None:
+        sinks.warn(misplaced)
     try:
         engine = make_engine(
             run_,

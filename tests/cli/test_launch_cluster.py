@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_megatron.cli.cluster import read_hosts
+from dcpo_megatron.cli.cluster import meeting_places, read_hosts
+from dcpo_megatron.cli.cluster_node import choose_address
 from dcpo_megatron.cli.launch import free_port
 from dcpo_megatron.cli.resumption import make_task, steps_done
 
@@ -134,3 +136,47 @@ def test_the_lines_for_the_hosts_are_printed_and_survive_a_shell(tmp_path):
 def test_a_list_of_hosts_that_cannot_be_meant_is_refused(names, word):
     with pytest.raises(ValueError, match=word):
         read_hosts(names, None)
+
+
+@pytest.mark.parametrize(
+    "places, chosen",
+    [
+        (["no-such-name.invalid", "192.0.2.1"], "192.0.2.1"),
+        (["localhost", "fd00::1"], "fd00::1"),  # a name for the loopback leads to no other host
+        (["192.0.2.1", "192.0.2.2"], "192.0.2.1"),
+        (["localhost"], "localhost"),  # the first host itself may know no better
+        (["a" * 70], None),
+    ],
+)
+def test_ranks_meet_at_the_first_place_that_their_host_knows(places, chosen):
+    assert choose_address(places) == chosen
+
+
+def test_the_first_host_is_looked_for_by_its_name_by_that_of_sshs_configuration_and_by_its_address(tmp_path):
+    if not shutil.which("ssh"):
+        pytest.skip("ssh is not installed")
+    (tmp_path / "config").write_text("Host a\n  HostName 192.0.2.7\nHost b\n  HostName localhost\n")
+    ssh = ["ssh", "-F", str(tmp_path / "config")]
+    assert meeting_places(ssh, "user@a") == ["a", "192.0.2.7"]
+    assert meeting_places(ssh, "b") == ["b", "localhost"]
+    assert meeting_places(["not-ssh"], "192.0.2.7") == ["192.0.2.7"]
+
+
+def test_a_host_that_hears_nothing_more_of_the_launcher_asks_its_ranks_to_save_and_end():
+    program = """
+import os, subprocess, sys, threading, time
+from dcpo_megatron.cli.cluster_node import _obey
+rank = subprocess.Popen(
+    [sys.executable, "-c", "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print(flush=True); time.sleep(60)"],
+    stdout=subprocess.PIPE,
+)
+rank.stdout.readline()
+orders, launcher = os.pipe()  # stays open: the connection does not end
+threading.Timer(1.5, os.write, [launcher, b"\\n"]).start()
+began = time.monotonic()
+_obey(orders, silence=3.0)
+print(rank.wait(10), time.monotonic() - began > 4.0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stdout.split() == ["75", "True"], done.stderr
+    assert "the launcher or the way to it is gone" in done.stderr

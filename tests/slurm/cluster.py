@@ -1,6 +1,7 @@
-"""A real Slurm of two nodes on this machine, for tests: munged, one slurmctld and two slurmd, everything of theirs in one folder.
+"""A real Slurm, for tests: munged, one slurmctld and a slurmd a node, everything of theirs in one folder. Two nodes on this machine, or one on each of `tests.hosts`.
 
     munged -- its own socket        slurmctld        slurmd n1   slurmd n2        each found again by the pid file that it wrote
+    h1 [ munged slurmctld slurmd ]  h2 [ munged slurmd ] ...                      a folder that all hosts see; they go with their hosts
 
 Needs root, and Debian's `slurm-wlm` and `munge`, which :func:`install` installs where it may.
 """
@@ -13,9 +14,11 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests import debian
+from tests.hosts.machines import Host
 
 NEEDED = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "munged")
 NODES = ("n1", "n2")
@@ -36,10 +39,13 @@ def install(deadline: float = 180.0) -> None:
 
 
 class Cluster:
-    """Start it with :meth:`start`, and call :meth:`stop` whatever happened."""
+    """Start it with :meth:`start`, and call :meth:`stop` whatever happened. ``hosts``: where nodes are, by default this machine; commands are the first one's."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, hosts: Sequence[Host] = ()):
+        self.folder, self.hosts = folder, hosts
+        self.nodes = [host.name for host in hosts] or list(NODES)
+        # Under /tmp each host has its own.
+        self.munge = Path("/tmp") if hosts else folder
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
         self.env |= {"SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1", "PATH": debian.search_path()}
 
@@ -50,27 +56,30 @@ class Cluster:
         key.chmod(0o600)
         (self.folder / "slurm.conf").write_text(self._configuration())
         (self.folder / "state").mkdir()
-        self._daemon(
-            "munged", "--force", f"--key-file={key}", f"--socket={self.folder}/munge.socket", f"--pid-file={self.folder}/munged.pid",
-            f"--log-file={self.folder}/munged.log", f"--seed-file={self.folder}/munge.seed",
-        )  # fmt: skip
-        self._daemon("slurmctld", "-f", self.env["SLURM_CONF"])
-        for node in NODES:
-            self._daemon("slurmd", "-N", node, "-f", self.env["SLURM_CONF"])
+        for host in self.hosts or [None]:
+            self._daemon(
+                "munged", "--force", f"--key-file={key}", f"--socket={self.munge}/munge.socket", f"--pid-file={self.munge}/munged.pid",
+                f"--log-file={self.munge}/munged.log", f"--seed-file={self.munge}/munge.seed", host=host,
+            )  # fmt: skip
+        self._daemon("slurmctld", "-f", self.env["SLURM_CONF"], host=self._first)
+        for node, host in zip(self.nodes, self.hosts or [None] * len(self.nodes)):
+            self._daemon("slurmd", "-N", node, "-f", self.env["SLURM_CONF"], host=host)
         until = time.monotonic() + 40
-        while self._ready() < len(NODES):
+        while self._ready() < len(self.nodes):
             if time.monotonic() > until:
                 raise Unavailable(f"the nodes did not become idle:\n{self._logs()}")
             time.sleep(0.3)
 
     def _configuration(self) -> str:
-        host, folder = socket.gethostname(), self.folder
-        ports = _free_ports(1 + len(NODES))
+        folder, ports = self.folder, _free_ports(1 + len(self.nodes))
+        places = [(host.name, host.ipv4) for host in self.hosts] or [(socket.gethostname(), "127.0.0.1")] * len(
+            self.nodes
+        )
         lines = [
-            "ClusterName=test", f"SlurmctldHost={host}(127.0.0.1)", f"SlurmctldPort={ports[0]}",
+            "ClusterName=test", f"SlurmctldHost={places[0][0]}({places[0][1]})", f"SlurmctldPort={ports[0]}",
             "AuthType=auth/munge", "CryptoType=crypto/munge",
             # The second: a job queued again may start after that many seconds (120 unless said).
-            f"AuthInfo=socket={folder}/munge.socket,cred_expire=5",
+            f"AuthInfo=socket={self.munge}/munge.socket,cred_expire=5",
             "SlurmUser=root", "SlurmdUser=root", f"StateSaveLocation={folder}/state",
             f"SlurmdSpoolDir={folder}/spool.%n", f"SlurmctldPidFile={folder}/slurmctld.pid", f"SlurmdPidFile={folder}/slurmd.%n.pid",
             f"SlurmctldLogFile={folder}/slurmctld.log", f"SlurmdLogFile={folder}/slurmd.%n.log",
@@ -78,18 +87,27 @@ class Cluster:
             "ReturnToService=2", "MpiDefault=none", "SwitchType=switch/none", "SchedulerParameters=sched_interval=1",
             # Ranks stand in for the two cores of a node; there may be fewer on this machine.
             "SlurmdParameters=config_overrides",
-            *(f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=500" for node, port in zip(NODES, ports[1:])),
-            f"PartitionName=main Nodes={','.join(NODES)} Default=YES State=UP",
+            *(
+                f"NodeName={node} NodeHostname={host} NodeAddr={address} Port={port} CPUs=2 RealMemory=500"
+                for node, (host, address), port in zip(self.nodes, places, ports[1:])
+            ),
+            f"PartitionName=main Nodes={','.join(self.nodes)} Default=YES State=UP",
         ]  # fmt: skip
         return "\n".join(lines) + "\n"
 
-    def _daemon(self, *command: str) -> None:
+    @property
+    def _first(self) -> Host | None:
+        return self.hosts[0] if self.hosts else None
+
+    def _start(self, command: Sequence[str], host: Host | None, **options) -> subprocess.Popen:
+        start = host.popen if host else lambda *words, **more: subprocess.Popen(words, stdin=subprocess.DEVNULL, **more)
+        return start(*command, env=self.env, **options)
+
+    def _daemon(self, *command: str, host: Host | None) -> None:
         # Daemons keep the pipes they inherit: their output goes to a file.
         with (self.folder / "daemons.log").open("ab") as log:
             try:
-                code = subprocess.run(
-                    command, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=30, cwd=self.folder
-                ).returncode
+                code = self._start(command, host, stdout=log, stderr=log, cwd=self.folder).wait(30)
             except subprocess.TimeoutExpired:
                 raise Unavailable(f"{command[0]} did not start within 30 s:\n{self._logs()}") from None
         if code:
@@ -105,7 +123,12 @@ class Cluster:
         )
 
     def call(self, *command: str, check: bool = True, cwd: Path | None = None) -> subprocess.CompletedProcess:
-        done = subprocess.run(command, env=self.env, cwd=cwd, capture_output=True, text=True, timeout=30)
+        process = self._start(command, self._first, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            done = subprocess.CompletedProcess(command, None, *process.communicate(timeout=30))
+        finally:
+            process.kill()
+        done.returncode = process.returncode
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()}")
         return done
@@ -149,6 +172,8 @@ class Cluster:
             until = time.monotonic() + 45  # ranks may take KillWait, 30 s
             while self.call("squeue", "--noheader", check=False).stdout.strip() and time.monotonic() < until:
                 time.sleep(0.2)
+        if self.hosts:
+            return
         # munged last: the others speak through it.
         for file in sorted(self.folder.glob("*.pid"), key=lambda file: file.name == "munged.pid"):
             with contextlib.suppress(OSError, ValueError):
