@@ -10,7 +10,9 @@ from dcpo_megatron.cli.doctor_checks import Finding, counted
 
 # Heartbeats of other hosts are judged by their age: clocks should agree to within seconds.
 CLOCK_SECONDS = 1.0
-HOSTS_FILE = "write the address of the network that the hosts share, and the name, into /etc/hosts (or the DNS) of every host"
+HOSTS_FILE = (
+    "write the address of the network that the hosts share, and the name, into /etc/hosts (or the DNS) of every host"
+)
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,9 @@ def check_ports(record: Record) -> list[Finding]:
     if not found and tried:
         each = counted(max(len(facts["ports"]) for facts in record.hosts.values()), "port")
         ranges = " and ".join(dict.fromkeys("{} to {}".format(*facts["range"]) for facts in record.hosts.values()))
-        what = f"port {record.port} of {record.peers[0]}, and {each} of each host, spread over {ranges}, from every other"
+        what = (
+            f"port {record.port} of {record.peers[0]}, and {each} of each host, spread over {ranges}, from every other"
+        )
         found.append(Finding("ports", "ok", what))
     return found
 
