@@ -103,7 +103,7 @@ def check_routes(record: Record) -> list[Finding]:
             fix = "collectives take one interface a host: name it with GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
             found.append(Finding("routes", "warn", f"{name} has several ways: {each}", fix))
         found += _check_variables(name, host, list(interfaces))
-    return [Finding("routes", "ok", "; ".join(ways))] + found if not found else found
+    return found or [Finding("routes", "ok", "; ".join(ways))]
 
 
 def _check_variables(name: str, host: dict, routed: list[str]) -> list[Finding]:

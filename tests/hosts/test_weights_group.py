@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.hosts.machines import CHECKOUT, wait_until
+from tests.hosts.machines import CHECKOUT
 
 PORT = 30000
 
