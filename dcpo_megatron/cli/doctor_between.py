@@ -1,4 +1,5 @@
-"""What `dcpo doctor --peers` thinks of what the hosts found: pure functions, one an area, each ``Record -> [Finding]``."""
+"""What `dcpo doctor --peers` thinks of what the hosts found: pure functions, one an area, each ``Record ->
+[Finding]``."""
 
 from __future__ import annotations
 
@@ -44,8 +45,8 @@ def check_meeting(record: Record) -> list[Finding]:
     """Who is here."""
     first = record.peers[0]
     fix = (
-        f"start the same command on it too; where it runs, see that its way to {first}, port {record.port}, is open: it says "
-        "there what it waits for"
+        f"start the same command on it too; where it runs, see that its way to {first}, port {record.port}, is open: "
+        "it says there what it waits for"
     )
     found = [Finding("meeting", "fail", f"{name} {why}", fix) for name, why in record.missing.items()]
     if not found:
@@ -89,13 +90,13 @@ def check_routes(record: Record) -> list[Finding]:
     found, ways = [], []
     for name, host in record.hosts.items():
         interfaces = dict.fromkeys(way["interface"] for way in host["reached"].values() if way["interface"])
-        ways.append(f"{name}: {', '.join(interfaces) or 'none'} ({host['address']})")
+        ways.append(f"{name}: {', '.join(interfaces) or 'unknown'} ({host['address']})")
         for peer, way in host["reached"].items():
             if "why" in way:
                 what = f"{name} knows no way to {peer} ({record.hosts[peer]['address']}): {way['why']}"
                 found.append(Finding("routes", "fail", what, "give both hosts an address on one network, or a route"))
-            elif way["source"] and way["source"] != host["address"]:
-                what = f"{peer} sees {name} come from {way['source']}, and the others meet it at {host['address']}"
+            elif way["source"] and way["source"] not in _own_addresses(host):
+                what = f"{peer} sees {name} come from {way['source']}, which is not among its addresses"
                 fix = "hosts of a run reach each other by one network, without address translation: see `ip route get`"
                 found.append(Finding("routes", "fail", what, fix))
         if len(interfaces) > 1:
@@ -142,8 +143,8 @@ def check_ports(record: Record) -> list[Finding]:
             of = f"{len(ports)} of {len(facts['ports'])} ports tried"
             what = f"{names} cannot reach {peer} ({facts['address']}) at {of}, {', '.join(ports)}: {why}"
             fix = (
-                f"open {low} to {high} (net.ipv4.ip_local_port_range) from each host of the run to each: collectives and the "
-                "group of the weights listen on any of them"
+                f"open {low} to {high} (net.ipv4.ip_local_port_range) from each host of the run to each: collectives and "
+                "the group of the weights listen on any of them"
             )
             found.append(Finding("ports", "fail", what, fix))
     if not found and tried:

@@ -2,14 +2,16 @@
 
     h1   listens                 <- hello ----  h2     h3 ...        they come in any order, until a deadline
          asks each for its time  ---------->                         clocks: the nearest of some answers
-         exchange(mine)          -> everyone's, the same on all      as often as there are rounds; who falls silent is named
+         exchange(mine)          -> everyone's, the same on all      in rounds; who falls silent is named
 
-Lines of JSON over TCP, standard library only. Nothing of it is executed, nobody is trusted with more than a line of the table.
+Lines of JSON over TCP, standard library only. Nothing of it is executed, nobody is trusted with more than a line of the
+table.
 """
 
 from __future__ import annotations
 
 import errno
+import ipaddress
 import json
 import secrets
 import socket
@@ -83,8 +85,8 @@ class First:
             taken = error.errno == errno.EADDRINUSE
             raise NoMeeting(
                 f"port {port} of {name} " + ("is in use" if taken else f"cannot be listened on ({error.strerror})"),
-                "end what listens there (`ss -ltnp` names it; another run?), or give another port to this command and to "
-                "the run: --port, MASTER_PORT",
+                "end what listens there (`ss -ltnp` names it; another run?), or give another port to this command and "
+                "to the run: --port, MASTER_PORT",
             ) from error
 
     def gather(self) -> None:
@@ -175,7 +177,8 @@ class Other:
         while True:
             reason: Exception
             try:
-                line = Line(socket.create_connection((self.first, port), timeout=max(0.1, min(5.0, until - time.monotonic()))))  # fmt: skip
+                patience = max(0.1, min(ANSWER_SECONDS, until - time.monotonic()))
+                line = Line(socket.create_connection((self.first, port), timeout=patience))
                 try:
                     greeting = line.receive()
                     if greeting.get("protocol") != PROTOCOL:
@@ -224,6 +227,10 @@ def _not_met(first: str, port: int, reason: Exception, seconds: float) -> NoMeet
     if isinstance(reason, (socket.gaierror, UnicodeError)):
         what = f"the name of the first host, {first}, does not resolve here"
         return NoMeeting(what, "write it into /etc/hosts, or give addresses: --peers 10.0.0.1,10.0.0.2")
+    found = sorted({plain(entry[4][0]) for entry in socket.getaddrinfo(first, port)})
+    if all(ipaddress.ip_address(address).is_loopback for address in found):
+        what = f"the name of the first host, {first}, is {', '.join(found)} here, which is this host itself"
+        return NoMeeting(what, "write its address into /etc/hosts, or give addresses: --peers 10.0.0.1,10.0.0.2")
     if isinstance(reason, ConnectionRefusedError):
         what = f"{where}: the host is there, and nobody listened for {seconds:g} s"
         return NoMeeting(what, f"start the same command on {first} too; else a firewall refuses: open the port")

@@ -1,4 +1,5 @@
-"""`dcpo doctor --peers h1,h2,h3`: what a run on these hosts needs between them. The same command on each of them; all print the same table.
+"""`dcpo doctor --peers h1,h2,h3`: what a run on these hosts needs between them. The same command on each of them; all
+print the same table.
 
     every host     looks at its names, interfaces, versions; listens on some ports; writes a file into the shared folder
     the meeting    everyone's facts to all                                                     doctor_meeting
@@ -78,12 +79,13 @@ def _meet(meeting: First | Other, me: str, peers: list[str], port: int, shared: 
             "seen": seen if isinstance(seen, dict) else dict.fromkeys(everyone, seen),
         }
         found = meeting.exchange(results, EXCHANGE)
-    given = shared is not None
-    return Record(peers, port, {name: everyone[name] | found[name] for name in found}, meeting.missing, meeting.clocks, given)  # fmt: skip
+    hosts = {name: everyone[name] | found[name] for name in found}
+    return Record(peers, port, hosts, meeting.missing, meeting.clocks, shared is not None)
 
 
 def find_myself(peers: Sequence[str]) -> tuple[str | None, str]:
-    """Which of ``peers`` this host is: by its name, else by an address that is its own. None, and why, where it is none."""
+    """Which of ``peers`` this host is: by its name, else by an address that is its own. None, and why, where it is
+    none."""
     name = socket.gethostname()
     mine = {address for addresses in _interfaces().values() for address in addresses}
     resolved = side_by_side({peer: lambda peer=peer: resolve(peer) for peer in peers}, ANSWER)
@@ -194,7 +196,8 @@ def _server(port: int) -> socket.socket:
 
 
 def reach(me: str, everyone: Mapping[str, dict]) -> dict[str, dict]:
-    """Peer -> the way there: ``interface`` (or "" and ``why``), ``source`` as the peer saw it, ``ports`` -> "" or why not."""
+    """Peer -> the way there: ``interface`` (or "" and ``why``), ``source`` as the peer saw it, ``ports`` -> "" or why
+    not."""
     calls = {
         (peer, port): lambda at=facts["address"], port=port: _call(at, port)
         for peer, facts in everyone.items()
@@ -215,7 +218,9 @@ def reach(me: str, everyone: Mapping[str, dict]) -> dict[str, dict]:
         }
         try:
             way["interface"] = network.interface_towards(facts["address"])
-        except (OSError, UnicodeError, ImportError) as error:
+        except ImportError:  # without psutil nobody knows
+            pass
+        except (OSError, UnicodeError) as error:
             way["why"] = str(error)
         found[peer] = way
     return found
@@ -246,7 +251,8 @@ class SharedFolder:
         return {"folder": str(self._folder.absolute()), "why": side_by_side({"": put}, ANSWER)[""]}
 
     def see(self, everyone: Mapping[str, dict]) -> dict[str, float | str]:
-        """Writer -> seconds until its file was seen here, or why it was not. All were there before anybody asks for a name: NFS has no old answer."""
+        """Writer -> seconds until its file was seen here, or why it was not. All were there before anybody asks for a
+        name: NFS has no old answer."""
         began, found = time.monotonic(), {}
         wanted = [name for name, facts in everyone.items() if not facts["shared"]["why"]]
         while True:
@@ -268,7 +274,8 @@ class SharedFolder:
 
 
 def side_by_side(calls: Mapping, seconds: float) -> dict:
-    """The results of ``calls``, side by side; the reason, as text, where one fails or has none within ``seconds``. Whatever hangs is left behind."""
+    """The results of ``calls``, side by side; the reason, as text, where one fails or has none within ``seconds``.
+    Whatever hangs is left behind."""
     waiting: queue.SimpleQueue = queue.SimpleQueue()
     for item in calls.items():
         waiting.put(item)

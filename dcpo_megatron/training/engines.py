@@ -234,7 +234,8 @@ def _addresses(config: Config, key: str | None, announce, tick, stop) -> dict[st
 
 
 def _look_from_every_host(urls: list[str], router: str | None, key: str | None, announce) -> None:
-    """Collective: the first rank of each host asks the servers, or the router, once. What rank 0 reaches, another host may not: by its names, routes and firewalls.
+    """Collective: the first rank of each host asks the servers, or the router, once. What rank 0 reaches, another host
+    may not: by its names, routes and firewalls.
 
     Raises:
         RolloutError: a host reaches none of those that rank 0 reaches; the same on every rank.
@@ -261,7 +262,8 @@ def _look_from_every_host(urls: list[str], router: str | None, key: str | None, 
 def _about_loopback(urls: list[str]) -> str:
     if not any(bare(urlsplit(url.split()[0]).hostname or "") in LOOPBACK for url in urls):
         return ""
-    return f"; {' and '.join(LOOPBACK)} are each host itself: servers for other hosts need `dcpo serve --host 0.0.0.0` and a key"
+    own = " and ".join(LOOPBACK)
+    return f"; {own} are each host itself: servers for other hosts need `dcpo serve --host 0.0.0.0` and a key"
 
 
 def _briefly(url: str, error: ServerError) -> str:

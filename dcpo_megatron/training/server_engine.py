@@ -186,7 +186,8 @@ class ServerEngine:
 def look_at(
     servers: Sequence[Server], seconds: float, question: Callable[[Server], object] | None = None
 ) -> dict[str, ServerError | None]:
-    """Address -> why it is no server of ours now, None where it is. They are asked side by side, ``question`` (default: its model)."""
+    """Address -> why it is no server of ours now, None where it is. They are asked side by side, ``question`` (default:
+    its model)."""
 
     def ask(server: Server) -> ServerError | None:
         try:

@@ -1,4 +1,5 @@
-"""Real SGLang servers on a host of their own, a router on another, two ranks on two more: every host's own name is 127.0.1.1 there, and docker has an interface on each."""
+"""Real SGLang servers on a host of their own, a router on another, two ranks on two more: every host's own name is
+127.0.1.1 there, and docker has an interface on each."""
 
 import json
 import subprocess
@@ -42,14 +43,17 @@ class Place:
 
     def serve(self, host: Host, listen: str, advertise: str, port: int) -> None:
         self.running[f"serve-{port}"] = self.start(
-            host, f"serve-{port}", sys.executable, "-m", "dcpo_megatron.cli", "serve", self.shared / "task" / "start", "--device", "cpu",
-            "--host", listen, "--advertise", advertise, "--port", port, "--api-key-file", self.key, "--logs", self.shared / "logs",
-            "--address-file", self.shared / "servers" / f"{port}.json", *server_options(), "--", "--max-running-requests", "16",
+            host, f"serve-{port}", sys.executable, "-m", "dcpo_megatron.cli", "serve", self.shared / "task" / "start",
+            "--device", "cpu",
+            "--host", listen, "--advertise", advertise, "--port", port, "--api-key-file", self.key,
+            "--logs", self.shared / "logs", "--address-file", self.shared / "servers" / f"{port}.json",
+            *server_options(), "--", "--max-running-requests", "16",
         )  # fmt: skip
 
     def route(self, host: Host, *workers: str) -> None:
         self.running["router"] = self.start(
-            host, "router", *default_command(), "-m", "sglang_router.launch_router", "--host", "0.0.0.0", "--port", ROUTER,
+            host, "router", *default_command(), "-m", "sglang_router.launch_router", "--host", "0.0.0.0", "--port",
+            ROUTER,
             "--api-key", KEY, "--worker-urls", *workers,
         )  # fmt: skip
 
@@ -67,6 +71,7 @@ class Place:
             "NPROC_PER_NODE": "1",
             "MASTER_ADDR": hosts[0].ipv4,
             "PYTHON": sys.executable,
+            "GLOO_SOCKET_IFNAME": "eth0",
         }
         logs = [f"{name}-{host.name}" for host in hosts]
         processes = [
@@ -120,7 +125,8 @@ def check(place: Place, name: str, ranks: list[tuple[int, str]]) -> None:
 
 def test_weights_by_process_group_to_servers_by_name_and_by_ipv6(place):
     ranks = place.train(
-        "group", place.hosts[:2], f"servers.file={place.shared / 'servers'}", "servers.count=2", f"servers.api_key_file={place.key}"
+        "group", place.hosts[:2], f"servers.file={place.shared / 'servers'}", "servers.count=2",
+        f"servers.api_key_file={place.key}",
     )  # fmt: skip
     check(place, "group", ranks)
     listed = json.loads((place.shared / "group" / "health" / "servers.json").read_text())["servers"]
@@ -167,7 +173,8 @@ from http.server import *
 class One(BaseHTTPRequestHandler):
     def do_GET(self):
         body = b'{"model_path": "m", "weight_version": "unpublished"}'
-        self.send_response(200); self.send_header("Content-Type", "application/json"); self.send_header("Content-Length", str(len(body))); self.end_headers()
+        self.send_response(200); self.send_header("Content-Type", "application/json");
+        self.send_header("Content-Length", str(len(body))); self.end_headers()
         self.wfile.write(body)
 ThreadingHTTPServer(("127.0.0.1", 30000), One).serve_forever()
 """

@@ -1,4 +1,5 @@
-"""Weights by a process group between hosts, whatever their names resolve to and whichever family leads to the server. SGLang itself: test_servers.py."""
+"""Weights by a process group between hosts, whatever their names resolve to and whichever family leads to the server.
+SGLang itself: test_servers.py."""
 
 import subprocess
 import sys
@@ -12,7 +13,8 @@ PORT = 30000
 
 @pytest.fixture
 def two(make_hosts):
-    """The trainer's host, and the server's: own names that are 127.0.1.1, docker's interface, and a second network whose addresses sort behind the loopback's."""
+    """The trainer's host, and the server's: own names that are 127.0.1.1, docker's interface, and a second network
+    whose addresses sort behind the loopback's."""
     hosts = make_hosts(2, names="loopback")
     for host in hosts:
         host.add_interface("docker0", "172.17.0.1/16")

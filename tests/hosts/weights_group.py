@@ -1,7 +1,7 @@
 """The two sides of a weights' group, for tests/hosts/test_weights_group.py: each runs on a host of its own.
 
-python -m tests.hosts.weights_group server PORT     joins and receives as SGLang's scheduler does, with what `dcpo serve` puts around it
-python -m tests.hosts.weights_group trainer         reads servers' addresses, a line each; publishes a bucket, says what came of it
+python -m tests.hosts.weights_group server PORT     joins and receives as SGLang does, with what `dcpo serve` adds
+python -m tests.hosts.weights_group trainer         reads servers' addresses; sends a bucket to each, says what came of it
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class AsSGLang(Player):
         url = f"tcp://{body['master_address']}:{body['master_port']}"
         store, rank, world = next(c10d.rendezvous(url, body["rank_offset"], world, timeout=limit))
         group, _ = c10d._new_process_group_helper(
-            world, rank, [], c10d.Backend(body["backend"]), dist.PrefixStore(name, store), group_name=name, timeout=limit
+            world, rank, [], c10d.Backend(body["backend"]), dist.PrefixStore(name, store), group_name=name,
+            timeout=limit
         )  # fmt: skip
         c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
         self._groups[name] = (group, store)

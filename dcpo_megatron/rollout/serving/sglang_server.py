@@ -1,4 +1,5 @@
-"""What the server environment's Python runs, by this file's path: stock SGLang, with six things around it that the project needs.
+"""What the server environment's Python runs, by this file's path: stock SGLang, with six things around it that the
+project needs.
 
     launcher -- pipe --> standard input: one line of JSON, {"api_key": ...}; then nothing, until the launcher is gone
                             |                 end of file --> the guardian ends them all
@@ -153,9 +154,11 @@ def tell_environment() -> None:
 
 
 def listen_towards_the_others() -> None:
-    """Lets gloo listen, in each group that meets over TCP, at this host's address on the way to where it meets; NCCL, unless it has begun, at that address's interface.
+    """Lets gloo listen, in each group that meets over TCP, at this host's address on the way to where it meets; NCCL,
+    unless it has begun, at that address's interface.
 
-    torch takes what the host's name resolves to (127.0.1.1, on Debian), SGLang leaves it at that. What GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME says stays.
+    torch takes what the host's name resolves to (127.0.1.1, on Debian), SGLang leaves it at that. What
+    GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME says stays.
     """
     from torch.distributed import distributed_c10d as c10d
 
@@ -180,7 +183,8 @@ def listen_towards_the_others() -> None:
 
 
 def own_address(url: str) -> list[str]:
-    """This host's address on the way to where ``url`` ("tcp://HOST:PORT") is; none where none leads there. Sends nothing."""
+    """This host's address on the way to where ``url`` ("tcp://HOST:PORT") is; none where none leads there. Sends
+    nothing."""
     parts = urlsplit(url)
     with contextlib.suppress(OSError, UnicodeError, ValueError):
         for family, kind, protocol, _, address in socket.getaddrinfo(

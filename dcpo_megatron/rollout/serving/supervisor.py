@@ -85,7 +85,8 @@ class Servers:
         self._servers = [
             _Watched(
                 ServerProcess(
-                    command_line(plan, number, port), env, url, plan.api_key, logs / f"server-{port}.log", f"http://{here}:{port}"
+                    command_line(plan, number, port), env, url, plan.api_key, logs / f"server-{port}.log",
+                    f"http://{here}:{port}",
                 )
             )
             for number, (port, url) in enumerate(zip(ports, self.urls))
@@ -276,14 +277,15 @@ def _refuse_taken(host: str, port: int) -> None:
 
 
 def _refuse_loopback(host: str) -> None:
-    """Raises ServingError where ``host`` is a name that leads to loopback addresses alone, such as Debian's 127.0.1.1 for a host's own: nobody else would reach it."""
+    """Raises ServingError where ``host`` is a name that leads to loopback addresses alone, such as Debian's 127.0.1.1
+    for a host's own: nobody else would reach it."""
     if host in LOOPBACK or host in WIDE or ":" in host or host.replace(".", "").isdigit():
         return
     found = {entry[4][0] for entry in socket.getaddrinfo(host, None)}  # it resolves: _taken() has tried
     if all(ipaddress.ip_address(address).is_loopback for address in found):
         raise ServingError(
-            f"--host {host} is {', '.join(sorted(found))} on this host, which no other host reaches: give an address of its "
-            f"network, or --host 0.0.0.0 --advertise {host}"
+            f"--host {host} is {', '.join(sorted(found))} on this host, which no other host reaches: give an address of "
+            f"its network, or --host 0.0.0.0 --advertise {host}"
         )
 
 

@@ -82,7 +82,7 @@ class DiskTransport:
             if error.status is None:
                 raise
             raise RolloutError(
-                f"{server.url} could not load {self._target}: does its host see that folder, with these files? ({error})"
+                f"{server.url} could not load {self._target}: does its host see that folder? ({error})"
             ) from error
 
     def drop(self, server: Server) -> None:

@@ -194,7 +194,8 @@ class ProcessGroupTransport:
 
 
 class _Gloo:
-    """A group over gloo whose rank 0 listens at ``address``. Made as torch makes it (under these prefixes), but that torch takes the first address of an interface
+    """A group over gloo whose rank 0 listens at ``address``. Made as torch makes it (under these prefixes), but that
+    torch takes the first address of an interface
     that the environment names, or what this host's name resolves to."""
 
     def __init__(self, name: str, store: dist.Store, size: int, address: str, seconds: float):
@@ -258,7 +259,8 @@ def _ranks(server: Server, info: dict) -> int:
 
 
 def _listening(address: str, url: str) -> str:
-    """Where this host's part of a group listens whose store is at ``address``: there, where that is an address of this host, else at the one on the way to the server."""
+    """Where this host's part of a group listens whose store is at ``address``: there, where that is an address of this
+    host, else at the one on the way to the server."""
     with suppress(OSError, ValueError):
         network.interface_with(bare(address))
         return bare(address)
