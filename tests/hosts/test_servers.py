@@ -15,7 +15,9 @@ from dcpo_megatron.rollout.serving.command import default_command
 from tests.hosts.machines import Host, Hosts, wait_until
 from tests.sglang_servers import server_options
 
-pytestmark = [pytest.mark.sglang, pytest.mark.thorough]
+# Two servers start at once, on cores that other tests may be using.
+START_SECONDS = 500
+pytestmark = [pytest.mark.sglang, pytest.mark.thorough, pytest.mark.timeout(START_SECONDS + 400)]
 KEY = "a-key-of-these-tests"
 PORT, PORT6, ROUTER = 30000, 30010, 30100
 
@@ -110,7 +112,7 @@ def place(namespaces):
                 assert process.poll() is None, found.said(name)
             return len(list((found.shared / "servers").glob("*.json"))) == 2
 
-        wait_until(ready, 300, "the servers")
+        wait_until(ready, START_SECONDS, "the servers")
         yield found
 
 
@@ -149,7 +151,7 @@ def test_weights_by_the_shared_folder_and_prompts_through_a_router(place):
 def test_a_key_that_is_missing_or_wrong_is_said_at_once(place, given):
     key = [f"servers.api_key_file={place.wrong}"] if given == "wrong" else []
     ((code, said),) = place.train(f"key-{given}", place.hosts[:1], f"servers.urls={json.dumps(place.urls)}", *key)
-    (sentence,) = (line for line in said.splitlines() if line.startswith("dcpo: error:"))
+    sentence = next(line for line in said.splitlines() if line.startswith("dcpo: error:"))
     assert code == 1 and "Traceback" not in said
     assert all(url in sentence for url in place.urls) and "401" in sentence and "servers.api_key_file" in sentence
 
@@ -159,7 +161,7 @@ def test_a_folder_of_weights_that_the_servers_host_does_not_see_is_said(place):
         "unseen", place.hosts[:1], f"servers.urls={json.dumps(place.urls)}", f"servers.api_key_file={place.key}",
         "publish.mode=disk", "publish.folder=/tmp/of-h1",
     )  # fmt: skip
-    (sentence,) = (line for line in said.splitlines() if line.startswith("dcpo: error:"))
+    sentence = next(line for line in said.splitlines() if line.startswith("dcpo: error:"))
     assert code == 1 and "Traceback" not in said
     assert "does its host see that folder" in sentence and "/tmp/of-h1/version-0" in sentence
 
