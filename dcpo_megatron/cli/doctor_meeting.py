@@ -210,7 +210,7 @@ class Other:
         """As at the first host, which may wait for the others first."""
         try:
             self._line.send({"value": mine})
-            got = self._line.receive(self._left + seconds + LEEWAY_SECONDS)
+            got = self._line.receive(self._left + 2 * seconds + LEEWAY_SECONDS)
             self._left = 0.0
             self.missing, self.clocks = got["missing"], {name: tuple(clock) for name, clock in got["clocks"].items()}
             return got["values"]
