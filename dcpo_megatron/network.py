@@ -1,4 +1,4 @@
-"""This host's network interfaces, and which of them leads to another host. Nothing is sent.
+"""This host's network interfaces, which of them leads to another host, and telling it to gloo and nccl. Nothing is sent.
 
 interface_towards("10.0.0.1")    "eth0"     the interface whose address the kernel takes on the way there
 interface_towards("fd00::1")     "eth0"     on the host that has this address: the interface that has it, not the loopback
@@ -8,13 +8,25 @@ interface_towards("h1")          on h1 itself "lo", where its own name resolves 
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import os
 import socket
+from pathlib import Path
+
+GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+_ours: dict[str, str] = {}  # what this process has set of them
 
 
 def bare(host: str) -> str:
     """``host`` without the brackets that stand around IPv6 where a port follows."""
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
+def in_url(host: str) -> str:
+    """``host`` as it stands in front of a port."""
+    host = bare(host)
+    return f"[{host}]" if ":" in host else host
 
 
 def own_address(host: str, port: int = 9) -> str:
@@ -45,6 +57,67 @@ def interface_with(address: str) -> str:
         if str(wanted) in addresses:
             return name
     raise OSError(f"no interface of this host has {address}; it has {text(found)}")
+
+
+def loopback() -> str:
+    """The loopback's interface. Raises OSError where there is none."""
+    try:
+        return interface_with("127.0.0.1")
+    except OSError:
+        return interface_with("::1")
+
+
+def is_here(host: str) -> bool:
+    """Whether ``host`` (a name or an address) is this host: only then can a socket be bound to it."""
+    with contextlib.suppress(OSError, UnicodeError):  # a name that does not resolve, or can be none
+        for family, kind, protocol, _, address in socket.getaddrinfo(bare(host), 0, type=socket.SOCK_STREAM):
+            with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
+                probe.bind(address)
+                return True
+    return False
+
+
+def stack() -> str:
+    """What is the same for all processes that share this one's loopback: not a host's name, which containers share and lack."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
+    return socket.gethostname()
+
+
+def use_interface(name: str, gloo: bool = True, nccl: bool = True) -> None:
+    """Tells gloo and nccl to use this interface, where the user has not named another; before the first group of each."""
+    chosen = {GLOO: name} if gloo else {}
+    if nccl:  # "eth1" alone would be eth10 too
+        chosen[NCCL] = f"={name.partition(':')[0]}"
+    for variable, value in chosen.items():
+        if not named_by_user(variable):
+            os.environ[variable] = _ours[variable] = value
+
+
+def named_by_user(variable: str) -> str | None:
+    """The user's own value of :data:`GLOO` or :data:`NCCL`."""
+    value = os.environ.get(variable)
+    return value if value and value != _ours.get(variable) else None
+
+
+def unknown_interface(variable: str) -> str | None:
+    """What is wrong with the user's value of ``variable``, in a sentence; None where it names interfaces of this host, or nothing."""
+    value, found = named_by_user(variable), interfaces()
+    if not value:
+        return None
+    names = [name for name in value.lstrip("^=").split(",") if name]
+    if variable == GLOO:
+        missing = [name for name in names if name not in found]
+    elif value.startswith("^"):  # all but these
+        missing = []
+    else:
+        names = [name.partition(":")[0] for name in names]
+        fits = str.__eq__ if value.startswith("=") else str.startswith
+        missing = [] if any(fits(there, name) for there in found for name in names) else names
+    if not missing:
+        return None
+    return f"{variable}={value}, but host {socket.gethostname()} has no interface {', '.join(missing)} with an address: it has {text(found)}"
 
 
 def interfaces() -> dict[str, list[str]]:

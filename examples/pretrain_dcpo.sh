@@ -25,8 +25,8 @@ fi
 if [ "${NNODES:-1}" = 1 ]; then
   exec "$PYTHON" "$here/pretrain_dcpo.sh" --ranks "$NPROC_PER_NODE" "$@"
 fi
-exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE" --node-rank "${NODE_RANK:?set NODE_RANK to 0..NNODES-1}" \
-  --master-addr "${MASTER_ADDR:?set MASTER_ADDR to the first host}" --master-port "${MASTER_PORT:-29500}" "$here/pretrain_dcpo.sh" "$@"
+exec "$PYTHON" "$here/pretrain_dcpo.sh" --ranks "$NPROC_PER_NODE" --nodes "$NNODES" --node-rank "${NODE_RANK:?set NODE_RANK to 0..NNODES-1}" \
+  --master-addr "${MASTER_ADDR:?set MASTER_ADDR to the first host}" --master-port "${MASTER_PORT:-29500}" "$@"
 : <<'pass' # what follows is Python, down to the line "pass"
 ":"""
 

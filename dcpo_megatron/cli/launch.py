@@ -1,11 +1,11 @@
-"""Starts the ranks of a run on this machine, waits for them, and gives back one exit code.
+"""Starts the ranks of a run on this machine, all of them or this host's, waits for them, and gives back one exit code.
 
     terminal or scheduler -- SIGTERM, SIGINT, SIGUSR1 --> launcher -- the same, once --> rank 0 .. N-1, each a process group of its own
     a rank fails           --> it is named; the others get SIGTERM, and SIGKILL where they stay
     the launcher is killed --> the kernel kills the ranks (on Linux)
 
-Ranks find each other through the variables that torchrun sets too: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT. torchrun is the other
-way to start them, and the one for several machines.
+Ranks find each other through the variables that torchrun sets too: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT. On several
+hosts each has a launcher of its own; they do not speak to each other: ranks name who is missing (:mod:`dcpo_megatron.mcore.meeting`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from dcpo_megatron.training.signals import START_AGAIN, STOOD_STILL
@@ -34,10 +35,25 @@ GRACE_SECONDS = 600.0
 _PR_SET_PDEATHSIG = 1
 
 
+@dataclass(frozen=True)
+class Place:
+    """This host among those of a run: it is number ``node`` of ``nodes``; ranks meet at ``master``:``port`` (None: a free one)."""
+
+    nodes: int = 1
+    node: int = 0
+    master: str = "127.0.0.1"
+    port: int | None = None
+
+
 def run_ranks(
-    count: int, command: list[str], environment: dict[str, str] | None = None, *, grace_seconds: float | None = None
+    count: int,
+    command: list[str],
+    environment: dict[str, str] | None = None,
+    *,
+    grace_seconds: float | None = None,
+    place: Place | None = None,
 ) -> int:
-    """Runs ``python COMMAND`` as ``count`` ranks and waits for all of them. Call it from the main thread.
+    """Runs ``python COMMAND`` as ``count`` ranks, of ``place`` where several hosts have as many, and waits for all of them. Call it from the main thread.
 
     A rank that fails is named on standard error, but for bad input, whose sentence it has said itself. SIGTERM, SIGINT and SIGUSR1 are passed on to every rank, each
     once; the ranks then have ``grace_seconds`` (default: DCPO_GRACE_SECONDS, else 600; after SIGINT 30 at most) until they are killed. A second SIGINT kills them.
@@ -56,11 +72,12 @@ def run_ranks(
     # A checkout that is not installed must be found by the ranks too.
     root = str(Path(__file__).resolve().parents[2])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
-    if count > 1:
+    place = place or Place()
+    if count * place.nodes > 1:
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-        env |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-        env["MASTER_PORT"] = str(free_port())
-    return _Ranks(count, [sys.executable, "-u", *command], env, grace_seconds).run()
+        env |= {"WORLD_SIZE": str(count * place.nodes), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": place.master}
+        env["MASTER_PORT"] = str(place.port or free_port())
+    return _Ranks(count, place, [sys.executable, "-u", *command], env, grace_seconds).run()
 
 
 def _grace() -> float:
@@ -101,8 +118,10 @@ def die_with_parent(parent: int):
 
 
 class _Ranks:
-    def __init__(self, count: int, command: list[str], env: dict[str, str], grace_seconds: float):
-        self._count, self._command, self._env, self._grace_seconds = count, command, env, grace_seconds
+    def __init__(self, count: int, place: Place, command: list[str], env: dict[str, str], grace_seconds: float):
+        self._command, self._env, self._grace_seconds = command, env, grace_seconds
+        self._world, self._first = count * place.nodes, count * place.node
+        self._here = range(self._first, self._first + count)
         self._processes: dict[int, subprocess.Popen] = {}
         self._codes: dict[int, int] = {}
         self._failure: int | None = None  # as the first one that failed gave it
@@ -113,9 +132,9 @@ class _Ranks:
     def run(self) -> int:
         previous = {number: signal.signal(number, self._note) for number in PASSED_ON}
         try:
-            for rank in range(self._count):
+            for rank in self._here:
                 self._processes[rank] = self._start(rank)
-            while len(self._codes) < self._count:
+            while len(self._codes) < len(self._here):
                 self._pass_on()
                 self._collect()
                 if time.monotonic() > self._deadline:
@@ -133,7 +152,7 @@ class _Ranks:
         return START_AGAIN if START_AGAIN in self._codes.values() else 0
 
     def _start(self, rank: int) -> subprocess.Popen:
-        env = self._env | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if self._count > 1 else {})
+        env = self._env | ({"RANK": str(rank), "LOCAL_RANK": str(rank - self._first)} if self._world > 1 else {})
         return subprocess.Popen(
             self._command,
             env=env,
@@ -176,9 +195,9 @@ class _Ranks:
         self._failure = code
         seconds = {BAD_INPUT: AFTER_BAD_INPUT, STOOD_STILL: AFTER_A_VERDICT}.get(code, AFTER_A_FAILURE)
         if code < 0 and -code not in self._passed_on:
-            _say(f"error: rank {rank} of {self._count} was killed by signal {-code} ({_signal_name(-code)})")
+            _say(f"error: rank {rank} of {self._world} was killed by signal {-code} ({_signal_name(-code)})")
         elif code > 0 and code != BAD_INPUT and code - 128 not in self._passed_on:
-            _say(f"error: rank {rank} of {self._count} ended with exit code {code}; its own message is above")
+            _say(f"error: rank {rank} of {self._world} ended with exit code {code}; its own message is above")
         if signal.SIGTERM not in self._passed_on:
             self._passed_on.add(signal.SIGTERM)
             self._signal(signal.SIGTERM)
@@ -200,7 +219,7 @@ class _Ranks:
     def _kill(self) -> None:
         for rank in self._running():
             if self._reason:
-                _say(f"error: rank {rank} of {self._count} was killed because {self._reason}")
+                _say(f"error: rank {rank} of {self._world} was killed because {self._reason}")
             if self._failure is None:
                 self._failure = -signal.SIGKILL
             self._processes[rank].kill()

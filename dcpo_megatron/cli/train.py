@@ -14,11 +14,13 @@ import sys
 import time
 import traceback
 
+from dcpo_megatron.cli.launch import Place, run_ranks
 from dcpo_megatron.cli.quiet import quiet_libraries, write_any_letter
 from dcpo_megatron.training.config import Config, ConfigError, known_keys, load_config
 from dcpo_megatron.training.signals import START_AGAIN, Stopped, StopRequest
 
 BAD_INPUT = 2
+_OF_LAUNCHER = ("--ranks", "--nodes", "--node-rank", "--master-addr", "--master-port", "--grace")
 _NOT_WRITABLE = errno.ENOSPC, errno.EDQUOT, errno.EROFS
 
 
@@ -41,6 +43,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--ranks", type=int, default=None, metavar="N", help="start N ranks on this machine (without torchrun)"
     )
+    several = result.add_argument_group("with --ranks, on each of several hosts (or torchrun, Slurm)")
+    several.add_argument("--nodes", type=int, default=1, metavar="M", help="so many hosts, each with N ranks")
+    several.add_argument("--node-rank", type=int, default=0, metavar="K", help="this host: 0 to M-1")
+    several.add_argument("--master-addr", metavar="HOST", help="host 0, as the others reach it")
+    several.add_argument("--master-port", type=int, default=29500, metavar="PORT", help="default: %(default)s")
     result.add_argument(
         "--grace",
         type=_seconds,
@@ -79,8 +86,11 @@ def main(argv: list[str] | None = None) -> int:
         print_keys()
         return 0
     if args.ranks is not None and not args.check:
-        rest = _without(("--ranks", "--grace"), sys.argv[1:] if argv is None else argv)
-        return start_ranks(args.ranks, rest, args.grace)
+        rest = _without(_OF_LAUNCHER, sys.argv[1:] if argv is None else argv)
+        try:
+            return start_ranks(args.ranks, rest, args.grace, _place(args))
+        except ConfigError as error:
+            return refuse(error)
     quiet_libraries()
     write_any_letter()
     try:
@@ -103,8 +113,10 @@ def _train(args) -> int:
 
     if not args.check and (args.gpu_memory is not None or args.server_gpus is not None):
         raise ConfigError("--gpu-memory and --server-gpus belong to --check: add it, or leave them out")
+    if args.nodes != 1 and args.ranks is None:
+        raise ConfigError(f"--nodes {args.nodes} belongs to --ranks: say how many ranks each host has")
     config = load_config(args.config, args.overrides)
-    world = int(os.environ.get("WORLD_SIZE", "1")) if args.ranks is None else args.ranks
+    world = int(os.environ.get("WORLD_SIZE", "1")) if args.ranks is None else args.ranks * args.nodes
     if world < 1:
         raise ConfigError(f"--ranks {world} must be at least 1: say how many ranks the run will have")
     run = check_run(config, world)
@@ -142,6 +154,16 @@ def _train(args) -> int:
     return START_AGAIN if summary is None else 0
 
 
+def _place(args) -> Place:
+    if args.nodes == 1:
+        return Place()
+    if args.nodes < 1 or not args.master_addr or not 0 <= args.node_rank < args.nodes:
+        raise ConfigError(
+            f"--nodes {args.nodes} needs --master-addr, and --node-rank {args.node_rank} must be 0 to {args.nodes - 1}"
+        )
+    return Place(args.nodes, args.node_rank, args.master_addr, args.master_port)
+
+
 def _say_plan(run, gpu_memory: float | None, server_gpus: int | None) -> None:
     """Prints what the run needs. Raises ConfigError where that does not fit into ``gpu_memory`` GB, or into this machine's GPU."""
     from dcpo_megatron.training.gpu import device_memory
@@ -172,13 +194,14 @@ def is_bad_input(error: Exception) -> bool:
 
 
 def explains_itself(error: BaseException) -> bool:
-    """Whether ``error`` ends a run that had begun, with a message that is the sentence to show."""
+    """Whether ``error`` ends a run that had begun, or whose ranks did not meet, with a message that is the sentence to show."""
+    from dcpo_megatron.mcore.meeting import MeetingError
     from dcpo_megatron.rollout import RolloutError
     from dcpo_megatron.training.bad_steps import BadStepsError
     from dcpo_megatron.training.mismatch import MismatchError
     from dcpo_megatron.training.model_copy import UnsavedModelError
 
-    return isinstance(error, (BadStepsError, MismatchError, RolloutError, UnsavedModelError))
+    return isinstance(error, (BadStepsError, MeetingError, MismatchError, RolloutError, UnsavedModelError))
 
 
 def refuse(error: Exception, code: int = BAD_INPUT) -> int:
@@ -193,8 +216,8 @@ def refuse(error: Exception, code: int = BAD_INPUT) -> int:
     return code
 
 
-def start_ranks(count: int, argv: list[str], grace_seconds: float | None = None) -> int:
-    """Starts ``count`` ranks of ``dcpo train argv`` on this machine and waits for them; returns the exit code of the first that failed."""
+def start_ranks(count: int, argv: list[str], grace_seconds: float | None = None, place: Place | None = None) -> int:
+    """Starts ``count`` ranks of ``dcpo train argv`` on this machine (of ``place``, where there are several) and waits for them; returns the exit code of the first that failed."""
     if count < 1:
         print(f"dcpo: error: --ranks {count} must be at least 1", file=sys.stderr)
         return BAD_INPUT
@@ -204,9 +227,7 @@ def start_ranks(count: int, argv: list[str], grace_seconds: float | None = None)
             file=sys.stderr,
         )
         return BAD_INPUT
-    from dcpo_megatron.cli.launch import run_ranks
-
-    return run_ranks(count, ["-m", "dcpo_megatron.cli", "train", *argv], grace_seconds=grace_seconds)
+    return run_ranks(count, ["-m", "dcpo_megatron.cli", "train", *argv], grace_seconds=grace_seconds, place=place)
 
 
 def print_keys() -> None:

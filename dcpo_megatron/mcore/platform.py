@@ -11,10 +11,15 @@ import importlib.util
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from dcpo_megatron import network
+from dcpo_megatron.mcore.collectives import forget_host_group, make_host_group
+from dcpo_megatron.mcore.meeting import alone, explained, meet
 
 # Until all ranks of a run have started.
 FIRST_MEETING_SECONDS = 600.0
@@ -125,54 +130,47 @@ def use_transformer_engine(wanted: str, dtype: str, platform: Platform) -> bool:
     return found
 
 
-def start(platform: Platform, timeout_seconds: float = 600.0) -> None:
+def start(
+    platform: Platform,
+    timeout_seconds: float = 600.0,
+    meeting_seconds: float | None = None,
+    tick: Callable[[], None] = lambda: None,
+) -> None:
     """Makes the default process group from torchrun's environment (or of one rank alone where there is none).
 
-    Beside nccl's it makes a gloo group of all ranks (:mod:`dcpo_megatron.mcore.collectives`). Every later collective
-    raises after ``timeout_seconds`` instead of waiting for ever. The first meeting of the ranks has ten minutes at
-    least: they import at the pace of machine and file system.
+    gloo and nccl are told the interface that leads to the other hosts, where the user has not named one. Beside nccl's
+    group it makes a gloo group of all ranks (:mod:`dcpo_megatron.mcore.collectives`). Every later collective raises after
+    ``timeout_seconds`` instead of waiting for ever. The first meeting of the ranks (:mod:`dcpo_megatron.mcore.meeting`)
+    has ``meeting_seconds``, by default ten minutes at least: they import at the pace of machine and file system; ``tick``
+    is called meanwhile, and may raise.
 
     Raises:
-        RuntimeError: ranks that did not come to the first meeting.
+        MeetingError: ranks that did not come to the first meeting, or do not reach one another.
     """
     prepare(platform)
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    if dist.is_initialized():
-        pass
-    elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        store, rank, world = _meet(max(timeout_seconds, FIRST_MEETING_SECONDS))
-        store.set_timeout(timeout)
-        dist.init_process_group(platform.backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    else:
-        store = dist.HashStore()
-        dist.init_process_group(platform.backend, store=store, rank=0, world_size=1, timeout=timeout)
-    from dcpo_megatron.mcore.collectives import make_host_group
-
+    if not dist.is_initialized():
+        variables = [network.GLOO] if platform.is_cpu else [network.GLOO, network.NCCL]
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            met = meet(meeting_seconds or max(timeout_seconds, FIRST_MEETING_SECONDS), variables, tick)
+        else:
+            met = alone(variables)
+        if met.interface is not None:
+            # On one host nccl needs none, and may have other hosts to reach: servers'.
+            network.use_interface(met.interface, nccl=not (platform.is_cpu or met.one_network))
+        met.store.set_timeout(timeout)
+        with explained(met):
+            dist.init_process_group(
+                platform.backend, store=met.store, rank=met.rank, world_size=met.world, timeout=timeout
+            )
+            make_host_group(timeout)
     make_host_group(timeout)
-
-
-def _meet(seconds: float) -> tuple[dist.Store, int, int]:
-    """Waits for all ranks at torchrun's store: it, this rank, and how many there are."""
-    limit = datetime.timedelta(seconds=seconds)
-    try:
-        store, rank, world = next(dist.rendezvous("env://", timeout=limit))
-        keys = [f"dcpo/rank-{other}" for other in range(world)]
-        store.set(keys[rank], "")
-        store.wait(keys, limit)
-    except dist.DistStoreError as error:
-        raise RuntimeError(
-            f"not all {os.environ['WORLD_SIZE']} ranks have started within {seconds:g} s ({str(error).splitlines()[0]}): "
-            "look at the output of the others, and at their hosts"
-        ) from error
-    return dist.PrefixStore("default_pg", store), rank, world
 
 
 def stop() -> None:
     """Destroys the process groups, so that a finished rank leaves no thread behind."""
     if dist.is_initialized():
         from megatron.core import parallel_state
-
-        from dcpo_megatron.mcore.collectives import forget_host_group
 
         parallel_state.destroy_model_parallel()
         forget_host_group()

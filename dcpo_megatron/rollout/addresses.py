@@ -10,15 +10,11 @@ Names and IPv4 addresses are the same in all of them.
 from __future__ import annotations
 
 from dcpo_megatron import network
-from dcpo_megatron.network import bare
+from dcpo_megatron.network import bare, in_url
+
+__all__ = ["LOOPBACK", "bare", "in_url", "own_address"]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-def in_url(host: str) -> str:
-    """``host`` as it stands in a URL."""
-    host = bare(host)
-    return f"[{host}]" if ":" in host else host
 
 
 def own_address(host: str, port: int) -> str:

@@ -23,7 +23,7 @@ from dcpo_megatron.rollout import SamplingParams
 from dcpo_megatron.training.bad_steps import BadSteps
 from dcpo_megatron.training.checks import CheckedRun
 from dcpo_megatron.training.config import ConfigError, to_yaml
-from dcpo_megatron.training.engines import make_engine, settle_nccl
+from dcpo_megatron.training.engines import make_engine, settle_interface, settle_nccl
 from dcpo_megatron.training.gpu import GpuMonitor
 from dcpo_megatron.training.loop import Trainer
 from dcpo_megatron.training.resume import (
@@ -75,7 +75,13 @@ def build_trainer(run_: CheckedRun, stop_requested: Callable[[], bool] = lambda:
 
     timeout = collective_timeout(config.training.timeout_seconds)
     warning = settle_nccl(config, run_.platform.is_cpu)
-    platforms.start(run_.platform, timeout)
+
+    def tick() -> None:
+        if stop_requested():
+            raise Stopped
+
+    platforms.start(run_.platform, timeout, config.training.start_timeout_seconds, tick)
+    settle_interface(config, run_.platform.is_cpu)
     watchdog = Watchdog(folder, dist.get_rank(), dist.get_world_size(), config.training.timeout_seconds)
     watchdog.start()
     make_groups(run_.layout, timeout_minutes=math.ceil(timeout / 60))

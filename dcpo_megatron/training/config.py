@@ -276,6 +276,12 @@ class TrainingSection(Section):
         le=1e6,
         description="deadline of every phase of a step and of every collective (whole minutes, rounded up, within a model's ranks)",
     )
+    start_timeout_seconds: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="deadline for all ranks to start; null: 600, or timeout_seconds where that is more",
+    )
     max_bad_steps: int = Field(
         5, ge=0, description="steps in a row with an update left out as not finite, after which the run stops; 0: never"
     )

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
+from dcpo_megatron import network
 from dcpo_megatron.data import PromptSet
 from dcpo_megatron.mcore.collectives import all_gather_on_host
 from dcpo_megatron.mcore.model import DTYPES
@@ -126,6 +127,24 @@ def settle_nccl(config: Config, is_cpu: bool) -> str | None:
     """Where weights will go to servers over NCCL: what must be the same there, set before NCCL's first call. A warning, or None."""
     by_nccl = config.rollout.engine == "sglang" and config.publish.mode == "distributed" and not is_cpu
     return nccl.settle_cumem() if by_nccl else None
+
+
+def settle_interface(config: Config, is_cpu: bool) -> None:
+    """Where weights will go to servers over NCCL, and no interface is named yet, as for ranks of one host: the one that leads to the first server elsewhere that is
+    known by now. After the ranks' first meeting, and before NCCL's first call: it asks once."""
+    if (
+        is_cpu
+        or config.rollout.engine != "sglang"
+        or config.publish.mode != "distributed"
+        or network.NCCL in os.environ
+    ):
+        return
+    urls = config.servers.urls or (listed_servers(Path(config.servers.file)) if config.servers.file else [])
+    for host in (urlsplit(url).hostname for url in urls):
+        with contextlib.suppress(OSError, UnicodeError):
+            if not network.is_here(host):
+                network.use_interface(network.interface_towards(host), gloo=False)
+                return
 
 
 def publish_options(config: Config, is_cpu: bool) -> PublishOptions:

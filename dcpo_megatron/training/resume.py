@@ -28,7 +28,7 @@ _VERSION = 1
 _FREE = (
     "output", "logging.", "evaluation.", "checkpoint.", "training.steps", "training.timeout_seconds", "training.save_every",
     "training.platform", "training.max_bad_steps", "reward.timeout_seconds", "reward.workers", "data.files", "servers.", "publish.",
-    "rollout.max_mismatch",
+    "rollout.max_mismatch", "training.start_timeout_seconds",
 )  # fmt: skip
 _LAYOUT = (
     "parallel.", "training.micro_batch_tokens", "training.packing", "model.head", "model.fused_head_loss", "model.recompute",

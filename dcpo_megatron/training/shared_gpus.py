@@ -7,9 +7,7 @@ optimizer on the host, gradients freed   <-->   all of it on the GPU
 
 from __future__ import annotations
 
-import contextlib
 import json
-import socket
 from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit
 
@@ -20,6 +18,7 @@ from dcpo_megatron.mcore.collectives import all_gather_on_host, host_group
 from dcpo_megatron.mcore.offload import OptimizerOffload
 from dcpo_megatron.mcore.platform import Platform
 from dcpo_megatron.mcore.step import PolicyModel
+from dcpo_megatron.network import is_here
 from dcpo_megatron.training.config import ConfigError
 
 
@@ -60,7 +59,7 @@ def check_servers_gpus(servers: Mapping[str, Sequence[str] | None], gpu: str | N
         ConfigError: the same on every rank: GPUs are shared and should not be, or the other way round.
     """
     unknown = [url for url, gpus in servers.items() if gpus is None]
-    mine = json.dumps([gpu, [url for url in unknown if gpu is not None and _is_here(url)]])
+    mine = json.dumps([gpu, [url for url in unknown if gpu is not None and is_here(urlsplit(url).hostname)]])
     answers = [json.loads(answer) for answer in all_gather_on_host(mine.encode())]
     rank_of = {uuid: rank for rank, (uuid, _) in enumerate(answers) if uuid is not None}
     if not rank_of:
@@ -88,15 +87,3 @@ def check_servers_gpus(servers: Mapping[str, Sequence[str] | None], gpu: str | N
         f"which GPUs {url} has is not known: see that they {wanted}, or name its file of `dcpo serve` in servers.file, which tells"
         for url in here
     ]
-
-
-def _is_here(url: str) -> bool:
-    """Whether the address is one of this host's: only then can a socket be bound to it."""
-    with contextlib.suppress(OSError, UnicodeError):  # a name that does not resolve, or can be none
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-            urlsplit(url).hostname, 0, type=socket.SOCK_STREAM
-        ):
-            with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
-                probe.bind(address)
-                return True
-    return False

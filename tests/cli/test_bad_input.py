@@ -235,6 +235,14 @@ def test_options_are_not_guessed_from_their_beginning(capsys):
     assert "unrecognized arguments" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["--node-rank", "2", "--master-addr", "h1"], ["--node-rank", "1"]])
+def test_several_hosts_need_their_numbers_and_where_they_meet(capsys, words):
+    assert train.main(["--ranks", "2", "--nodes", "2", *words]) == 2
+    assert "--nodes 2 needs --master-addr, and --node-rank" in capsys.readouterr().err
+    assert train.main(["--nodes", "2"]) == 2
+    assert "--nodes 2 belongs to --ranks" in capsys.readouterr().err
+
+
 def test_ranks_do_not_start_ranks(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     assert train.main(["--ranks", "2"]) == 2

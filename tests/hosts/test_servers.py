@@ -73,7 +73,6 @@ class Place:
             "NPROC_PER_NODE": "1",
             "MASTER_ADDR": hosts[0].ipv4,
             "PYTHON": sys.executable,
-            "GLOO_SOCKET_IFNAME": "eth0",
         }
         logs = [f"{name}-{host.name}" for host in hosts]
         processes = [
