@@ -41,7 +41,8 @@ from dcpo_megatron.mcore.meeting_facts import (
 FIRST_WORD_SECONDS, NEXT_WORD_SECONDS = 15.0, 60.0  # what the wait is for is said after so long, and then so often
 _STORE_SECONDS = 30.0  # one answer of the store
 _FAREWELL_SECONDS = 5.0  # for all to read why
-_KNOCK_SECONDS = 10.0
+_KNOCK_SECONDS = 6.0  # somebody listens there already
+_OTHERS_SECONDS = 60.0  # for the rank of each host that knocks, once all are here
 
 
 class MeetingError(RuntimeError):
@@ -142,10 +143,9 @@ class _Guest:
         mine = self._card()
         try:
             if self._register(mine) == self.world:
-                cards = [json.loads(card) for card in self.store.multi_get([f"rank-{r}" for r in range(self.world)])]
-                self.store.set("verdict", json.dumps(settle(cards)))
+                self._decide([])
             verdict = self._wait("verdict")
-            self.until = time.monotonic() + 10 * _KNOCK_SECONDS
+            self.until = time.monotonic() + 3 * _OTHERS_SECONDS
             failed, interface = verdict["failed"], None
             if not failed:
                 interface = choose_interface(verdict, mine)
@@ -262,10 +262,10 @@ class _Guest:
             elif self.left() <= 0:
                 # One of them looks for who is missing: it asks for every rank. The others only if it has gone.
                 first = self.store.add("late", 1) == 1
-                if (first or self.left() < -_FAREWELL_SECONDS) and (missing := self._missing()):
-                    self.store.compare_set("verdict", "", json.dumps({"failed": self._story(missing)}))
+                if first or self.left() < -_FAREWELL_SECONDS:
+                    self._decide(self._missing())
             elif self.rank == 0:
-                self._say(lambda: f"waiting for {named(self._missing(), self.world, self.local)} at {self.place}")
+                self._say(lambda: f"waiting for {self._who(self._missing())} at {self.place}")
             time.sleep(pause)
         return json.loads(self.store.get(key))
 
@@ -277,7 +277,7 @@ class _Guest:
             with socket.create_server((address, 0), family=family(address)) if address else nullcontext() as door:
                 self.store.set(f"door-{self.rank}", json.dumps([address and door.getsockname()[:2], uses, self.host]))
                 (place, their, host) = self._wait(
-                    f"door-{leaders[(leaders.index(self.rank) + 1) % len(leaders)]}", 3 * _KNOCK_SECONDS
+                    f"door-{leaders[(leaders.index(self.rank) + 1) % len(leaders)]}", _OTHERS_SECONDS
                 )
                 reason = unreached(*place, _KNOCK_SECONDS) if place else ""
                 said = reason and f"{self.host} does not reach {host} at {place[0]} ({their}; {reason})"
@@ -285,8 +285,8 @@ class _Guest:
                 if self.store.add("knocked", 1) == len(leaders):
                     said = [json.loads(knock) for knock in self.store.multi_get([f"knock-{rank}" for rank in leaders])]
                     self.store.set("reached", json.dumps([sentence for sentence in said if sentence]))
-                self._wait("reached", 6 * _KNOCK_SECONDS)
-        if not (said := self._wait("reached", 6 * _KNOCK_SECONDS)):
+                self._wait("reached", _OTHERS_SECONDS)
+        if not (said := self._wait("reached", _OTHERS_SECONDS)):
             return None
         more = f" and {len(said) - NAMED_HOSTS} more" if len(said) > NAMED_HOSTS else ""
         return (
@@ -297,16 +297,24 @@ class _Guest:
     def _missing(self) -> list[int]:
         return [rank for rank in range(self.world) if not self.store.check([f"rank-{rank}"])]
 
-    def _story(self, missing: list[int]) -> str:
+    def _decide(self, missing: list[int]) -> None:
+        """Writes the verdict, unless there is one."""
         here = sorted(set(range(self.world)) - set(missing))
         cards = dict(zip(here, map(json.loads, self.store.multi_get([f"rank-{rank}" for rank in here]))))
+        verdict = {"failed": self._story(missing, cards)} if missing else settle(list(cards.values()))
+        self.store.compare_set("verdict", "", json.dumps(verdict))
+
+    def _story(self, missing: list[int], cards: dict[int, dict]) -> str:
         text = (
-            f"the run has not started: {named(missing, self.world, self.local)} did not come to {self.place} within {self.seconds:g} s of rank {self.rank}'s start "
+            f"the run has not started: {self._who(missing)} did not come to {self.place} within {self.seconds:g} s of rank {self.rank}'s start "
             f"(here: {present(cards)}): start them, or look at their output and hosts; more time: training.start_timeout_seconds"
         )
         if cards.get(0, {}).get("away"):
             text += f"; MASTER_ADDR={self.master} is no address of {cards[0]['host']}, where rank 0 is"
         return text
+
+    def _who(self, ranks: list[int]) -> str:
+        return named(ranks, self.world, self.local) if ranks else "a verdict"
 
     def _say(self, line: Callable[[], str]) -> None:
         """A word from time to time, on one rank of a host."""

@@ -139,9 +139,11 @@ def main() -> None:
         platform.prepare(platform.select_platform("cpu"))
         from dcpo_megatron.training import build  # noqa: F401 -- once, for all ranks
 
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # a rank that was killed is gone
     print("ready", flush=True)
     for line in sys.stdin:
         if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             said = os.dup(1)
             os.dup2(2, 1)  # what a run prints
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
