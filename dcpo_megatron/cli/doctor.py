@@ -4,6 +4,8 @@
     diagnose(Facts) -> [Finding]       doctor_checks: pure functions, one an area
     a table, or --json                 here; exit status 1 when a finding is "fail"
 
+    --peers h1,h2,h3                   started on each of them: what a run needs between hosts (doctor_peers)
+
 It runs where nothing is installed, torch and rich included.
 """
 
@@ -12,7 +14,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from dcpo_megatron.cli.doctor_checks import Finding, counted, diagnose
 from dcpo_megatron.cli.doctor_probes import look
@@ -31,13 +36,59 @@ def main(argv: list[str] | None = None) -> int:
         metavar="SECONDS",
         help="limit for torch, CUDA and the driver to answer (default: %(default)s)",
     )
+    between = parser.add_argument_group("between hosts", "started on each of them, by srun, ssh or hand")
+    between.add_argument(
+        "--peers",
+        type=_peers,
+        metavar="HOST,...",
+        help="names or addresses, the same on all; the first is where a run's ranks would meet (MASTER_ADDR)",
+    )
+    between.add_argument("--port", type=_port, metavar="N", help="of the first (default: MASTER_PORT, else 29500)")
+    between.add_argument("--shared", type=Path, metavar="FOLDER", help="that all should see (default: the current one)")
+    between.add_argument(
+        "--deadline", type=_timeout, default=60.0, metavar="SECONDS", help="for all to come (default: %(default)g)"
+    )
     arguments = parser.parse_args(argv)
-    findings = diagnose(look(arguments.timeout))
+    if arguments.peers is None:
+        findings, ready = diagnose(look(arguments.timeout)), "ready to train"
+    else:
+        findings, ready = _look_between(parser, arguments), "ready for a run on these hosts"
     if arguments.json:
         print(to_json(findings))
     else:
-        print_table(findings)
+        print_table(findings, ready)
     return exit_status(findings)
+
+
+def _look_between(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> list[Finding]:
+    from dcpo_megatron.cli.doctor_peers import check_peers
+
+    port = arguments.port
+    if port is None:
+        try:
+            port = _port(os.environ.get("MASTER_PORT") or "29500")
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"MASTER_PORT: {error}")
+    return check_peers(
+        arguments.peers,
+        port=port,
+        seconds=arguments.deadline,
+        shared=arguments.shared,
+        say=lambda text: print(f"dcpo: {text}", file=sys.stderr, flush=True),
+    )
+
+
+def _peers(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of two hosts or more, each once: h1,h2,h3")
+    return names
+
+
+def _port(text: str) -> int:
+    if not (text.isdecimal() and 0 < int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port")
+    return int(text)
 
 
 def _timeout(text: str) -> float:
@@ -55,11 +106,11 @@ def exit_status(findings: Sequence[Finding]) -> int:
     return int(any(finding.status == "fail" for finding in findings))
 
 
-def summary(findings: Sequence[Finding]) -> str:
+def summary(findings: Sequence[Finding], ready: str = "ready to train") -> str:
     """The last line of the table."""
     fails = sum(finding.status == "fail" for finding in findings)
     warnings = sum(finding.status == "warn" for finding in findings)
-    verdict = "not ready to train" if fails else "ready to train"
+    verdict = f"not {ready}" if fails else ready
     return f"{counted(fails, 'failure')}, {counted(warnings, 'warning')}: {verdict}"
 
 
@@ -69,14 +120,14 @@ def to_json(findings: Sequence[Finding]) -> str:
     return json.dumps({"ready": exit_status(findings) == 0, "findings": rows}, indent=2)
 
 
-def print_table(findings: Sequence[Finding]) -> None:
+def print_table(findings: Sequence[Finding], ready: str = "ready to train") -> None:
     """A table where rich is installed, otherwise plain lines."""
     try:
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
     except ImportError:
-        _print_plain(findings)
+        _print_plain(findings, ready)
         return
     styles = {"ok": "green", "info": "cyan", "warn": "yellow", "fail": "bold red"}
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -98,12 +149,12 @@ def print_table(findings: Sequence[Finding]) -> None:
         area = finding.area
     console = Console(highlight=False)
     console.print(table)
-    console.print(Text(f"\n{summary(findings)}", style="bold red" if exit_status(findings) else "bold green"))
+    console.print(Text(f"\n{summary(findings, ready)}", style="bold red" if exit_status(findings) else "bold green"))
 
 
-def _print_plain(findings: Sequence[Finding]) -> None:
+def _print_plain(findings: Sequence[Finding], ready: str) -> None:
     for finding in findings:
         print(f"{finding.area:13} {finding.status:5} {finding.what}")
         if finding.fix:
             print(f"{'':19} fix: {finding.fix}")
-    print(summary(findings))
+    print(summary(findings, ready))

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import secrets
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ from dcpo_megatron.mcore.collectives import all_gather_on_host
 from dcpo_megatron.mcore.model import DTYPES
 from dcpo_megatron.mcore.step import PolicyModel
 from dcpo_megatron.rollout import EmbeddedEngine, RolloutEngine, RolloutError
+from dcpo_megatron.rollout.addresses import LOOPBACK, bare
 from dcpo_megatron.rollout.fleet import Fleet
 from dcpo_megatron.rollout.server import Server, ServerError, check_url
 from dcpo_megatron.rollout.server_client import ServerClient
@@ -31,6 +33,9 @@ from dcpo_megatron.training.server_health import ServerHealth
 from dcpo_megatron.training.shared_gpus import SharedGpu, check_servers_gpus, gpu_of
 from dcpo_megatron.weights.publish import PublishOptions, WeightPublisher, nccl
 from dcpo_megatron.weights.transfer import WeightGatherer
+
+# For one server to answer, at a start at which many ask.
+_LOOK_SECONDS = 10.0
 
 
 def make_engine(
@@ -81,6 +86,7 @@ def _server_engine(run_: CheckedRun, policy, gatherer, prompts: PromptSet, annou
     except ValueError as error:
         raise ConfigError(f"servers.api_key_file: {error}") from None
     addresses = _addresses(config, key, announce, tick, stop)
+    _look_from_every_host(list(addresses), config.servers.router, key, announce)
     for note in check_servers_gpus(addresses, gpu_of(run_.platform), shared=config.publish.mode == "ipc"):
         announce(note)
     servers = [Server(url, api_key=key, timeout=config.publish.timeout_seconds) for url in addresses]
@@ -235,7 +241,7 @@ def _addresses(config: Config, key: str | None, announce, tick, stop) -> dict[st
             what = f"{', '.join(missing)} did not answer" if missing else f"{servers.file} lists {len(listed)} servers"
             raise RolloutError(
                 f"{what} within servers.start_timeout_seconds={seconds:g}, and {servers.min_healthy} healthy ones are needed: start them (dcpo serve), "
-                "or correct servers.urls or servers.file"
+                f"or correct servers.urls or servers.file{_about_loopback(missing)}"
             )
         announce(f"going on with {len(listed) - len(missing)} of {max(wanted, len(listed))} rollout servers")
         return listed
@@ -244,6 +250,39 @@ def _addresses(config: Config, key: str | None, announce, tick, stop) -> dict[st
     if found.startswith("?"):
         raise RolloutError(found[1:])
     return json.loads(found)
+
+
+def _look_from_every_host(urls: list[str], router: str | None, key: str | None, announce) -> None:
+    """Collective: the first rank of each host asks the servers, or the router, once. What rank 0 reaches, another host
+    may not: by its names, routes and firewalls.
+
+    Raises:
+        RolloutError: a host reaches none of those that rank 0 reaches; the same on every rank.
+    """
+    mine: dict[str, str] = {}
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        asked = [Server(url, api_key=key) for url in ([router] if router else urls)]
+        ask = (lambda server: server.get("/health", timeout=_LOOK_SECONDS)) if router else None
+        mine = {url: str(error) for url, error in look_at(asked, _LOOK_SECONDS, ask).items() if error is not None}
+        for server in asked:
+            server.close()
+    hosts = [json.loads(part) for part in all_gather_on_host(json.dumps([socket.gethostname(), mine]).encode())]
+    reached = [url for url in ([router] if router else urls) if url not in hosts[0][1]]
+    for rank, (host, failed) in enumerate(hosts):
+        lacking = [url for url in reached if url in failed]
+        if not lacking:
+            continue
+        what = f"host {host} (rank {rank}) does not reach {', '.join(lacking)}, which rank 0 on {hosts[0][0]} does"
+        if len(lacking) == len(reached):
+            raise RolloutError(f"{what}: {failed[lacking[0]]}{_about_loopback(lacking)}")
+        announce(f"{what}: it samples on the others. {failed[lacking[0]]}")
+
+
+def _about_loopback(urls: list[str]) -> str:
+    if not any(bare(urlsplit(url.split()[0]).hostname or "") in LOOPBACK for url in urls):
+        return ""
+    own = " and ".join(LOOPBACK)
+    return f"; {own} are each host itself: servers for other hosts need `dcpo serve --host 0.0.0.0` and a key"
 
 
 def _briefly(url: str, error: ServerError) -> str:

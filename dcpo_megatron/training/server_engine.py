@@ -183,12 +183,15 @@ class ServerEngine:
         self.publisher.close()
 
 
-def look_at(servers: Sequence[Server], seconds: float) -> dict[str, ServerError | None]:
-    """Address -> why it is no server of ours now, None where it is. They are asked side by side."""
+def look_at(
+    servers: Sequence[Server], seconds: float, question: Callable[[Server], object] | None = None
+) -> dict[str, ServerError | None]:
+    """Address -> why it is no server of ours now, None where it is. They are asked side by side, ``question`` (default:
+    its model)."""
 
     def ask(server: Server) -> ServerError | None:
         try:
-            server.model(seconds)
+            question(server) if question else server.model(seconds)
         except ServerError as error:
             return error
         return None

@@ -86,6 +86,25 @@ def test_servers_on_an_ipv6_address_are_listed_in_brackets_and_one_that_is_not_t
     assert planned("::", port=23100, api_key="k", advertise="fd00::9").urls[0] == "http://[fd00::9]:23100"
 
 
+def test_a_name_that_is_the_loopback_here_is_refused_and_servers_are_asked_where_they_listen(
+    demo_start, tmp_path, monkeypatch
+):
+    def planned(**options):
+        return start_servers(demo_start, command=[sys.executable], device="cpu", logs=tmp_path, api_key="k", **options)
+
+    stock = socket.getaddrinfo
+    found = {"own.test": "127.0.1.1"}  # as Debian writes it
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *rest, **named: stock(found.get(host, host), *rest, **named)
+    )
+    with pytest.raises(ServingError, match=r"--host own.test is 127.0.1.1 .*--host 0.0.0.0 --advertise own.test"):
+        planned(host="own.test", port=23100)
+    for host, asked in (("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "127.0.0.1"), ("127.0.0.2", "127.0.0.2")):
+        running = planned(host=host, port=23100, advertise="own.test")
+        assert running.urls == ["http://own.test:23100"]
+        assert running.processes[0]._server.url == f"http://{asked}:23100"
+
+
 PROXY = {"http_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "all_proxy": "http://127.0.0.1:9"}
 
 

@@ -31,16 +31,25 @@ class ServerProcess:
         words: the command line.
         environment: its variables.
         url: where it answers.
+        asked_at: where this host asks it (default: ``url``).
         api_key: goes to it through its standard input.
         log: file for its output, appended to, readable by its owner alone.
     """
 
-    def __init__(self, words: list[str], environment: dict[str, str], url: str, api_key: str | None, log: Path):
-        self.url, self.log = url, log
+    def __init__(
+        self,
+        words: list[str],
+        environment: dict[str, str],
+        url: str,
+        api_key: str | None,
+        log: Path,
+        asked_at: str | None = None,
+    ):
+        self.url, self.log, self._asked_at = url, log, asked_at or url
         self._words, self._environment, self._api_key = words, environment, api_key
         self._process: subprocess.Popen | None = None
         self._log_start = 0
-        self._server = Server(url, api_key=api_key)
+        self._server = Server(self._asked_at, api_key=api_key)
         self._shared = SharedFiles(log.with_suffix(".shared"))
 
     @property
@@ -107,4 +116,4 @@ class ServerProcess:
         self._process.poll()
         self._shared.remove()
         self._server.close()
-        self._server = Server(self.url, api_key=self._api_key)  # holds no connection yet
+        self._server = Server(self._asked_at, api_key=self._api_key)  # holds no connection yet

@@ -1,4 +1,5 @@
-"""What the server environment's Python runs, by this file's path: stock SGLang, with five things around it that the project needs.
+"""What the server environment's Python runs, by this file's path: stock SGLang, with six things around it that the
+project needs.
 
     launcher -- pipe --> standard input: one line of JSON, {"api_key": ...}; then nothing, until the launcher is gone
                             |                 end of file --> the guardian ends them all
@@ -10,6 +11,7 @@
 3. On a CPU, inert stand-ins for the two imports that have nothing behind them there. They stand in the module's body because spawned processes run it too.
 4. On a CPU, what SGLang lacks there for sampling by each request's own seed (``--enable-deterministic-inference``).
 5. GET /dcpo_environment: what of this environment must be the trainer's too where weights come over NCCL.
+6. The group of the weights listens at the address that leads to the trainer, whatever this host's own name resolves to.
 
 Only the standard library and SGLang are imported: dcpo_megatron is not installed in the server environment.
 """
@@ -20,14 +22,17 @@ import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import ipaddress
 import json
 import logging
 import os
 import signal
+import socket
 import stat
 import sys
 import time
 import types
+from urllib.parse import urlsplit
 
 # Python puts a script's folder first on the import path; the modules beside this one are not meant for the server.
 sys.path[:] = [
@@ -148,6 +153,59 @@ def tell_environment() -> None:
         return {"torch": torch.__version__, "nccl": nccl, "NCCL_CUMEM_ENABLE": os.environ.get("NCCL_CUMEM_ENABLE")}
 
 
+def listen_towards_the_others() -> None:
+    """Lets gloo listen, in each group that meets over TCP, at this host's address on the way to where it meets; NCCL,
+    unless it has begun, at that address's interface.
+
+    torch takes what the host's name resolves to (127.0.1.1, on Debian), SGLang leaves it at that. What
+    GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME says stays.
+    """
+    from torch.distributed import distributed_c10d as c10d
+
+    meet, make, way = c10d.rendezvous, c10d.ProcessGroupGloo.__init__, []
+
+    def rendezvous(url, *args, **kwargs):
+        way[:] = own_address(url)
+        if way and not ipaddress.ip_address(way[0]).is_loopback and (name := interface_with(way[0])):
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+        return meet(url, *args, **kwargs)
+
+    def init(self, store, rank, size, *rest, **named):
+        if way and not rest and named.keys() <= {"timeout"} and "GLOO_SOCKET_IFNAME" not in os.environ:
+            options = c10d.ProcessGroupGloo._Options()
+            options._devices = [c10d.ProcessGroupGloo.create_device(hostname=way[0])]
+            if named.get("timeout") is not None:
+                options._timeout = named["timeout"]
+            rest, named = (options,), {}
+        make(self, store, rank, size, *rest, **named)
+
+    c10d.rendezvous, c10d.ProcessGroupGloo.__init__ = rendezvous, init
+
+
+def own_address(url: str) -> list[str]:
+    """This host's address on the way to where ``url`` ("tcp://HOST:PORT") is; none where none leads there. Sends
+    nothing."""
+    parts = urlsplit(url)
+    with contextlib.suppress(OSError, UnicodeError, ValueError):
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            parts.hostname, parts.port, type=socket.SOCK_DGRAM
+        ):
+            with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
+                probe.connect(address)
+                return [probe.getsockname()[0]]
+    return []
+
+
+def interface_with(address: str) -> str | None:
+    """The interface of this host that has ``address``."""
+    import psutil
+
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == address for entry in entries):
+            return name
+    return None
+
+
 def read_api_key() -> str | None:
     """The key from the launcher's line on standard input. Ends the process where standard input is not the launcher's pipe."""
     if not stat.S_ISFIFO(os.fstat(0).st_mode) and not stat.S_ISSOCK(os.fstat(0).st_mode):
@@ -239,6 +297,9 @@ def main() -> None:
 ON_CPU = os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
 if __name__ == "__main__":
     main()
-elif ON_CPU:
-    put_stand_ins()
-    make_seeds_work()
+else:
+    if ON_CPU:
+        put_stand_ins()
+        make_seeds_work()
+    if __name__ == "__mp_main__":
+        listen_towards_the_others()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import json
 import os
 import random
@@ -51,7 +52,7 @@ class Servers:
         say: takes one line of progress.
 
     Raises:
-        ServingError: a host other than loopback without a key, or a port in use.
+        ServingError: a host other than loopback without a key, a name that is the loopback here, or a port in use.
     """
 
     def __init__(
@@ -72,18 +73,24 @@ class Servers:
             )
         for port in ports:
             _refuse_taken(plan.host, port)
+        _refuse_loopback(plan.host)
         name = advertise or (_own_name(plan.host) if plan.host in WIDE else plan.host)
         self.urls = [f"http://{in_url(name)}:{port}" for port in ports]
         self._addresses = addresses(plan, self.urls)
         self._start_seconds, self._hung_seconds = start_seconds, hung_seconds
         self._address_file, self._say = address_file, say
         env = environment(plan, len(ports))
+        # Not by its name for others, which may be another address here, or none.
+        here = in_url({"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(plan.host, plan.host))
         self._servers = [
             _Watched(
-                ServerProcess(command_line(plan, number, port), env, url, plan.api_key, logs / f"server-{port}.log")
+                ServerProcess(
+                    command_line(plan, number, port), env, url, plan.api_key, logs / f"server-{port}.log",
+                    f"http://{here}:{port}",
+                )
             )
             for number, (port, url) in enumerate(zip(ports, self.urls))
-        ]
+        ]  # fmt: skip
         self._stopping = threading.Event()
         self._watcher: threading.Thread | None = None
 
@@ -267,6 +274,19 @@ def _own_name(host: str) -> str:
 def _refuse_taken(host: str, port: int) -> None:
     if _taken(host, port):
         raise ServingError(f"port {port} is in use on {host}: give another with --port")
+
+
+def _refuse_loopback(host: str) -> None:
+    """Raises ServingError where ``host`` is a name that leads to loopback addresses alone, such as Debian's 127.0.1.1
+    for a host's own: nobody else would reach it."""
+    if host in LOOPBACK or host in WIDE or ":" in host or host.replace(".", "").isdigit():
+        return
+    found = {entry[4][0] for entry in socket.getaddrinfo(host, None)}  # it resolves: _taken() has tried
+    if all(ipaddress.ip_address(address).is_loopback for address in found):
+        raise ServingError(
+            f"--host {host} is {', '.join(sorted(found))} on this host, which no other host reaches: give an address of "
+            f"its network, or --host 0.0.0.0 --advertise {host}"
+        )
 
 
 def addresses(plan: ServerPlan, urls: Sequence[str]) -> list:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dcpo_megatron.files import discard, remove, replace, sync
 from dcpo_megatron.rollout.protocol import RolloutError
-from dcpo_megatron.rollout.server import Server
+from dcpo_megatron.rollout.server import Server, ServerError
 from dcpo_megatron.weights.hf_folder import shard_name, write_safetensors, write_weight_index
 from dcpo_megatron.weights.publish.buckets import Bucket
 
@@ -74,9 +74,16 @@ class DiskTransport:
             raise self._failed(error) from error
 
     def load(self, server: Server, seconds: float) -> None:
-        """``server`` reads the sealed version. Raises ServerError."""
+        """``server`` reads the sealed version. Raises RolloutError."""
         body = {"model_path": str(self._target), "flush_cache": False}
-        server.post("/update_weights_from_disk", body, timeout=seconds)
+        try:
+            server.post("/update_weights_from_disk", body, timeout=seconds)
+        except ServerError as error:
+            if error.status is None:
+                raise
+            raise RolloutError(
+                f"{server.url} could not load {self._target}: does its host see that folder? ({error})"
+            ) from error
 
     def drop(self, server: Server) -> None:
         """Nothing is held for a server."""

@@ -20,12 +20,14 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from dcpo_megatron import network
 from dcpo_megatron.rollout.addresses import bare, in_url, own_address
 from dcpo_megatron.rollout.protocol import RolloutError
 from dcpo_megatron.rollout.server import Server, ServerError
@@ -40,7 +42,7 @@ _WORDS_SECONDS, _FAREWELL_SECONDS = 2.0, 5.0
 class _Group:
     server: Server
     name: str
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | _Gloo
     store: dist.TCPStore  # the server's ranks speak to it as long as the group lives
     doubt: str  # what may be the reason if it fails
     gone: threading.Event = field(default_factory=threading.Event)  # its name can be used again
@@ -118,8 +120,12 @@ class ProcessGroupTransport:
         }  # fmt: skip
 
         def join() -> None:
-            # Where it can be aborted, our own deadlines end it long before its own would.
-            timeout = datetime.timedelta(seconds=2 * self.timeout + 60 if self._aborts else limit)
+            if not self._aborts:
+                group = _Gloo(name, store, 1 + ranks, _listening(address, server.url), limit)
+                self._groups[server.url] = _Group(server, name, group, store, doubt)
+                return
+            # Our own deadlines end it long before its own would.
+            timeout = datetime.timedelta(seconds=2 * self.timeout + 60)
             group, _ = c10d._new_process_group_helper(
                 1 + ranks, 0, [], c10d.Backend(self.backend), dist.PrefixStore(name, store), group_name=name, timeout=timeout,
                 backend_options=nccl.options(timeout) if self.backend == "nccl" else None,
@@ -149,12 +155,13 @@ class ProcessGroupTransport:
             f"the group with {server.url} broke off a bucket of {bucket.bytes} bytes{held.doubt}",
         )
 
-    def _broadcast(self, group: dist.ProcessGroup, bucket: Bucket) -> None:
+    def _broadcast(self, group: dist.ProcessGroup | _Gloo, bucket: Bucket) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # the current device is a thread's own
-        works = [
-            dist.broadcast(tensor.to(self.device), src=0, group=group, async_op=True) for _, tensor in bucket.tensors
-        ]
+        send = (
+            group.broadcast if isinstance(group, _Gloo) else partial(dist.broadcast, src=0, group=group, async_op=True)
+        )
+        works = [send(tensor.to(self.device)) for _, tensor in bucket.tensors]
         for work in works:
             work.wait()
 
@@ -184,6 +191,23 @@ class ProcessGroupTransport:
             leaving.append(_beside(lambda held=held: _take_down(held, abort=False)))
         self._groups.clear()
         wait(leaving, timeout=_FAREWELL_SECONDS)
+
+
+class _Gloo:
+    """A group over gloo whose rank 0 listens at ``address``. Made as torch makes it (under these prefixes), but that
+    torch takes the first address of an interface
+    that the environment names, or what this host's name resolves to."""
+
+    def __init__(self, name: str, store: dist.Store, size: int, address: str, seconds: float):
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = datetime.timedelta(seconds=seconds)
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+        for prefix in (name, f"{name}/", "cpu/"):
+            store = dist.PrefixStore(prefix, store)
+        self._backend = dist.ProcessGroupGloo(store, 0, size, options)
+
+    def broadcast(self, tensor: torch.Tensor) -> dist.Work:
+        return self._backend.broadcast([tensor], dist.BroadcastOptions())
 
 
 def _beside(call: Callable[[], object]) -> Future:
@@ -217,7 +241,8 @@ def _take_down(held: _Group, abort: bool) -> None:
     if abort:
         with suppress(RuntimeError):  # not in time: destroying it goes on waiting
             held.group.abort()
-    dist.destroy_process_group(held.group)
+    if not isinstance(held.group, _Gloo):
+        dist.destroy_process_group(held.group)
     held.gone.set()
     # Broadcasts under way end at their own deadline; the group's destructor, here, waits for them.
 
@@ -231,6 +256,15 @@ def _ranks(server: Server, info: dict) -> int:
             "start several servers instead, or publish by disk"
         )
     return int(info.get("tp_size") or 1)
+
+
+def _listening(address: str, url: str) -> str:
+    """Where this host's part of a group listens whose store is at ``address``: there, where that is an address of this
+    host, else at the one on the way to the server."""
+    with suppress(OSError, ValueError):
+        network.interface_with(bare(address))
+        return bare(address)
+    return _own_address(url)
 
 
 def _own_address(url: str) -> str:
