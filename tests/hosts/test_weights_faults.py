@@ -12,8 +12,8 @@ from tests.sglang_servers import server_options
 
 pytestmark = [pytest.mark.sglang, pytest.mark.thorough]
 PORT = 30000
-# Of one bucket at one server; of the wait for a server where none is left.
-BUCKET, BACK = 10.0, 15.0
+# Of a publication's phase; of one bucket at one server; of the wait for a server where none is left.
+PHASE, BUCKET, BACK = 60.0, 10.0, 15.0
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def run(make_hosts):
     key.chmod(0o600)
     made = Run(
         hosts, "rollout.engine=sglang", f"servers.urls=[http://{hosts[1].ipv4}:{PORT}]", f"servers.api_key_file={key}",
-        f"servers.start_timeout_seconds={BACK}", "publish.bucket_bytes=2000", "publish.timeout_seconds=60",
+        f"servers.start_timeout_seconds={BACK}", "publish.bucket_bytes=2000", f"publish.timeout_seconds={PHASE}",
         f"publish.bucket_timeout_seconds={BUCKET}", "training.timeout_seconds=120", world=1,
     )  # fmt: skip
     with (hosts.shared / "serve.log").open("w") as log:
@@ -66,8 +66,8 @@ def test_a_server_cut_off_while_it_receives_is_named_and_a_short_cut_costs_time_
     for way in ("down", "silent"):
         streams(run)
         server.pull_the_plug() if way == "down" else server.fall_silent()
-        (rank,) = run.end(60 + BUCKET + BACK + 30)
-        report(f"server's link {way} while weights stream", BUCKET + BACK, [rank])
+        (rank,) = run.end(PHASE + BUCKET + BACK + 30)
+        report(f"server's link {way} while weights stream", PHASE, [rank])
         print(one_sentence(rank, f"http://{server.ipv4}:{PORT}"))
         assert rank.code == 1 and "Traceback" not in rank.log
         step = run.whole()
