@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Proves that a run cannot be lost: kills a small run with SIGKILL again and again, starts it anew each time by the same command, and compares it with one that nobody
-disturbed. See ``--help``."""
+"""Proves that a run cannot be lost: kills a small run with SIGKILL again and again, or cuts the links between its hosts, starts it anew each time by the same command,
+and compares it with one that nobody disturbed. See ``--help``."""
 
 import sys
 from pathlib import Path
@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dcpo_megatron.cli.resumption import main
+from tools.link_cuts import verify
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(cut_links=verify))

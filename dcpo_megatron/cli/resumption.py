@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -285,32 +286,44 @@ def _disturb(arguments, run: Path, ranks: int, steps: int, met: int, kills: int,
     return met - before
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the comparison; returns the exit code: 0 equal, 1 not."""
+def main(argv: list[str] | None = None, cut_links: Callable[..., None] | None = None) -> int:
+    """Runs the comparison; returns the exit code: 0 equal, 1 not.
+
+    ``cut_links``: what a checkout has beside, for ``--hosts`` and ``--cuts``: ``verify`` of ``tools/link_cuts.py``.
+    """
     parser = argparse.ArgumentParser(
         prog="tools/verify_resume.py",
         description="Kills a small run with SIGKILL at random moments and compares it with an undisturbed one.",
     )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=None, help="of the run (default: enough for the kills)")
+    if cut_links is not None:
+        parser.add_argument(
+            "--hosts", type=int, default=2, help="with --cuts: hosts of network namespaces, a rank each"
+        )
+        parser.add_argument(
+            "--cuts",
+            type=int,
+            default=None,
+            help="cut links of --hosts so often, for 5 s up to for ever, and kill nothing",
+        )
+    parser.add_argument("--steps", type=int, default=None, help="of the run (default: enough for the kills, or cuts)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, default=None, help="keep everything there (default: a temporary folder)")
     args = parser.parse_args(argv)
     quiet_libraries()
-    steps = args.steps if args.steps is not None else 10 + STEPS_A_KILL * args.kills
-    with tempfile.TemporaryDirectory() as temporary:
+    cuts = getattr(args, "cuts", None)
+    steps = args.steps if args.steps is not None else 10 + STEPS_A_KILL * (args.kills if cuts is None else cuts)
+    # Hosts have their folders under /tmp, whatever TMPDIR says, and sockets there need short names.
+    with tempfile.TemporaryDirectory(dir=None if cuts is None else "/tmp") as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
+        options = {"steps": steps, "seed": args.seed, "say": lambda line: print(line, flush=True)}
         try:
-            verify(
-                folder,
-                kills=args.kills,
-                ranks=args.ranks,
-                steps=steps,
-                seed=args.seed,
-                say=lambda line: print(line, flush=True),
-            )
+            if cuts is not None:
+                cut_links(folder.resolve(), hosts=args.hosts, cuts=cuts, **options)
+            else:
+                verify(folder, kills=args.kills, ranks=args.ranks, **options)
         except (Difference, RuntimeError) as error:
             print(f"FAILED: {error}", file=sys.stderr)
             return 1

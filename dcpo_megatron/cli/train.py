@@ -11,15 +11,19 @@ import errno
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
+from pathlib import Path
 
 from dcpo_megatron.cli.launch import Place, run_ranks
 from dcpo_megatron.cli.quiet import quiet_libraries, write_any_letter
 from dcpo_megatron.training.config import Config, ConfigError, known_keys, load_config
-from dcpo_megatron.training.signals import START_AGAIN, Stopped, StopRequest
+from dcpo_megatron.training.signals import START_AGAIN, STOOD_STILL, Stopped, StopRequest
 
 BAD_INPUT = 2
+# A rank that has said why it ends has so long to close what it holds.
+CLOSING_SECONDS = 20.0
 _OF_LAUNCHER = ("--ranks", "--nodes", "--node-rank", "--master-addr", "--master-port", "--grace")
 _NOT_WRITABLE = errno.ENOSPC, errno.EDQUOT, errno.EROFS
 
@@ -132,26 +136,53 @@ def _train(args) -> int:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     from dcpo_megatron.training.build import build_trainer
-    from dcpo_megatron.training.watchdog import explain_failure
+    from dcpo_megatron.training.watchdog import Watchdog
 
+    watchdog = Watchdog(Path(config.output), _rank(), world, config.training.timeout_seconds)
+    trainer = None
     with StopRequest(announce=_rank() == 0) as stop:
+
+        def asked() -> bool:
+            return stop.requested is not None
+
         try:
-            trainer = build_trainer(run, lambda: stop.requested is not None)
+            trainer = build_trainer(run, asked, watchdog)
+            summary = trainer.run(asked)
         except Stopped:  # before it had begun: what is on the disk is where it stands
             return START_AGAIN
-        try:
-            summary = trainer.run(lambda: stop.requested is not None)
         except BaseException as error:
-            # Not the process groups: another rank may be in a collective that this one will not join.
-            trainer.close(groups=False)
-            reason = "" if explains_itself(error) else explain_failure(error, trainer.folder, world, rank=_rank())
-            if not reason:
+            code = _told(error, watchdog, trainer)
+            if code is None:
                 raise
-            traceback.print_exc()
-            print(f"dcpo: error: {reason}", file=sys.stderr, flush=True)
-            return 1
+            return code
         trainer.close()
     return START_AGAIN if summary is None else 0
+
+
+def _told(error: BaseException, watchdog, trainer) -> int | None:
+    """Ends what ``error`` left of a run. Where another rank or the disk is the cause: says so, in a sentence with the
+    traceback in a file, and returns the exit code. None: the error itself is to be shown."""
+    from dcpo_megatron.training.saver import StuckSaveError
+    from dcpo_megatron.training.watchdog import TIMED_OUT
+
+    watchdog.close()
+    stuck = isinstance(error, StuckSaveError)
+    reason = str(error) if stuck else "" if explains_itself(error) else watchdog.explain(error)
+    code = STOOD_STILL if reason and not stuck and TIMED_OUT.search(str(error)) else 1
+    if reason:
+        # Said first, and ended in any case: what is still to be closed may wait for what is missing.
+        kept = watchdog.keep(error)
+        where = f" (traceback: {kept})" if kept else ""
+        print(f"dcpo: error: {reason}{where}", file=sys.stderr, flush=True)
+        if not kept:
+            traceback.print_exception(error)
+        guard = threading.Timer(CLOSING_SECONDS, os._exit, [code])
+        guard.daemon = True
+        guard.start()
+    if trainer is not None:
+        # Not the process groups: another rank may be in a collective that this one will not join.
+        trainer.close(groups=False)
+    return code if reason else None
 
 
 def _place(args) -> Place:

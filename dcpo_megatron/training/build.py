@@ -24,9 +24,11 @@ from dcpo_megatron.training.bad_steps import BadSteps
 from dcpo_megatron.training.checks import CheckedRun
 from dcpo_megatron.training.config import ConfigError, to_yaml
 from dcpo_megatron.training.engines import make_engine, settle_interface, settle_nccl
+from dcpo_megatron.training.first_meeting import meet
 from dcpo_megatron.training.gpu import GpuMonitor
 from dcpo_megatron.training.loop import Trainer
 from dcpo_megatron.training.placement import placement_warning
+from dcpo_megatron.training.reach import Door
 from dcpo_megatron.training.resume import (
     data_fingerprint,
     find_checkpoint,
@@ -41,12 +43,17 @@ from dcpo_megatron.training.tokenizer import load_tokenizer, stop_token_ids
 from dcpo_megatron.training.watchdog import Watchdog, WatchedTimeline, collective_timeout
 from dcpo_megatron.weights.transfer import WeightGatherer, load_weights
 
+# For ranks that have started to compare what they run, and to make their groups.
+_MEETING_SECONDS = 120.0
 
-def build_trainer(run_: CheckedRun, stop_requested: Callable[[], bool] = lambda: False) -> Trainer:
+
+def build_trainer(
+    run_: CheckedRun, stop_requested: Callable[[], bool] = lambda: False, watchdog: Watchdog | None = None
+) -> Trainer:
     """Starts the process groups and builds data, model, optimizer and engine. Raises the errors of each part.
 
-    ``stop_requested``: whether this rank has been asked to stop; looked at while waiting for servers, now (Stopped is
-    raised) and in the run.
+    ``watchdog``: one that the caller asks when this fails; it is started here. ``stop_requested``: whether this rank
+    has been asked to stop; looked at while waiting for servers, now (Stopped is raised) and in the run.
     """
     config = run_.config
     folder = _writable(Path(config.output))
@@ -74,6 +81,7 @@ def build_trainer(run_: CheckedRun, stop_requested: Callable[[], bool] = lambda:
             "lower it or bring more prompts"
         )
 
+    fingerprint = data_fingerprint(prompts)
     timeout = collective_timeout(config.training.timeout_seconds)
     warning = settle_nccl(config, run_.platform.is_cpu)
 
@@ -83,12 +91,20 @@ def build_trainer(run_: CheckedRun, stop_requested: Callable[[], bool] = lambda:
 
     platforms.start(run_.platform, timeout, config.training.start_timeout_seconds, tick)
     settle_interface(config, run_.platform.is_cpu)
-    watchdog = Watchdog(folder, dist.get_rank(), dist.get_world_size(), config.training.timeout_seconds)
+    if watchdog is None:
+        watchdog = Watchdog(folder, dist.get_rank(), dist.get_world_size(), config.training.timeout_seconds)
     watchdog.start()
-    make_groups(run_.layout, timeout_minutes=math.ceil(timeout / 60))
+    # Groups are made through the store of rank 0's host, which has no deadline where the network is silent.
+    watchdog.enter("start", 0, max(config.training.timeout_seconds, _MEETING_SECONDS))
+    watchdog.door = Door()
+    try:
+        watchdog.peers = meet(config, fingerprint, watchdog.door)
+        make_groups(run_.layout, timeout_minutes=math.ceil(timeout / 60))
+    finally:
+        watchdog.enter("start", 0, math.inf)
     position = rank_position()
     found = find_checkpoint(folder)
-    if found.state is not None and found.state.data != data_fingerprint(prompts):
+    if found.state is not None and found.state.data != fingerprint:
         raise ConfigError(
             f"output={folder} holds a run on other prompts than data.files now gives: bring the run's own data, or give another output"
         )

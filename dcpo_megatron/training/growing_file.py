@@ -1,7 +1,9 @@
-"""Files of metrics that only grow. Where the disk is full, what was to be written waits in memory: metrics are no reason to lose a run."""
+"""Files of metrics that only grow. Where the disk is full or the shared folder gone, what was to be written waits in
+memory: metrics are no reason to lose a run."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import socket
@@ -17,7 +19,7 @@ class GrowingFile:
     """
 
     def __init__(self, path: Path, announce: Callable[[str], None]):
-        self._name, self._announce = path.name, announce
+        self._path, self._name, self._announce = path, path.name, announce
         self._waiting: list[bytes] = []
         self._full = False
         self._file = path.open("ab", buffering=0)
@@ -31,16 +33,22 @@ class GrowingFile:
         self._write()
 
     def _write(self) -> None:
-        end, data = self._file.seek(0, 2), b"".join(self._waiting)
+        data, end = b"".join(self._waiting), None
         try:
-            written = 0
+            if self._full:  # a handle that has outlived its file system stays dead
+                dead, self._file = self._file, self._path.open("r+b", buffering=0)
+                with contextlib.suppress(OSError):
+                    dead.close()
+            end, written = self._file.seek(0, 2), 0
             while written < len(data):
                 written += self._file.write(data[written:])
         except OSError as error:
             if not self._full:
                 self._announce(f"{self._name} cannot be written ({error.strerror}): its rows wait in memory")
             # No half of a record stays; cutting a file shorter needs no room.
-            self._file.truncate(end)
+            if end is not None:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(end)
             self._full = True
             return
         self._waiting.clear()

@@ -2,6 +2,7 @@
 
     health/rank-00000.json    {"rank": 0, "host": "a", "pid": 123, "step": 12, "phase": "update", "since": 1732461108.1, "sequence": 85, "written": 1732461110.2, ...}
     health/rank-00000.stacks  the stacks of its threads, where a watchdog ended it
+    health/rank-00000.traceback  where a collective of it failed for want of another rank
     health/verdict            the sentence with which a watchdog ended the run
 
 All ranks go through the same phases in the same order, so the one with the lowest sequence number is the one the others wait for. Pure file work.
@@ -13,7 +14,6 @@ import contextlib
 import json
 import os
 import socket
-import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ class Heartbeat:
 
     def state(self, now: float) -> str:
         """``"gone"`` (its process has ended), ``"stopped"`` (SIGSTOP), ``"silent"`` (no sign of life for long) or ``"alive"``."""
-        state = _process_state(self.pid) if self.host == socket.gethostname() else "alive"
+        state = process_state(self.pid) if self.host == socket.gethostname() else "alive"
         return "silent" if state == "alive" and now - self.written > 4 * self.period else state
 
     def __str__(self) -> str:
@@ -73,6 +73,14 @@ def read_heartbeats(health: Path) -> dict[int, Heartbeat]:
     return found
 
 
+def unreadable(health: Path) -> str | None:
+    """Why nothing can be read of a folder that this rank has written to, in a few words; None where it can."""
+    try:
+        return None if os.listdir(health) else "it is empty"
+    except OSError as error:
+        return error.strerror or str(error)
+
+
 def most_behind(beats: Iterable[Heartbeat], now: float) -> Heartbeat:
     """The rank that the others wait for: one that cannot run, else the one that came least far, else one that is silent, else the one longest there."""
     order = {"gone": 0, "stopped": 1, "silent": 2, "alive": 2}
@@ -88,7 +96,7 @@ def describe_standstill(beats: dict[int, Heartbeat], world: int, deadline: float
     """One sentence: which rank of ``world`` is behind, where it stands, and where the others wait. ``beats`` holds at least one."""
     missing = [rank for rank in range(world) if rank not in beats]
     if missing:
-        return f"{_ranks(missing)} of {world} never began its first phase (deadline {deadline:g} s)"
+        return f"{ranks_in_words(missing)} of {world} never began its first phase (deadline {deadline:g} s)"
     worst = most_behind(beats.values(), now)
     state = {
         "gone": "; its process has ended",
@@ -102,16 +110,20 @@ def describe_standstill(beats: dict[int, Heartbeat], world: int, deadline: float
         if rank != worst.rank:
             places.setdefault((beat.phase, beat.step), []).append(rank)
     if places:
-        waits = [f"{_ranks(ranks)} in {phase} of step {step}" for (phase, step), ranks in places.items()]
+        waits = [f"{ranks_in_words(ranks)} in {phase} of step {step}" for (phase, step), ranks in places.items()]
         text += f"; waiting: {', '.join(waits)}"
     return text
 
 
-def _ranks(ranks: list[int]) -> str:
+def ranks_in_words(ranks: list[int]) -> str:
+    """ "rank 3", "ranks 1, 4", or "ranks 8 to 15" for some that follow one another."""
+    if len(ranks) > 2 and ranks == list(range(ranks[0], ranks[-1] + 1)):
+        return f"ranks {ranks[0]} to {ranks[-1]}"
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
 
 
-def _process_state(pid: int) -> str:
+def process_state(pid: int) -> str:
+    """ "alive", "stopped" or "gone": a process of this host."""
     with contextlib.suppress(OSError, IndexError):
         letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         return {"Z": "gone", "X": "gone", "T": "stopped"}.get(letter, "alive")
@@ -122,16 +134,3 @@ def _process_state(pid: int) -> str:
     except PermissionError:
         return "alive"
     return "alive"
-
-
-def wait_for_somebody_gone(health: Path, rank: int, seconds: float) -> dict[int, Heartbeat]:
-    """The heartbeats, once a rank other than ``rank`` is gone or ``seconds`` have passed: a connection closes a moment before its process is seen to end."""
-    deadline = time.monotonic() + seconds
-    while True:
-        beats = read_heartbeats(health)
-        now = time.time()
-        if any(beat.state(now) != "alive" for beat in beats.values() if beat.rank != rank):
-            return beats
-        if time.monotonic() > deadline:
-            return beats
-        time.sleep(0.1)

@@ -92,11 +92,12 @@ def data_fingerprint(prompts: PromptSet) -> str:
 # -- configuration ------------------------------------------------------------------------------------------------------------------------------
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
+def flat(tree: dict, prefix: str = "") -> dict[str, object]:
+    """Dotted keys and their values."""
     found: dict[str, object] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
             found[prefix + key] = value
     return found
@@ -113,7 +114,7 @@ def _defaults() -> dict[str, object]:
 
 def changed_keys(saved: dict, now: dict) -> dict[str, tuple[object, object]]:
     """Dotted keys whose values differ, with (saved, now); a key that was not there yet counts as its default, any other that one side lacks as None."""
-    before, after = _defaults() | _flat(saved), _flat(now)
+    before, after = _defaults() | flat(saved), flat(now)
     return {
         key: (before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())

@@ -37,6 +37,10 @@ _IDLE, _WRITING, _DONE, _FAILED = range(4)
 _REST, _WORK = 9.0, 0.005
 
 
+class StuckSaveError(TimeoutError):
+    """A checkpoint was not written in time; the message says which and where."""
+
+
 @dataclass(frozen=True)
 class SaveReport:
     """How a save ended: ``problem`` is None where the checkpoint is complete, else a sentence. ``seconds`` from its start. ``warnings``: on rank 0."""
@@ -102,7 +106,9 @@ class CheckpointSaver:
             # An older attempt at the same step may have left files.
             if dist.get_rank() == 0:
                 self._discard(work)
-                work.mkdir(parents=True)
+                # Not its parents: where the shared folder is gone, none of it must be made on this host's own disk.
+                self.root.mkdir(exist_ok=True)
+                work.mkdir()
         except OSError as error:
             self._problem = f"{work}: {error.strerror or error}"
         dist.barrier(group=host_group())
@@ -162,7 +168,7 @@ class CheckpointSaver:
         while self.busy:
             self._thread.join(self.timeout)
             if self._thread.is_alive():
-                raise TimeoutError(
+                raise StuckSaveError(
                     f"the checkpoint of step {self._step} was not written within {self.timeout:.0f} s: is the disk of {self.root} reachable?"
                 )
             reports += self.poll()[0]

@@ -1,15 +1,18 @@
 """Nothing hangs for ever: every rank says where it is, and ends the run with one clear sentence when it has stood still for too long.
 
-    main thread:  enter("rollout", 12) -> enter("reward") -> enter("exchange") -> enter("update") ...      sets a few fields
-    own thread:   writes them to OUTPUT/health/rank-R.json; is the phase older than its deadline?
-                  then: who is behind (from everybody's files), one sentence, all stacks to a file, exit code 70
+    main thread:       enter("rollout", 12) -> enter("reward") -> enter("exchange") -> ...        sets a few fields
+    heartbeat thread:  writes them to OUTPUT/health/rank-R.json; in a shared folder that has gone away that may hang
+    watchdog thread:   is the phase older than its deadline? then: who is missing, one sentence, all stacks to a file,
+                       exit code 70. It looks at files and network through threads that it does not wait for long
 
-A collective has a deadline of its own, but raises on those that wait; the files tell whom they wait for. :func:`explain_failure` does the same for a collective
-that raised because another rank is gone.
+A collective has a deadline of its own, but raises on those that wait; network and files tell whom they wait for
+(:mod:`~dcpo_megatron.training.standstill`). :meth:`Watchdog.explain` does the same for a collective that raised because
+another rank is gone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import math
 import os
@@ -18,22 +21,24 @@ import socket
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dcpo_megatron.training.heartbeat import (
     VERDICT,
     Heartbeat,
     beat_file,
-    describe_standstill,
     health_folder,
     read_heartbeats,
-    wait_for_somebody_gone,
+    unreadable,
     write_heartbeat,
 )
+from dcpo_megatron.training.reach import Door, Peer, dead_link, look_around
 from dcpo_megatron.training.signals import STOOD_STILL
+from dcpo_megatron.training.standstill import RESUME, Seen, broken, standing
 from dcpo_megatron.training.timeline import Timeline
 
-RESUME = "this run is stopped; start the same command again to resume"
 # Phases by the span that begins them.
 PHASE_OF_SPAN = {
     "rollout": "rollout",
@@ -47,7 +52,11 @@ _OF_A_COLLECTIVE = re.compile(
     r"Connection (closed|reset|refused)|[Tt]imed out|[Tt]imeout|Broken pipe|NCCL|gloo|ProcessGroup|TCPStore|Socket",
     re.DOTALL,
 )
+TIMED_OUT = re.compile(r"[Tt]imed? ?out")
+_BROKEN = re.compile(r"Connection (closed|reset|refused)|Broken pipe")
 _LONGEST_PERIOD = 15.0
+# What a watchdog that must speak gives files and network, in seconds.
+_LOOKS_FOR, _WRITES_FOR = 4.0, 2.0
 
 
 def collective_timeout(timeout_seconds: float) -> float:
@@ -60,6 +69,21 @@ def _looks(timeout_seconds: float) -> float:
     return min(1.0, timeout_seconds / 20)
 
 
+def within(seconds: float, work: Callable, default: object = None):
+    """What ``work()`` returns, or ``default`` where it takes longer than ``seconds`` or raises OSError. It may go on
+    in its thread: files on a dead server do."""
+    answer = []
+
+    def run() -> None:
+        with contextlib.suppress(OSError):
+            answer.append(work())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answer[0] if answer else default
+
+
 class Watchdog:
     """The heartbeat of this rank, and the deadline of its phases. Silent and harmless until :meth:`start`.
 
@@ -67,33 +91,41 @@ class Watchdog:
         run: the run's folder.
         rank, world: this rank and how many there are.
         timeout_seconds: how long a phase may last without progress.
+
+    ``peers``: all ranks, once they have introduced themselves; ``door``: where they find this one.
     """
 
     def __init__(self, run: Path, rank: int, world: int, timeout_seconds: float):
         self.health = health_folder(run)
+        self.peers: Sequence[Peer] = ()
+        self.door: Door | None = None
         self._rank, self._world, self._timeout = rank, world, timeout_seconds
         self._period = min(_LONGEST_PERIOD, timeout_seconds / 4)
         now = time.time()
-        # Replaced as a whole, so that the other thread sees one state: step, phase, since, sequence, deadline.
+        # Replaced as a whole, so that the other threads see one state: step, phase, since, sequence, deadline.
         self._place: tuple[int, str, float, int, float] = (0, "start", now, 0, math.inf)
         self._moved = now
-        self._changed = threading.Event()
-        self._closed = False
-        self._thread: threading.Thread | None = None
+        self._changed, self._over = threading.Event(), threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._started = self._complained = False
         self._host, self._pid = socket.gethostname(), os.getpid()
 
     def start(self) -> None:
         """Begins to write and to watch. What an earlier run left is removed: this rank's by this rank, the rest by rank 0. Raises OSError."""
         self.health.mkdir(parents=True, exist_ok=True)
         if self._rank == 0:
-            for file in [self.health / VERDICT, *self.health.glob("rank-*")]:
+            kinds = ("rank-*", "said-*", "meeting-*")
+            for file in [self.health / VERDICT, *(file for kind in kinds for file in self.health.glob(kind))]:
                 number = file.name[5:10]
-                if file.name == VERDICT or (number.isdigit() and int(number) >= self._world):
+                if not file.name.startswith("rank-") or (number.isdigit() and int(number) >= self._world):
                     file.unlink(missing_ok=True)
-        beat_file(self.health, self._rank).with_suffix(".stacks").unlink(missing_ok=True)
+        for kind in (".stacks", ".traceback"):
+            self._file(kind).unlink(missing_ok=True)
         self._write()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._thread.start()
+        self._started = True
+        for name, work in (("heartbeat", self._keep_writing), ("watchdog", self._watch)):
+            self._threads.append(threading.Thread(target=work, name=name, daemon=True))
+            self._threads[-1].start()
 
     def enter(self, phase: str, step: int | None = None, timeout_seconds: float | None = None) -> None:
         """This rank begins ``phase`` of ``step`` (None: the same step), which may last ``timeout_seconds`` (None: the run's). Costs a microsecond."""
@@ -109,18 +141,46 @@ class Watchdog:
         self._moved = time.time()
 
     def close(self, phase: str | None = None) -> None:
-        """Stops watching; ``phase`` is the last word that stays in the file, such as "finished". Safe to call twice."""
-        thread, self._thread = self._thread, None
-        if thread is None:
+        """Stops watching; ``phase`` is the last word that stays in the file, such as "finished". Safe to call twice.
+
+        Where the watchdog is about to speak, it ends the process here.
+        """
+        threads, self._threads = self._threads, []
+        if not threads:
             return
-        self._closed = True
+        self._over.set()
         self._changed.set()
-        thread.join(timeout=10)
+        writing, watching = threads
+        watching.join(_LOOKS_FOR + 4 * _WRITES_FOR)
+        writing.join(_WRITES_FOR)
         if phase is not None:
             self.enter(phase)
-        self._write()
+        if not writing.is_alive():  # it may hang in a folder that is gone: the same file is not for two
+            within(_WRITES_FOR, self._write)
 
-    # -- the other thread -------------------------------------------------------------------------------------------------------------------
+    def explain(self, error: BaseException) -> str:
+        """:func:`explain_failure` for this rank, after :meth:`close`."""
+        if not self._started:  # heartbeats are an earlier run's
+            return ""
+        return explain_failure(
+            error, self.health.parent, self._world, rank=self._rank, peers=self.peers, own=self._beat()
+        )
+
+    def keep(self, error: BaseException) -> Path | None:
+        """Writes the traceback of ``error`` beside this rank's heartbeat, and returns the file; None where that
+        cannot be."""
+
+        def write() -> Path:
+            file = self._file(".traceback")
+            file.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="backslashreplace")
+            return file
+
+        return within(_WRITES_FOR, write)
+
+    # -- the other threads ------------------------------------------------------------------------------------------------------------------
+
+    def _file(self, kind: str) -> Path:
+        return beat_file(self.health, self._rank).with_suffix(kind)
 
     def _beat(self) -> Heartbeat:
         step, phase, since, sequence, _ = self._place
@@ -131,43 +191,58 @@ class Watchdog:
     def _write(self) -> None:
         try:
             write_heartbeat(self.health, self._beat())
+            self._complained = False
         except OSError as error:
-            # A full disk must not end the run; it is said once.
-            if not getattr(self, "_complained", False):
+            # A full disk, or a shared folder that is gone, must not end the run; it is said once each time.
+            if not self._complained:
                 self._complained = True
                 print(f"dcpo: {self.health} cannot be written ({error.strerror}): no heartbeats", file=sys.stderr)
 
-    def _watch(self) -> None:
-        written = 0.0
+    def _keep_writing(self) -> None:
         looks = _looks(self._timeout)
-        while not self._closed:
-            changed = self._changed.wait(looks)
+        while not self._over.is_set():
+            self._changed.wait(self._period)
             self._changed.clear()
-            now = time.time()
-            if changed or now - written > self._period:
-                self._write()
-                written = now
-            if changed:
-                time.sleep(min(0.05, looks))  # phases that follow at once share a writing
+            self._write()
+            time.sleep(min(0.05, looks))  # phases that follow at once share a writing
+
+    def _watch(self) -> None:
+        while not self._over.wait(_looks(self._timeout)):
             *_, deadline = self._place
-            if now - self._moved > deadline and not self._closed:
+            if time.time() - self._moved > deadline:
                 self._stop_the_run(deadline)
 
     def _stop_the_run(self, deadline: float) -> None:
-        self._write()
-        with open(beat_file(self.health, self._rank).with_suffix(".stacks"), "w") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-        beats = read_heartbeats(self.health) | {self._rank: self._beat()}
-        sentence = f"{describe_standstill(beats, self._world, deadline, time.time())}: {RESUME}"
         try:
-            # Several ranks reach their deadlines together; one speaks.
-            with open(self.health / VERDICT, "x", encoding="utf-8") as file:
-                file.write(sentence + "\n")
-            os.write(2, f"dcpo: error: {sentence}\n".encode())
-        except OSError:
-            pass_on = f"dcpo: rank {self._rank} ends: the run has stood still, see {self.health / VERDICT}\n"
-            os.write(2, pass_on.encode())
-        os._exit(STOOD_STILL)
+            own = self._beat()
+            try:
+                sentence = standing(see(self.health, self._rank, self.peers, own), self._world, deadline)
+            except Exception as error:  # whatever it is, this rank ends with a word
+                sentence = f"{own} has stood in phase {own.phase} of step {own.step} (deadline {deadline:g} s; {error!r}): {RESUME}"
+            within(_WRITES_FOR, self._leave_stacks)
+            heard = within(_WRITES_FOR, lambda: self._leave_verdict(sentence), False)
+            text = f"error: {sentence}"
+            if heard:
+                text = f"rank {self._rank} ends: the run has stood still, see {self.health / VERDICT}"
+            within(_WRITES_FOR, lambda: os.write(2, f"dcpo: {text}\n".encode()))
+        finally:
+            os._exit(STOOD_STILL)
+
+    def _leave_stacks(self) -> None:
+        with open(self._file(".stacks"), "w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+
+    def _leave_verdict(self, sentence: str) -> bool:
+        """Writes the first rank's sentence. Returns whether another rank has said its own on this console already:
+        ranks of one host may share one."""
+        with contextlib.suppress(FileExistsError), open(self.health / VERDICT, "x", encoding="utf-8") as file:
+            file.write(sentence + "\n")
+        console = os.fstat(2)
+        try:
+            (self.health / f"said-{self._host}-{console.st_dev}-{console.st_ino}").touch(exist_ok=False)
+        except FileExistsError:
+            return True
+        return False
 
 
 class WatchedTimeline(Timeline):
@@ -184,29 +259,43 @@ class WatchedTimeline(Timeline):
         return super().span(name)
 
 
-def explain_failure(error: BaseException, folder: Path, world: int, *, rank: int = -1, patience: float = 2.0) -> str:
-    """Why a collective raised ``error`` on ``rank``, from the heartbeats in the run's ``folder``: a sentence that names the rank that is gone, stopped or behind.
+def see(health: Path, rank: int, peers: Sequence[Peer], own: Heartbeat | None = None) -> Seen:
+    """What ``rank`` can learn of the others now, from the network and from the heartbeats in ``health``. Takes some
+    seconds at most."""
+    reached: dict[int, str] = {}
+    asking = threading.Thread(target=lambda: reached.update(look_around(peers, rank)), daemon=True)
+    asking.start()
+    found = within(_WRITES_FOR, lambda: (read_heartbeats(health), unreadable(health)), ({}, "it does not answer"))
+    asking.join(_LOOKS_FOR)
+    beats, folder = found
+    link = dead_link(peers[rank]) if peers else None
+    return Seen(rank, peers, dict(reached), beats | ({} if own is None else {rank: own}), folder, link, time.time())
 
-    Empty where ``error`` is not about a collective, or the heartbeats tell nothing. Waits up to ``patience`` seconds for a rank to be seen gone.
+
+def explain_failure(
+    error: BaseException,
+    folder: Path,
+    world: int,
+    *,
+    rank: int = -1,
+    patience: float = 2.0,
+    peers: Sequence[Peer] = (),
+    own: Heartbeat | None = None,
+) -> str:
+    """Why a collective raised ``error`` on ``rank``: a sentence that names the rank that cannot be reached, is gone,
+    stopped or behind.
+
+    ``peers``: all ranks, to be looked for over the network; the rest is told by the heartbeats in the run's ``folder``;
+    ``own``: this rank's, as of now. Empty where ``error`` is not about a collective, or nothing is found. Waits up to
+    ``patience`` seconds for a rank to be seen gone: a connection closes a moment before its process has ended.
     """
-    if (
-        world < 2
-        or not isinstance(error, RuntimeError)
-        or not _OF_A_COLLECTIVE.search(f"{type(error).__name__} {error}")
-    ):
+    text = f"{type(error).__name__} {error}"
+    if world < 2 or not isinstance(error, RuntimeError) or not _OF_A_COLLECTIVE.search(text):
         return ""
-    beats = wait_for_somebody_gone(health_folder(folder), rank, patience)
-    now = time.time()
-    others = [beat for beat in beats.values() if beat.rank != rank]
-    lost = [beat for beat in others if beat.state(now) != "alive"]
-    if lost:
-        worst = min(lost, key=lambda beat: (["gone", "stopped", "silent"].index(beat.state(now)), beat.written))
-        what = {"gone": "is gone: its process has ended", "stopped": "is stopped", "silent": "gives no sign of life"}
-        return (
-            f"{worst} {what[worst.state(now)]}; it was last seen in phase {worst.phase} of step {worst.step}: {RESUME}"
-        )
-    if beats and re.search(r"[Tt]imed? ?out", str(error)):
-        worst = min(beats.values(), key=lambda beat: (beat.sequence, beat.since))
-        if worst.rank != rank:
-            return f"{worst} is behind: it has stood in phase {worst.phase} of step {worst.step} for {now - worst.since:.0f} s: {RESUME}"
-    return ""
+    until = time.monotonic() + patience
+    while not (seen := see(health_folder(folder), rank, peers, own)).anybody_missing() and time.monotonic() < until:
+        time.sleep(0.1)
+    timed_out = bool(TIMED_OUT.search(text))
+    if not timed_out and not _BROKEN.search(text) and not seen.anybody_missing():
+        return ""  # a fault of another kind, of which the error itself tells more
+    return broken(seen, timed_out)

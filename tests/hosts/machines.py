@@ -53,6 +53,8 @@ class HostProcess(subprocess.Popen):
             with contextlib.suppress(OSError):
                 inside = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
                 os.kill(int(inside[0]) if inside else self.pid, number)
+                if number in (signal.SIGKILL, signal.SIGCONT):
+                    os.kill(self.pid, signal.SIGCONT)  # `nsenter` stops with what it waits for
 
 
 class Host:

@@ -1,6 +1,7 @@
 """Metrics' files on a disk that is full for a while: nothing is cut in half, nothing is lost, and TensorBoard reads them."""
 
 import contextlib
+import os
 import resource
 
 import pytest
@@ -36,6 +37,19 @@ def test_rows_wait_in_memory_and_come_whole_and_in_order(tmp_path):
     assert [sentence.split(" (")[0] for sentence in said] == [
         "rows cannot be written", "rows cannot be written", "1 rows of rows are lost: they could not be written to the end",
     ]  # fmt: skip
+
+
+def test_a_handle_that_has_outlived_its_file_system_is_opened_anew(tmp_path):
+    said = []
+    file = GrowingFile(tmp_path / "rows", said.append)
+    file.append(b"first\n")
+    with open("/dev/full", "wb") as dead:  # what it is open on takes nothing any more
+        os.dup2(dead.fileno(), file._file.fileno())
+    file.append(b"second\n")
+    assert len(said) == 1 and (tmp_path / "rows").read_bytes() == b"first\n"
+    file.append(b"third\n")
+    file.close()
+    assert len(said) == 1 and (tmp_path / "rows").read_bytes() == b"first\nsecond\nthird\n"
 
 
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:

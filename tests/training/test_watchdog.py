@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dcpo_megatron.training import reach
 from dcpo_megatron.training.heartbeat import (
     Heartbeat,
     describe_standstill,
@@ -20,6 +21,8 @@ from dcpo_megatron.training.heartbeat import (
     read_heartbeats,
     write_heartbeat,
 )
+from dcpo_megatron.training.reach import Peer
+from dcpo_megatron.training.standstill import Seen, broken, standing
 from dcpo_megatron.training.watchdog import (
     PHASE_OF_SPAN,
     Watchdog,
@@ -245,3 +248,120 @@ def test_a_heartbeat_file_is_whole_at_any_time(tmp_path):
     finally:
         stop.set()
         thread.join()
+
+
+# -- without the folder, and over the network ---------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_whose_folder_is_gone_still_speaks_and_ends(tmp_path):
+    done = watched(tmp_path, "import shutil; watchdog.enter('update', 3); shutil.rmtree(watchdog.health)\nsleep_here()")
+    assert done.returncode == 70
+    assert "dcpo: error: rank 0 on host" in done.stderr and "has stood in phase update of step 3" in done.stderr
+
+
+def test_a_rank_whose_folder_hangs_still_speaks_and_ends(tmp_path):
+    """A pipe nobody reads stands for a network file system whose server is gone: opening it to write waits for ever."""
+    body = """
+import os
+os.mkfifo(watchdog.health / "rank-00000.part")
+os.mkfifo(watchdog.health / "rank-00000.stacks")
+watchdog.enter('save', 3)
+sleep_here()
+"""
+    began = time.monotonic()
+    done = watched(tmp_path, body)
+    assert done.returncode == 70 and "has stood in phase save of step 3" in done.stderr, done.stderr
+    assert time.monotonic() - began < 19
+
+
+def test_two_ranks_on_one_console_say_it_once_and_on_two_consoles_twice(tmp_path):
+    health = health_folder(tmp_path)
+    health.mkdir()
+    watchdogs = [Watchdog(tmp_path, rank, 2, 60) for rank in range(2)]
+    assert [one._leave_verdict("a sentence") for one in watchdogs] == [False, True]
+    assert (health / "verdict").read_text() == "a sentence\n"
+    for file in health.glob("said-*"):
+        file.unlink()  # as if the other had another console
+    assert watchdogs[1]._leave_verdict("another") is False
+    assert (health / "verdict").read_text() == "a sentence\n"
+
+
+PEERS = [
+    Peer(0, "a", 10, (("10.0.0.1", 1),)),
+    Peer(1, "b", 11, (("10.0.0.2", 2),)),
+    Peer(2, "c", 12, (("10.0.0.3", 3),)),
+]
+
+
+def seen(reached: dict, beats: dict, rank: int = 0, **changes) -> Seen:
+    world = len(reached) + 1
+    return Seen(rank, PEERS[:world], reached, beats, **({"folder": None, "dead_link": None, "now": NOW} | changes))
+
+
+def test_a_host_that_does_not_answer_is_named_though_its_heartbeats_are_fresh():
+    beats = by_rank(beat(0, "exchange", 40, 8), beat(1, "exchange", 40, 9))
+    said = standing(seen({1: "lost"}, beats), 2, 8)
+    assert said.startswith(
+        "rank 1 on host b cannot be reached over the network (no answer from 10.0.0.2); it was last seen in"
+    )
+    assert "rank 0 on host x has waited in phase exchange of step 12 since " in said and "(8 s, deadline 8 s)" in said
+    assert said.endswith("see to host b and the network between, then start the same command again to resume")
+    # Nobody is behind where both stand in the same phase and answer.
+    assert "as all ranks have, and all that were asked answer: a connection" in standing(
+        seen({1: "there"}, beats), 2, 8
+    )
+    beats[1] = beat(1, "reward", 39, 9)
+    assert standing(seen({1: "there"}, beats), 2, 8).startswith("rank 1 on host x has stood in phase reward")
+
+
+def test_the_host_that_reaches_none_of_several_is_the_one_that_is_cut_off():
+    beats = by_rank(*(beat(rank, "exchange", 40, 8) for rank in range(3)))
+    said = standing(seen({1: "lost", 2: "lost"}, beats), 3, 8)
+    assert said.startswith(
+        "rank 0 on host a is cut off from the network (no other host answers): rank 1 on host b, rank 2 on host c cannot"
+    )
+    said = standing(seen({1: "lost"}, beats, dead_link="eth0"), 2, 8)
+    assert said.startswith("rank 0 on host a is cut off from the network (the link of eth0 is down): rank 1 on host b")
+    assert "rank 1 on host b cannot be reached" in standing(seen({1: "lost", 2: "there"}, beats), 3, 8)
+
+
+def test_of_several_that_are_gone_the_first_is_named():
+    beats = by_rank(beat(0, "update", 40, 8), beat(1, "update", 40, 8), beat(2, "update", 40, 8, written=NOW - 5))
+    said = broken(seen({1: "gone", 2: "gone"}, beats), timed_out=False)
+    assert said.startswith(
+        "rank 2 on host c is gone: its process has ended; it was last seen in phase update of step 12 (5 s ago)"
+    )
+
+
+def test_where_the_folder_cannot_be_read_nothing_is_made_up():
+    own = by_rank(beat(0, "update", 40, 8))
+    said = standing(seen({1: "there"}, own, folder="Stale file handle"), 2, 8)
+    assert (
+        "never began" not in said
+        and "all other ranks that could be asked answer" in said
+        and "(Stale file handle)" in said
+    )
+
+
+def test_a_closed_connection_among_ranks_that_all_answer_is_said_to_be_one():
+    beats = by_rank(beat(0, "update", 40, 8), beat(1, "update", 40, 8))
+    assert "lost its connection to another rank, and all ranks answer" in broken(
+        seen({1: "there"}, beats), timed_out=False
+    )
+    # Nobody is behind where all stand in one phase.
+    assert "waited too long for another rank, and all ranks answer" in broken(seen({1: "there"}, beats), timed_out=True)
+    assert broken(seen({}, beats), timed_out=False) == ""
+
+
+def test_a_process_is_found_by_its_door_and_not_found_when_it_has_ended(monkeypatch):
+    monkeypatch.setattr(reach, "collective_addresses", lambda: ["127.0.0.1", "192.0.2.77"])  # one cannot be had
+    door = reach.Door()
+    ((address, port),) = door.places
+    assert [reach._knock((address, port), 2.0) for _ in range(3)] == ["there"] * 3
+    door.close()
+    assert reach._knock((address, port), 2.0) == "gone"
+
+
+def test_in_a_large_run_each_rank_asks_one_of_every_other_host():
+    peers = [Peer(rank, f"h{rank // 4}", rank) for rank in range(12)]
+    assert [peer.rank for peer in reach._one_a_host([p for p in peers if p.host != "h0"], 2)] == [6, 10]
