@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dcpo_megatron", "dcpo_megatron.*"]),
-    package_data={"dcpo_megatron": ["py.typed", "recipes/**/*.yaml"]},
+    package_data={"dcpo_megatron": ["py.typed", "config/recipes/**/*.yaml"]},
     install_requires=[
         "torch>=2.6",
         'megatron-core>=0.16,<0.17; python_version < "3.12"',

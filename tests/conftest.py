@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def demo_start(tmp_path_factory) -> Path:
     """A folder with a small model (random weights) and its tokenizer, as the demo makes them before the warm-up."""
-    from dcpo_megatron.training.warm_up import make_model, make_tokenizer, save
+    from dcpo_megatron.toys.warm_up import make_model, make_tokenizer, save
 
     folder = tmp_path_factory.mktemp("start")
     tokenizer = make_tokenizer()

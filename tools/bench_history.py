@@ -73,7 +73,7 @@ def made_history(prompts: int):
 
 def measure_file(folder: Path, args: argparse.Namespace) -> dict:
     from dcpo_megatron.advantages import RewardHistory
-    from dcpo_megatron.advantages.history_file import load_history, save_history
+    from dcpo_megatron.advantages.sas_file import load_history, save_history
 
     history, path = made_history(args.prompts), folder / "history"
     seconds: dict[str, list[float]] = {"save": [], "load": []}

@@ -50,7 +50,7 @@ HAVE_ENTROPY = ("full", "ours", "ours-fused", "ours-triton", "ours-fused-triton"
 
 def refusal(row: str, args: argparse.Namespace) -> str | None:
     """Why a row cannot run here; None where it can be tried."""
-    from dcpo_megatron.mcore.head_blocks import missing_for_triton
+    from dcpo_megatron.mcore.head.backend import missing_for_triton
 
     package = {"liger": "liger_kernel", "verl": "verl"}.get(row)
     if args.entropy and row not in HAVE_ENTROPY:
@@ -96,7 +96,7 @@ def make_row(row: str, args: argparse.Namespace, group):
 
         return megatron
     if row.startswith("ours"):
-        from dcpo_megatron.mcore.head import logprobs_from_hidden, loss_from_hidden
+        from dcpo_megatron.mcore.head.response_head import logprobs_from_hidden, loss_from_hidden
 
         head = "triton" if row.endswith("triton") else "torch"
         settings = dict(vocab=args.vocab, tensor_group=group, chunk_tokens=args.chunk_tokens, head=head)
@@ -312,7 +312,7 @@ def main(options: list[str] | None = None) -> int:
         )
         print(f"bench_logprobs: error: {reason}; rows are: {', '.join(ROWS)}", file=sys.stderr)
         return 2
-    from dcpo_megatron.cli.quiet import quiet_libraries
+    from dcpo_megatron.console.quiet import quiet_libraries
 
     quiet_libraries()
     if args.measure:

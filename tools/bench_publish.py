@@ -76,7 +76,7 @@ def measure(args: argparse.Namespace) -> None:
     """One training rank: publishes in turns; rank 0 also broadcasts, and leaves ``result.json``."""
     import torch.distributed as dist
 
-    from dcpo_megatron.cli.quiet import quiet_libraries
+    from dcpo_megatron.console.quiet import quiet_libraries
 
     quiet_libraries()
     from dcpo_megatron.mcore import platform as platforms
@@ -359,7 +359,7 @@ def main(arguments: list[str] | None = None) -> int:
         made.error("--millions, --servers, --tp, --bucket-mib and --repeats must be above 0")
     if args.url and not args.model:
         made.error("--url needs --model: the folder that the servers serve")
-    from dcpo_megatron.cli.quiet import quiet_libraries
+    from dcpo_megatron.console.quiet import quiet_libraries
     from dcpo_megatron.rollout.serving import ServingError
 
     quiet_libraries()
@@ -384,7 +384,7 @@ def _one_model(args: argparse.Namespace, folder: Path, millions: float | None) -
     """Starts what is needed and measures one model; None where a rank failed, which has said why."""
     from contextlib import nullcontext
 
-    from dcpo_megatron.cli.launch import run_ranks
+    from dcpo_megatron.launch.local import run_ranks
     from dcpo_megatron.rollout.serving import start_servers
 
     model = Path(args.model or folder / "model").absolute()

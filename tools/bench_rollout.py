@@ -33,7 +33,7 @@ REQUEST_SECONDS = 600.0
 
 def make_model(folder: Path) -> None:
     """Writes the demo's model, untrained, for longer sequences."""
-    from dcpo_megatron.training.warm_up import make_model, make_tokenizer, save
+    from dcpo_megatron.toys.warm_up import make_model, make_tokenizer, save
 
     tokenizer = make_tokenizer()
     save(make_model(len(tokenizer), seed=0, layers=2, hidden=64, positions=4096), tokenizer, folder)
@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     import httpx
 
-    from dcpo_megatron.cli.quiet import quiet_libraries
+    from dcpo_megatron.console.quiet import quiet_libraries
     from dcpo_megatron.rollout import RolloutError
     from dcpo_megatron.rollout.serving import start_servers
 

@@ -43,18 +43,18 @@ def bench_rank(args, folder: Path) -> None:
     import torch.distributed as dist
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from dcpo_megatron.cli.quiet import quiet_libraries
+    from dcpo_megatron.console.quiet import quiet_libraries
 
     quiet_libraries()
+    from dcpo_megatron.checkpoint.saver import CheckpointSaver
+    from dcpo_megatron.checkpoint.snapshot import take_snapshot
     from dcpo_megatron.mcore import platform as platforms
     from dcpo_megatron.mcore.batch import Sequence
     from dcpo_megatron.mcore.hf_config import read_shape
     from dcpo_megatron.mcore.layout import ParallelLayout, make_groups, rank_position
     from dcpo_megatron.mcore.model import ModelOptions, OptimizerOptions
     from dcpo_megatron.mcore.step import PolicyModel
-    from dcpo_megatron.mcore.training_state import take_snapshot
     from dcpo_megatron.objectives import get_preset
-    from dcpo_megatron.training.saver import CheckpointSaver
     from dcpo_megatron.weights.transfer import load_weights
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.ranks))
@@ -154,8 +154,8 @@ def main() -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from dcpo_megatron.cli.launch import run_ranks
-    from dcpo_megatron.cli.quiet import quiet_libraries
+    from dcpo_megatron.console.quiet import quiet_libraries
+    from dcpo_megatron.launch.local import run_ranks
 
     quiet_libraries()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

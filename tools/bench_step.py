@@ -33,7 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dcpo_megatron.cli.quiet import quiet_libraries  # noqa: E402
+from dcpo_megatron.console.quiet import quiet_libraries  # noqa: E402
 
 RECIPE = ROOT / "examples" / "configs" / "demo.yaml"
 ROLLOUT = ("rollout", "rollout_wait")
@@ -94,8 +94,8 @@ def measure(args: argparse.Namespace) -> int:
 
 
 def _run_steps(args: argparse.Namespace) -> dict:
+    from dcpo_megatron.config.schema import load_config
     from dcpo_megatron.training.checks import check_run
-    from dcpo_megatron.training.config import load_config
 
     run = check_run(load_config(args.config, args.overrides), int(os.environ.get("WORLD_SIZE", "1")))
     import torch
@@ -234,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
         command = [__file__, "--measure", str(folder), "--steps", str(args.steps), "--warm-up", str(args.warm_up)]
         command += [word for file in recipes for word in ("--config", file)]
         command += ["--trace", "yes"] if args.trace else []
-        from dcpo_megatron.cli.launch import run_ranks
+        from dcpo_megatron.launch.local import run_ranks
         from dcpo_megatron.rollout.serving import ServingError
 
         try:
@@ -255,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     show(rows)
     if args.trace:
-        from dcpo_megatron.training.timeline import Event, chrome_trace
+        from dcpo_megatron.monitor.timeline import Event, chrome_trace
 
         trace = chrome_trace({rank: [Event(*event) for event in one["events"]] for rank, one in enumerate(found)})
         Path(args.trace).write_text(json.dumps(trace), encoding="utf-8")
@@ -272,7 +272,7 @@ def _random_model(name: str, folder: Path) -> list[str]:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from dcpo_megatron.data import make_arithmetic, write_jsonl
-    from dcpo_megatron.training.warm_up import make_tokenizer, save
+    from dcpo_megatron.toys.warm_up import make_tokenizer, save
 
     tokens = dict(bos_token_id=None, eos_token_id=0, pad_token_id=0)
     torch.manual_seed(0)

@@ -271,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.play:
         play(args.play)
         return 0
-    from dcpo_megatron.cli.quiet import quiet_libraries
+    from dcpo_megatron.console.quiet import quiet_libraries
     from dcpo_megatron.rollout.protocol import RolloutError
 
     quiet_libraries()

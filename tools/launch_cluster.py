@@ -6,7 +6,7 @@ from pathlib import Path
 # A checkout runs without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dcpo_megatron.cli.cluster import main
+from dcpo_megatron.launch.ssh import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,8 +21,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dcpo_megatron.cli.resumption import MOMENTS, Difference, Watch, compare, make_task, wait_for
-from dcpo_megatron.training.checkpoint_folder import checkpoint_name, complete_steps, problem_of
+from dcpo_megatron.checkpoint.folder import checkpoint_name, complete_steps, problem_of
+from dcpo_megatron.verification.resumption import MOMENTS, Difference, Watch, compare, make_task, wait_for
 from tests.hosts.machines import Host, HostProcess, Hosts
 
 # The ranks' own deadline, and what they may take beyond it until they have spoken and ended, on a busy machine.

@@ -6,7 +6,7 @@ r"""Chains of arithmetic with worked steps, as hard as wanted: training and held
 
 A problem draws its number of terms and the digits of each operand: the set holds easy and hard ones. ``--question`` words the prompt for a model that was not made here:
 --question 'What is CHAIN? Please reason step by step, and put your final answer within \boxed{}.' Answers are whole numbers: train with
-reward.function=dcpo_megatron.rewards.boxed_integer:reward, so that the question itself is no answer.
+reward.function=dcpo_megatron.toys.boxed_integer:reward, so that the question itself is no answer.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     """Writes the files; returns the exit code."""
     args = parser().parse_args(argv)
     from dcpo_megatron.data import write_jsonl
-    from dcpo_megatron.data.chains import ChainTask, make_chains
+    from dcpo_megatron.toys.chains import ChainTask, make_chains
 
     folder = Path(args.output)
     try:

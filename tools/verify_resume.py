@@ -8,7 +8,7 @@ from pathlib import Path
 # A checkout runs without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dcpo_megatron.cli.resumption import main
+from dcpo_megatron.verification.resumption import main
 from tools.link_cuts import verify
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .statistics import exchange_moments
+from dcpo_megatron.advantages.moments import exchange_moments
 
 
 def keep_mixed_groups(

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .statistics import Moments, exchange_moments
+from dcpo_megatron.advantages.moments import Moments, exchange_moments
 
 
 def group_advantages(

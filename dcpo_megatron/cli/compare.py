@@ -23,8 +23,8 @@ from pathlib import Path
 
 import yaml
 
-from dcpo_megatron.cli.quiet import quiet_libraries
-from dcpo_megatron.training.signals import START_AGAIN
+from dcpo_megatron.console.quiet import quiet_libraries
+from dcpo_megatron.launch.signals import START_AGAIN
 
 BAD_INPUT = 2
 # Keys that may differ when a comparison goes on: they change no number of it.
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(plan, file: Path, parallel: int | None, quiet: bool) -> int:
-    from dcpo_megatron.cli.compare_jobs import Job, Jobs
+    from dcpo_megatron.comparison.jobs import Job, Jobs
     from dcpo_megatron.comparison.runs import is_finished
     from dcpo_megatron.comparison.start import is_made
     from dcpo_megatron.training.metrics_file import read_rows
@@ -155,9 +155,9 @@ def _warmed(folder: Path, target: float) -> float:
 
 def _write_recipe(config, folder: Path) -> None:
     """``recipe.yaml`` of a run. Raises PlanError where the folder holds a run of another recipe."""
+    from dcpo_megatron.checkpoint.resume import changed_keys
     from dcpo_megatron.comparison.plan import PlanError
-    from dcpo_megatron.training.config import to_yaml
-    from dcpo_megatron.training.resume import changed_keys
+    from dcpo_megatron.config.schema import to_yaml
 
     file = folder / "recipe.yaml"
     now = config.model_dump(mode="json")

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from dcpo_megatron.cli.quiet import quiet_libraries
+from dcpo_megatron.console.quiet import quiet_libraries
 
 BAD_INPUT, INTERRUPTED = 2, 130
 _FLAGS = {
@@ -155,7 +155,7 @@ def _with_flags(text: str) -> str:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from dcpo_megatron.cli.progress import Progress, size
+    from dcpo_megatron.console.progress import Progress, size
     from dcpo_megatron.weights.hf_folder import CheckpointError
     from dcpo_megatron.weights.work import run_job
 
@@ -213,7 +213,7 @@ def _job(args: argparse.Namespace):
         return InMegatronLmRoot(job) if args.megatron_lm else job
     job = Reshard(args.source, layout, args.config_from)
     if args.megatron_lm:
-        from dcpo_megatron.cli.convert_inspect import iteration_of
+        from dcpo_megatron.weights.inspect import iteration_of
 
         return InMegatronLmRoot(job, iteration_of(TorchDistFolder(args.source)) or 0)
     return job
@@ -245,7 +245,7 @@ def _next(args: argparse.Namespace) -> str:
 def _inspect(args: argparse.Namespace) -> int:
     import json
 
-    from dcpo_megatron.cli.convert_inspect import describe, lines
+    from dcpo_megatron.weights.inspect import describe, lines
     from dcpo_megatron.weights.torch_dist import find_checkpoint
 
     if not (Path(args.source) / "config.json").is_file() and find_checkpoint(args.source) is None:

@@ -14,7 +14,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from dcpo_megatron.cli.quiet import quiet_libraries
+from dcpo_megatron.console.quiet import quiet_libraries
 from dcpo_megatron.files import discard
 
 TARGET = 0.31
@@ -58,9 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     args = parser.parse_intermixed_args(argv)
     from dcpo_megatron.cli import demo_pretrained
+    from dcpo_megatron.config.recipes import FOLDER
+    from dcpo_megatron.config.schema import ConfigError, load_config
     from dcpo_megatron.data import DataError
-    from dcpo_megatron.training.config import ConfigError, load_config
-    from dcpo_megatron.training.recipes import FOLDER
 
     # Not by name: a file called demo, here, would win.
     recipe = FOLDER / ("demo-pretrained.yaml" if args.pretrained else "demo.yaml")
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dcpo: error: {error}", file=sys.stderr)
         return 1
 
-    from dcpo_megatron.cli.launch import run_ranks
+    from dcpo_megatron.launch.local import run_ranks
     from dcpo_megatron.rollout.serving import ServingError
 
     command = ["-m", "dcpo_megatron.cli", "train", "--config", str(recipe)]
@@ -175,7 +175,7 @@ def prepare(
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from dcpo_megatron.data import make_arithmetic, write_jsonl
-    from dcpo_megatron.training.warm_up import make_model, make_tokenizer, save, warm_up
+    from dcpo_megatron.toys.warm_up import make_model, make_tokenizer, save, warm_up
 
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)

@@ -97,7 +97,7 @@ def _problems(split: str, seed: int, data: str | None) -> list[dict]:
     """Rows of id, messages and answer: word problems made here, or GSM8K's."""
     from dcpo_megatron.data.formats import BadRow, find_schema, understand
     from dcpo_megatron.data.readers import read_table
-    from dcpo_megatron.data.word_problems import make_word_problems
+    from dcpo_megatron.toys.word_problems import make_word_problems
 
     if data is None:
         rows = make_word_problems({"train": TRAIN, "held_out": HELD_OUT}[split], seed, split=split)

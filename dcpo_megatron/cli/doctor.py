@@ -19,8 +19,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dcpo_megatron.cli.doctor_checks import Finding, counted, diagnose
-from dcpo_megatron.cli.doctor_probes import look
+from dcpo_megatron.doctor.checks import Finding, counted, diagnose
+from dcpo_megatron.doctor.probes import look
 
 TIMEOUT = 8.0  # seconds; the whole command then stays below ten
 
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _look_between(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> list[Finding]:
-    from dcpo_megatron.cli.doctor_peers import check_peers
+    from dcpo_megatron.doctor.peers import check_peers
 
     port = arguments.port
     if port is None:

@@ -12,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from dcpo_megatron.cli.progress import LINE_SECONDS
-from dcpo_megatron.cli.quiet import quiet_libraries, write_any_letter
+from dcpo_megatron.console.progress import LINE_SECONDS
+from dcpo_megatron.console.quiet import quiet_libraries, write_any_letter
 
 BAD_INPUT, AGAIN, INTERRUPTED = 2, 75, 130
 
@@ -69,13 +69,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     quiet_libraries()
     write_any_letter()
+    from dcpo_megatron.config.schema import ConfigError
     from dcpo_megatron.data import DataError
+    from dcpo_megatron.evaluation.offline import OutOfTime
+    from dcpo_megatron.evaluation.store import EvaluationError
     from dcpo_megatron.mcore.hf_config import ModelConfigError
     from dcpo_megatron.rewards import RewardError
     from dcpo_megatron.rollout import RolloutError
-    from dcpo_megatron.training.config import ConfigError
-    from dcpo_megatron.training.eval_run import OutOfTime
-    from dcpo_megatron.training.eval_store import EvaluationError
 
     try:
         return _evaluate(args)
@@ -92,12 +92,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from dcpo_megatron.data import PromptOptions
+    from dcpo_megatron.evaluation import offline as eval_run
+    from dcpo_megatron.evaluation.engine import check_folder, make_engine
+    from dcpo_megatron.evaluation.store import EvaluationError, ResponseStore
     from dcpo_megatron.mcore.hf_config import read_shape
     from dcpo_megatron.mcore.platform import select_platform
     from dcpo_megatron.rewards import Rewarder
-    from dcpo_megatron.training import eval_run
-    from dcpo_megatron.training.eval_engine import check_folder, make_engine
-    from dcpo_megatron.training.eval_store import EvaluationError, ResponseStore
     from dcpo_megatron.training.introduction import introduce
     from dcpo_megatron.training.tokenizer import load_tokenizer, stop_token_ids
 

@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder, its output=")
     parser.add_argument("--output", type=Path, default=None, metavar="FILE", help="default: RUN/report.html")
     args = parser.parse_args(argv)
-    from dcpo_megatron.training.report_page import ReportError, make_page
+    from dcpo_megatron.monitor.run_page import ReportError, make_page
 
     output = args.output or args.run / "report.html"
     try:

@@ -10,8 +10,8 @@ import json
 import sys
 from dataclasses import asdict
 
-from dcpo_megatron.training.run_status import RankStatus, RunStatus, StatusError, read_status
-from dcpo_megatron.training.server_health import ServerStatus
+from dcpo_megatron.monitor.server_health import ServerStatus
+from dcpo_megatron.monitor.status import RankStatus, RunStatus, StatusError, read_status
 
 
 def main(argv: list[str] | None = None) -> int:

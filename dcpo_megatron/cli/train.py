@@ -16,10 +16,10 @@ import time
 import traceback
 from pathlib import Path
 
-from dcpo_megatron.cli.launch import Place, run_ranks
-from dcpo_megatron.cli.quiet import quiet_libraries, write_any_letter
-from dcpo_megatron.training.config import Config, ConfigError, known_keys, load_config
-from dcpo_megatron.training.signals import START_AGAIN, STOOD_STILL, Stopped, StopRequest
+from dcpo_megatron.config.schema import Config, ConfigError, known_keys, load_config
+from dcpo_megatron.console.quiet import quiet_libraries, write_any_letter
+from dcpo_megatron.launch.local import Place, run_ranks
+from dcpo_megatron.launch.signals import START_AGAIN, STOOD_STILL, Stopped, StopRequest
 
 BAD_INPUT = 2
 # A rank that has said why it ends has so long to close what it holds.
@@ -135,8 +135,8 @@ def _train(args) -> int:
         # Ranks share the cores; more threads than cores make every operator wait.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    from dcpo_megatron.monitor.watchdog import Watchdog
     from dcpo_megatron.training.build import build_trainer
-    from dcpo_megatron.training.watchdog import Watchdog
 
     watchdog = Watchdog(Path(config.output), _rank(), world, config.training.timeout_seconds)
     trainer = None
@@ -162,8 +162,8 @@ def _train(args) -> int:
 def _told(error: BaseException, watchdog, trainer) -> int | None:
     """Ends what ``error`` left of a run. Where another rank or the disk is the cause: says so, in a sentence with the
     traceback in a file, and returns the exit code. None: the error itself is to be shown."""
-    from dcpo_megatron.training.saver import StuckSaveError
-    from dcpo_megatron.training.watchdog import TIMED_OUT
+    from dcpo_megatron.checkpoint.saver import StuckSaveError
+    from dcpo_megatron.monitor.watchdog import TIMED_OUT
 
     watchdog.close()
     stuck = isinstance(error, StuckSaveError)
@@ -197,9 +197,9 @@ def _place(args) -> Place:
 
 def _say_plan(run, gpu_memory: float | None, server_gpus: int | None) -> None:
     """Prints what the run needs. Raises ConfigError where that does not fit into ``gpu_memory`` GB, or into this machine's GPU."""
-    from dcpo_megatron.training.gpu import device_memory
-    from dcpo_megatron.training.memory_plan import GB, memory_problems, memory_text, plan_memory
-    from dcpo_megatron.training.step_estimate import estimate_step, estimate_text
+    from dcpo_megatron.memory.plan import GB, memory_problems, memory_text, plan_memory
+    from dcpo_megatron.memory.step_estimate import estimate_step, estimate_text
+    from dcpo_megatron.monitor.gpu import device_memory
 
     limit = device_memory(run.platform) if gpu_memory is None else int(gpu_memory * GB)
     print(memory_text(run, plan_memory(run, limit or 80 * GB)))
@@ -226,11 +226,11 @@ def is_bad_input(error: Exception) -> bool:
 
 def explains_itself(error: BaseException) -> bool:
     """Whether ``error`` ends a run that had begun, or whose ranks did not meet, with a message that is the sentence to show."""
+    from dcpo_megatron.checkpoint.model_copy import UnsavedModelError
     from dcpo_megatron.mcore.meeting import MeetingError
+    from dcpo_megatron.monitor.bad_steps import BadStepsError
+    from dcpo_megatron.monitor.mismatch import MismatchError
     from dcpo_megatron.rollout import RolloutError
-    from dcpo_megatron.training.bad_steps import BadStepsError
-    from dcpo_megatron.training.mismatch import MismatchError
-    from dcpo_megatron.training.model_copy import UnsavedModelError
 
     return isinstance(error, (BadStepsError, MeetingError, MismatchError, RolloutError, UnsavedModelError))
 

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from dcpo_megatron.cli.quiet import quiet_libraries
+from dcpo_megatron.console.quiet import quiet_libraries
 
 
 def parser() -> argparse.ArgumentParser:

@@ -21,9 +21,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from dcpo_megatron.data.chains import ChainTask
-from dcpo_megatron.training.config import Config, ConfigError, load_config
-from dcpo_megatron.training.recipes import find_recipe
+from dcpo_megatron.config.recipes import find_recipe
+from dcpo_megatron.config.schema import Config, ConfigError, load_config
+from dcpo_megatron.toys.chains import ChainTask
 
 
 class PlanError(ValueError):
@@ -43,7 +43,7 @@ class ModelSize(_Section):
 
 
 class TaskSection(_Section):
-    """Chains of arithmetic, see ``data/chains.py``, and the small model that is warmed up on them."""
+    """Chains of arithmetic, see ``toys/chains.py``, and the small model that is warmed up on them."""
 
     terms: tuple[int, int] = (2, 4)
     digits: tuple[int, int] = (1, 2)

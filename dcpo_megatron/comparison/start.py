@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dcpo_megatron.comparison.plan import PlanError, TaskSection
 from dcpo_megatron.data import write_jsonl
-from dcpo_megatron.data.chains import CHARACTERS, make_chains
+from dcpo_megatron.toys.chains import CHARACTERS, make_chains
 
 MADE = "made.json"
 
@@ -37,7 +37,7 @@ def make_start(
 ) -> dict:
     """Makes the folder of ``seed``, or leaves it as it is where it is complete; returns what ``made.json`` holds.
 
-    ``progress``: see :func:`~dcpo_megatron.training.warm_up.warm_up`.
+    ``progress``: see :func:`~dcpo_megatron.toys.warm_up.warm_up`.
 
     Raises:
         PlanError: the folder was made for another task, or the task has too few problems.
@@ -47,7 +47,7 @@ def make_start(
         return json.loads((folder / MADE).read_text(encoding="utf-8"))
     import torch
 
-    from dcpo_megatron.training.warm_up import make_model, make_tokenizer, save, warm_up
+    from dcpo_megatron.toys.warm_up import make_model, make_tokenizer, save, warm_up
 
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)

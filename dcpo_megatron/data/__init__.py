@@ -1,10 +1,10 @@
 """Prompts, templates and the record of a response. Files come in as verl-style parquet, JSON lines or GSM8K."""
 
-from dcpo_megatron.data.arithmetic import make_arithmetic, write_jsonl
 from dcpo_megatron.data.errors import DataError
 from dcpo_megatron.data.prompts import Prompt, PromptOptions, PromptSet, load_prompts
 from dcpo_megatron.data.response import Response, decode_responses, encode_responses
 from dcpo_megatron.data.sampler import PromptSampler
+from dcpo_megatron.toys.arithmetic import make_arithmetic, write_jsonl
 
 __all__ = [
     "DataError",

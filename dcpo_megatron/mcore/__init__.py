@@ -5,8 +5,8 @@ The names below are the loss plugin, usable in any trainer on Megatron-Core; see
 
 _PLUGIN = {
     "make_loss": "loss",
-    "response_head": "head",
-    "logprobs_from_hidden": "head",
+    "response_head": "head.response_head",
+    "logprobs_from_hidden": "head.response_head",
     "make_micro_batch": "batch",
     "MicroBatch": "batch",
     "Sequence": "batch",

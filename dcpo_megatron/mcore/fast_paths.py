@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
-from dcpo_megatron.mcore.head_blocks import missing_for_triton
+from dcpo_megatron.mcore.head.backend import missing_for_triton
 from dcpo_megatron.mcore.layout import ParallelLayout
 from dcpo_megatron.mcore.platform import Platform
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from dcpo_megatron import network
-from dcpo_megatron.mcore.collectives import forget_host_group, make_host_group
+from dcpo_megatron.distributed import forget_host_group, make_host_group
 from dcpo_megatron.mcore.meeting import alone, explained, meet
 
 # Until all ranks of a run have started.
@@ -139,7 +139,7 @@ def start(
     """Makes the default process group from torchrun's environment (or of one rank alone where there is none).
 
     gloo and nccl are told the interface that leads to the other hosts, where the user has not named one. Beside nccl's
-    group it makes a gloo group of all ranks (:mod:`dcpo_megatron.mcore.collectives`). Every later collective raises after
+    group it makes a gloo group of all ranks (:mod:`dcpo_megatron.distributed`). Every later collective raises after
     ``timeout_seconds`` instead of waiting for ever. The first meeting of the ranks (:mod:`dcpo_megatron.mcore.meeting`)
     has ``meeting_seconds``, by default ten minutes at least: they import at the pace of machine and file system; ``tick``
     is called meanwhile, and may raise.

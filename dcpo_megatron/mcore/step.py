@@ -21,8 +21,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from dcpo_megatron.mcore.batch import MicroBatch, Sequence, make_micro_batch
 from dcpo_megatron.mcore.fast_paths import finish_gathering
-from dcpo_megatron.mcore.head import response_head
-from dcpo_megatron.mcore.head_blocks import head_blocks, takes_fused_head
+from dcpo_megatron.mcore.head.backend import head_blocks, takes_fused_head
+from dcpo_megatron.mcore.head.response_head import response_head
 from dcpo_megatron.mcore.hf_config import ModelShape
 from dcpo_megatron.mcore.layout import ParallelLayout, RankPosition, alignment, padded_vocab, sequence_alignment
 from dcpo_megatron.mcore.loss import MAX_NAMES, SUM_NAMES, make_loss

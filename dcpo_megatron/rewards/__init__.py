@@ -4,9 +4,9 @@ r"""Verifiable rewards: one number for each response. No torch, no other room of
 time limit that holds in any thread and any process.
 """
 
-from dcpo_megatron.rewards.boxed import last_boxed
 from dcpo_megatron.rewards.function import RewardError, load_reward_function
-from dcpo_megatron.rewards.mathematics import MathJudge, is_correct, math_reward, math_reward_batch
+from dcpo_megatron.rewards.mathematics.boxed import last_boxed
+from dcpo_megatron.rewards.mathematics.judge import MathJudge, is_correct, math_reward, math_reward_batch
 from dcpo_megatron.rewards.rewarder import Rewarder, ScoredReward, score
 
 __all__ = [

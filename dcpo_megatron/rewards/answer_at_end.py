@@ -5,7 +5,7 @@ It rewards the FORM before the number: a small model that is hardly ever right s
 
 import re
 
-from dcpo_megatron.rewards.exact_numbers import read_number
+from dcpo_megatron.rewards.mathematics.numbers import read_number
 
 _LAST = re.compile(r"\bAnswer:\s{0,3}\$?(-?[\d.,]*\d)\Z")
 

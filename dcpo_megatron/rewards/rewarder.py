@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
-from dcpo_megatron.rewards.mathematics import MathJudge
+from dcpo_megatron.rewards.mathematics.judge import MathJudge
 from dcpo_megatron.rewards.worker_client import START_TIMEOUT, WorkerPool, check_lengths
 
 logger = logging.getLogger(__name__)

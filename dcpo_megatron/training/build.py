@@ -10,37 +10,33 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dcpo_megatron.advantages import RewardHistory
+from dcpo_megatron.checkpoint.resume import data_fingerprint, find_checkpoint, refuse_another_run
+from dcpo_megatron.checkpoint.saver import CheckpointSaver
+from dcpo_megatron.checkpoint.snapshot import restore
+from dcpo_megatron.config.schema import ConfigError, to_yaml
 from dcpo_megatron.data import DataError, PromptOptions, PromptSampler, load_prompts
 from dcpo_megatron.data.packing import PackingOptions
+from dcpo_megatron.launch.signals import Stopped
 from dcpo_megatron.mcore import platform as platforms
-from dcpo_megatron.mcore.head_blocks import missing_for_triton
+from dcpo_megatron.mcore.head.backend import missing_for_triton
 from dcpo_megatron.mcore.layout import alignment, make_groups, rank_position, sequence_alignment
 from dcpo_megatron.mcore.model import ModelOptions, OptimizerOptions
 from dcpo_megatron.mcore.step import PolicyModel
-from dcpo_megatron.mcore.training_state import restore
+from dcpo_megatron.monitor.bad_steps import BadSteps
+from dcpo_megatron.monitor.gpu import GpuMonitor
+from dcpo_megatron.monitor.samples import SampleLog
+from dcpo_megatron.monitor.sinks import Sinks
+from dcpo_megatron.monitor.watchdog import Watchdog, WatchedTimeline, collective_timeout
 from dcpo_megatron.rewards import Rewarder
 from dcpo_megatron.rollout import SamplingParams
-from dcpo_megatron.training.bad_steps import BadSteps
 from dcpo_megatron.training.checks import CheckedRun
-from dcpo_megatron.training.config import ConfigError, to_yaml
 from dcpo_megatron.training.engines import make_engine, settle_interface, settle_nccl
 from dcpo_megatron.training.first_meeting import meet
-from dcpo_megatron.training.gpu import GpuMonitor
 from dcpo_megatron.training.loop import Trainer
 from dcpo_megatron.training.placement import placement_warning
 from dcpo_megatron.training.reach import Door
-from dcpo_megatron.training.resume import (
-    data_fingerprint,
-    find_checkpoint,
-    refuse_another_run,
-)
 from dcpo_megatron.training.rollout_phase import RolloutPhase
-from dcpo_megatron.training.samples import SampleLog
-from dcpo_megatron.training.saver import CheckpointSaver
-from dcpo_megatron.training.signals import Stopped
-from dcpo_megatron.training.sinks import Sinks
 from dcpo_megatron.training.tokenizer import load_tokenizer, stop_token_ids
-from dcpo_megatron.training.watchdog import Watchdog, WatchedTimeline, collective_timeout
 from dcpo_megatron.weights.transfer import WeightGatherer, load_weights
 
 # For ranks that have started to compare what they run, and to make their groups.

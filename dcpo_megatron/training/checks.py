@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from dcpo_megatron.config.schema import Config, ConfigError
 from dcpo_megatron.data.errors import is_unicode
 from dcpo_megatron.mcore.fast_paths import choose_model_paths, choose_overlap, dispatcher_problems
-from dcpo_megatron.mcore.head_blocks import missing_for_triton
+from dcpo_megatron.mcore.head.backend import missing_for_triton
 from dcpo_megatron.mcore.hf_config import ModelShape, read_shape
 from dcpo_megatron.mcore.layout import ParallelLayout, alignment
 from dcpo_megatron.mcore.platform import Platform, find_apex, select_platform, use_transformer_engine
 from dcpo_megatron.objectives import Objective
 from dcpo_megatron.rollout.server import check_url
-from dcpo_megatron.training.config import Config, ConfigError
 from dcpo_megatron.training.tokenizer import has_tokenizer
 from dcpo_megatron.weights.conversion import hf_folder_of
 from dcpo_megatron.weights.fit import check_folder

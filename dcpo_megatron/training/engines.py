@@ -14,10 +14,13 @@ from urllib.parse import urlsplit
 import torch.distributed as dist
 
 from dcpo_megatron import network
+from dcpo_megatron.config.schema import Config, ConfigError
 from dcpo_megatron.data import PromptSet
-from dcpo_megatron.mcore.collectives import all_gather_on_host
+from dcpo_megatron.distributed import all_gather_on_host
 from dcpo_megatron.mcore.model import DTYPES
 from dcpo_megatron.mcore.step import PolicyModel
+from dcpo_megatron.monitor.heartbeat import health_folder
+from dcpo_megatron.monitor.server_health import ServerHealth
 from dcpo_megatron.rollout import EmbeddedEngine, RolloutEngine, RolloutError
 from dcpo_megatron.rollout.addresses import LOOPBACK, bare
 from dcpo_megatron.rollout.fleet import Fleet
@@ -25,11 +28,8 @@ from dcpo_megatron.rollout.server import Server, ServerError, check_url
 from dcpo_megatron.rollout.server_client import ServerClient
 from dcpo_megatron.rollout.serving.api_key import read_api_key
 from dcpo_megatron.training.checks import CheckedRun
-from dcpo_megatron.training.config import Config, ConfigError
-from dcpo_megatron.training.heartbeat import health_folder
 from dcpo_megatron.training.probe import TrainingProbe
 from dcpo_megatron.training.server_engine import ServerEngine, look_at, say_refusals, wait_together
-from dcpo_megatron.training.server_health import ServerHealth
 from dcpo_megatron.training.shared_gpus import SharedGpu, check_servers_gpus, gpu_of
 from dcpo_megatron.weights.publish import PublishOptions, WeightPublisher, nccl
 from dcpo_megatron.weights.transfer import WeightGatherer

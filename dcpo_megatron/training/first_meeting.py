@@ -24,11 +24,11 @@ import torch.distributed as dist
 
 import dcpo_megatron
 from dcpo_megatron import network
-from dcpo_megatron.mcore.collectives import all_gather_on_host
-from dcpo_megatron.training.config import Config, ConfigError
-from dcpo_megatron.training.heartbeat import health_folder, ranks_in_words
+from dcpo_megatron.checkpoint.resume import flat, versions
+from dcpo_megatron.config.schema import Config, ConfigError
+from dcpo_megatron.distributed import all_gather_on_host
+from dcpo_megatron.monitor.heartbeat import health_folder, ranks_in_words
 from dcpo_megatron.training.reach import Door, Peer
-from dcpo_megatron.training.resume import flat, versions
 
 # What may lie elsewhere on each host: copies of the model and the data; the prompts themselves are compared.
 _A_HOSTS_OWN = ("model.path", "data.files", "evaluation.files", "publish.address")

@@ -16,27 +16,10 @@ from pathlib import Path
 import torch.distributed as dist
 from rich.markup import escape
 
-from dcpo_megatron.advantages.history_file import load_history, save_history_state
-from dcpo_megatron.data import PromptSampler, PromptSet, Response
-from dcpo_megatron.data.packing import PackingOptions
-from dcpo_megatron.mcore import platform as platforms
-from dcpo_megatron.mcore.random_state import random_state, set_random_state
-from dcpo_megatron.mcore.step import PolicyModel, UpdateResult
-from dcpo_megatron.mcore.training_state import take_snapshot
-from dcpo_megatron.rollout import RolloutEngine
-from dcpo_megatron.training import checkpoint_folder as folders
-from dcpo_megatron.training.bad_steps import BadSteps
-from dcpo_megatron.training.checks import CheckedRun
-from dcpo_megatron.training.evaluation import evaluate
-from dcpo_megatron.training.gpu import GpuMonitor
-from dcpo_megatron.training.introduction import introduce
-from dcpo_megatron.training.metrics import seconds_metrics, update_metrics
-from dcpo_megatron.training.minibatches import plan_minibatch, split_minibatches
-from dcpo_megatron.training.mismatch import check_mismatch, mean_of, stale_tokens
-from dcpo_megatron.training.model_copy import UnsavedModelError, holder, write_copy
-from dcpo_megatron.training.pending import PendingBatch, read_pending
-from dcpo_megatron.training.report import draw_report
-from dcpo_megatron.training.resume import (
+from dcpo_megatron.advantages.sas_file import load_history, save_history_state
+from dcpo_megatron.checkpoint import folder as folders
+from dcpo_megatron.checkpoint.model_copy import UnsavedModelError, holder, write_copy
+from dcpo_megatron.checkpoint.resume import (
     HISTORY_FILE,
     RUN_FILE,
     Found,
@@ -45,12 +28,29 @@ from dcpo_megatron.training.resume import (
     layout_note,
     versions,
 )
+from dcpo_megatron.checkpoint.saver import CheckpointSaver, SaveReport
+from dcpo_megatron.checkpoint.snapshot import take_snapshot
+from dcpo_megatron.data import PromptSampler, PromptSet, Response
+from dcpo_megatron.data.packing import PackingOptions
+from dcpo_megatron.evaluation.during_training import evaluate
+from dcpo_megatron.launch.signals import Stopped
+from dcpo_megatron.mcore import platform as platforms
+from dcpo_megatron.mcore.random_state import random_state, set_random_state
+from dcpo_megatron.mcore.step import PolicyModel, UpdateResult
+from dcpo_megatron.monitor.bad_steps import BadSteps
+from dcpo_megatron.monitor.curves import draw_report
+from dcpo_megatron.monitor.gpu import GpuMonitor
+from dcpo_megatron.monitor.metrics import seconds_metrics, update_metrics
+from dcpo_megatron.monitor.mismatch import check_mismatch, mean_of, stale_tokens
+from dcpo_megatron.monitor.samples import SampleLog
+from dcpo_megatron.monitor.sinks import Sinks
+from dcpo_megatron.monitor.watchdog import Watchdog, WatchedTimeline
+from dcpo_megatron.rollout import RolloutEngine
+from dcpo_megatron.training.checks import CheckedRun
+from dcpo_megatron.training.introduction import introduce
+from dcpo_megatron.training.minibatches import plan_minibatch, split_minibatches
+from dcpo_megatron.training.pending import PendingBatch, read_pending
 from dcpo_megatron.training.rollout_phase import RolloutPhase, RolloutResult
-from dcpo_megatron.training.samples import SampleLog
-from dcpo_megatron.training.saver import CheckpointSaver, SaveReport
-from dcpo_megatron.training.signals import Stopped
-from dcpo_megatron.training.sinks import Sinks
-from dcpo_megatron.training.watchdog import Watchdog, WatchedTimeline
 from dcpo_megatron.weights.transfer import WeightGatherer
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from dcpo_megatron.checkpoint.folder import write_text
 from dcpo_megatron.data import Prompt, Response, decode_responses, encode_responses
 from dcpo_megatron.files import sync
 from dcpo_megatron.rollout import GenerateRequest, Generation
-from dcpo_megatron.training.checkpoint_folder import write_text
 
 PENDING_FILE = "pending.json"
 

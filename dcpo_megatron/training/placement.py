@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from dcpo_megatron.mcore.collectives import all_gather_on_host
+from dcpo_megatron.distributed import all_gather_on_host
 from dcpo_megatron.mcore.layout import RankPosition
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")

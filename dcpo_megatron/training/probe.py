@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from dcpo_megatron.data import Prompt
+from dcpo_megatron.distributed import all_reduce_on_host
 from dcpo_megatron.mcore.batch import Sequence as TrainingSequence
-from dcpo_megatron.mcore.collectives import all_reduce_on_host
 from dcpo_megatron.mcore.step import PolicyModel
 
 PROBES, PROBE_TOKENS = 4, 64

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from dcpo_megatron import network
-from dcpo_megatron.training.heartbeat import process_state
+from dcpo_megatron.monitor.heartbeat import process_state
 
 # Seconds until a host that says nothing counts as lost.
 SECONDS = 2.0

@@ -19,13 +19,13 @@ import torch.distributed as dist
 
 from dcpo_megatron.advantages import RewardHistory, group_advantages, keep_mixed_groups
 from dcpo_megatron.data import Prompt, Response, decode_responses, encode_responses
-from dcpo_megatron.mcore.collectives import CPU, all_gather_bytes, host_group
+from dcpo_megatron.distributed import CPU, all_gather_bytes, host_group
+from dcpo_megatron.launch.signals import Stopped
+from dcpo_megatron.monitor.timeline import Timeline
 from dcpo_megatron.objectives import Objective, soft_overlong_penalty
 from dcpo_megatron.rewards import Rewarder
 from dcpo_megatron.rollout import GenerateRequest, Generation, RolloutEngine, SamplingParams
 from dcpo_megatron.training.pending import PendingBatch, response_of
-from dcpo_megatron.training.signals import Stopped
-from dcpo_megatron.training.timeline import Timeline
 
 
 @dataclass

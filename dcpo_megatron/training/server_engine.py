@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from dcpo_megatron.mcore.collectives import all_gather_on_host, all_reduce_on_host
+from dcpo_megatron.distributed import all_gather_on_host, all_reduce_on_host
+from dcpo_megatron.launch.signals import Stopped
+from dcpo_megatron.monitor.server_health import ServerHealth
 from dcpo_megatron.rollout import GenerateRequest, Generation, RolloutError, SamplingParams
 from dcpo_megatron.rollout.fleet import Fleet
 from dcpo_megatron.rollout.server import Server, ServerError
 from dcpo_megatron.rollout.server_client import NoServersLeft, ServerClient
-from dcpo_megatron.training.server_health import ServerHealth
 from dcpo_megatron.training.shared_gpus import SharedGpu
-from dcpo_megatron.training.signals import Stopped
 from dcpo_megatron.weights.publish import WeightPublisher
 
 # How often in one batch all servers may be lost before the run ends.

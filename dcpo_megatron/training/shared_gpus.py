@@ -14,12 +14,12 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
-from dcpo_megatron.mcore.collectives import all_gather_on_host, host_group
+from dcpo_megatron.config.schema import ConfigError
+from dcpo_megatron.distributed import all_gather_on_host, host_group
 from dcpo_megatron.mcore.offload import OptimizerOffload
 from dcpo_megatron.mcore.platform import Platform
 from dcpo_megatron.mcore.step import PolicyModel
 from dcpo_megatron.network import is_here
-from dcpo_megatron.training.config import ConfigError
 
 
 class SharedGpu:

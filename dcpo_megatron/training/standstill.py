@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dcpo_megatron.training.heartbeat import Heartbeat, describe_standstill, ranks_in_words
+from dcpo_megatron.monitor.heartbeat import Heartbeat, describe_standstill, ranks_in_words
 from dcpo_megatron.training.reach import Peer
 
 RESUME = "this run is stopped; start the same command again to resume"

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from dcpo_megatron.training.config import ConfigError
+from dcpo_megatron.config.schema import ConfigError
 
 _FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 

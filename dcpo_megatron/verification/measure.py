@@ -121,7 +121,7 @@ def exact_products() -> None:
 
 def _reward_history(items: list[Item], position) -> tuple[dict, bool]:
     """SAS over the data-parallel group: three visits with groups split over its ranks. Returns the state, and whether EVERY rank has it bit for bit."""
-    from dcpo_megatron.mcore.collectives import all_gather_bytes
+    from dcpo_megatron.distributed import all_gather_bytes
 
     history = RewardHistory()
     for visit in range(VISITS):
@@ -136,7 +136,7 @@ def _reward_history(items: list[Item], position) -> tuple[dict, bool]:
 
 def _replicas_agree(model, full: dict[str, torch.Tensor]) -> bool:
     """Whether every rank, walking its own tensor-, pipeline- and data-parallel peers, sees the same bits, and both copies of a tied embedding are one."""
-    from dcpo_megatron.mcore.collectives import all_gather_bytes
+    from dcpo_megatron.distributed import all_gather_bytes
 
     device = model.platform.device
     digest = hashlib.sha256()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from dcpo_megatron.mcore.collectives import all_gather_bytes
+from dcpo_megatron.distributed import all_gather_bytes
 from dcpo_megatron.mcore.layout import RankPosition
 from dcpo_megatron.mcore.step import PolicyModel
 from dcpo_megatron.weights.conversion import padded_rows

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dcpo_megatron.advantages import RewardHistory
-from dcpo_megatron.advantages.history_file import load_history, save_history, save_history_state
+from dcpo_megatron.advantages.sas_file import load_history, save_history, save_history_state
 
 NAMES = ("visits", "counts", "means", "m2")
 

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dcpo_megatron.advantages import RewardHistory, group_advantages, keep_mixed_groups, statistics
+from dcpo_megatron.advantages import RewardHistory, group_advantages, keep_mixed_groups
+from dcpo_megatron.advantages import moments as statistics
 
 STEPS = 6
 

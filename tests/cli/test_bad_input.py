@@ -268,7 +268,7 @@ def test_terminating_the_launcher_ends_its_ranks(tmp_path):
     script.write_text(
         f"import os, time, pathlib\npathlib.Path({str(tmp_path)!r}, f'pid-{{os.environ[\"RANK\"]}}').write_text(str(os.getpid()))\ntime.sleep(600)\n"
     )
-    code = f"import sys; from dcpo_megatron.cli.launch import run_ranks; sys.exit(run_ranks(2, [{str(script)!r}]))"
+    code = f"import sys; from dcpo_megatron.launch.local import run_ranks; sys.exit(run_ranks(2, [{str(script)!r}]))"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     parent = subprocess.Popen([sys.executable, "-c", code], env=env, cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 90

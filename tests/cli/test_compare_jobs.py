@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 
-from dcpo_megatron.cli.compare_jobs import Job, Jobs
+from dcpo_megatron.comparison.jobs import Job, Jobs
 
 
 def job(tmp_path, name: str, code: str, needs: str | None = None) -> Job:

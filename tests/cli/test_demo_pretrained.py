@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dcpo_megatron.cli import demo, demo_pretrained
+from dcpo_megatron.config.schema import ConfigError, load_config
 from dcpo_megatron.training.checks import check_run
-from dcpo_megatron.training.config import ConfigError, load_config
 from dcpo_megatron.training.tokenizer import load_tokenizer, stop_token_ids
 from dcpo_megatron.weights.from_gguf import check_gguf, end_as_the_model_does
 from dcpo_megatron.weights.hf_folder import CheckpointError

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from dcpo_megatron.cli import doctor
-from dcpo_megatron.cli.doctor_checks import GIB, Finding, diagnose, has_kernels
-from dcpo_megatron.cli.doctor_facts import Apex, CudaView, Driver, Facts, Gpu, Host, Problem, TorchBuild
-from dcpo_megatron.cli.doctor_probes import REQUIRED
-from dcpo_megatron.cli.doctor_stages import STAGES
+from dcpo_megatron.doctor.checks import GIB, Finding, diagnose, has_kernels
+from dcpo_megatron.doctor.facts import Apex, CudaView, Driver, Facts, Gpu, Host, Problem, TorchBuild
+from dcpo_megatron.doctor.probes import REQUIRED
+from dcpo_megatron.doctor.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -275,7 +275,7 @@ def test_what_will_be_used_follows_from_the_gpu_transformer_engine_and_apex():
 
 
 def test_the_rollout_engine_is_the_default_of_the_configuration():
-    from dcpo_megatron.training.config import RolloutSection
+    from dcpo_megatron.config.schema import RolloutSection
 
     assert used(CPU)["rollout engine"].split()[0] == RolloutSection().engine
 

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from dcpo_megatron.cli.doctor_checks import GIB
-from dcpo_megatron.cli.doctor_facts import Apex, CudaView, Driver, Gpu, Problem
-from dcpo_megatron.cli.doctor_probes import find_megatron, find_packages, look_at_host, read_answers, run_children
-from dcpo_megatron.cli.doctor_stages import STAGES
+from dcpo_megatron.doctor.checks import GIB
+from dcpo_megatron.doctor.facts import Apex, CudaView, Driver, Gpu, Problem
+from dcpo_megatron.doctor.probes import find_megatron, find_packages, look_at_host, read_answers, run_children
+from dcpo_megatron.doctor.stages import STAGES
 
 LIMIT = 60.0  # seconds; never reached where a child ends by itself
 

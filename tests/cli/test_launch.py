@@ -27,7 +27,7 @@ class Launched:
         self.folder, self.count = folder, count
         script = folder / "rank.py"
         script.write_text(PRELUDE.format(folder=str(folder)) + body)
-        code = f"import sys; from dcpo_megatron.cli.launch import Place, run_ranks; sys.exit(run_ranks({count}, [{str(script)!r}], place={place}))"
+        code = f"import sys; from dcpo_megatron.launch.local import Place, run_ranks; sys.exit(run_ranks({count}, [{str(script)!r}], place={place}))"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],
             env={**os.environ, "PYTHONPATH": str(ROOT), **environment},

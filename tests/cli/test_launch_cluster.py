@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_megatron.cli.cluster import meeting_places, read_hosts
-from dcpo_megatron.cli.cluster_node import choose_address
-from dcpo_megatron.cli.launch import free_port
-from dcpo_megatron.cli.resumption import make_task, steps_done
+from dcpo_megatron.launch.local import free_port
+from dcpo_megatron.launch.ssh import meeting_places, read_hosts
+from dcpo_megatron.launch.ssh_node import choose_address
+from dcpo_megatron.verification.resumption import make_task, steps_done
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -165,7 +165,7 @@ def test_the_first_host_is_looked_for_by_its_name_by_that_of_sshs_configuration_
 def test_a_host_that_hears_nothing_more_of_the_launcher_asks_its_ranks_to_save_and_end():
     program = """
 import os, subprocess, sys, threading, time
-from dcpo_megatron.cli.cluster_node import _obey
+from dcpo_megatron.launch.ssh_node import _obey
 rank = subprocess.Popen(
     [sys.executable, "-c", "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print(flush=True); time.sleep(60)"],
     stdout=subprocess.PIPE,

@@ -36,7 +36,7 @@ def test_every_file_of_the_package_is_in_the_wheel(unpacked):
         return {str(file) for file in found if "__pycache__" not in file.parts}
 
     assert files(unpacked) == files(ROOT)
-    assert {"dcpo_megatron/py.typed", "dcpo_megatron/recipes/demo.yaml"} <= files(unpacked)
+    assert {"dcpo_megatron/py.typed", "dcpo_megatron/config/recipes/demo.yaml"} <= files(unpacked)
 
 
 def test_recipes_are_found_by_name_in_an_empty_folder(unpacked, demo_start, tmp_path):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from dcpo_megatron.data.chains import CHARACTERS, ChainTask, make_chains
+from dcpo_megatron.toys.chains import CHARACTERS, ChainTask, make_chains
 
 
 def operands(row) -> list[str]:

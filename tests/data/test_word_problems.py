@@ -2,7 +2,7 @@
 
 import re
 
-from dcpo_megatron.data.word_problems import make_word_problems
+from dcpo_megatron.toys.word_problems import make_word_problems
 
 
 def test_the_story_tells_the_numbers_and_the_answer_is_their_sum():

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcpo_megatron.cli import resumption
-from dcpo_megatron.training.checkpoint_folder import complete_steps, problem_of
+from dcpo_megatron.checkpoint.folder import complete_steps, problem_of
+from dcpo_megatron.verification import resumption
 from tests.hosts.machines import HostProcess, Hosts
 
 # Until a rank has imported everything, on a machine that is busy with other work.

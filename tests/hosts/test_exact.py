@@ -2,7 +2,7 @@
 
 import pytest
 
-from dcpo_megatron.cli.resumption import compare, make_task
+from dcpo_megatron.verification.resumption import compare, make_task
 from tests.hosts.starts import Starter, places
 
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from dcpo_megatron.cli.resumption import make_task
+from dcpo_megatron.verification.resumption import make_task
 from tests.hosts.starts import places, started
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_megatron.cli import resumption
+from dcpo_megatron.verification import resumption
 from tests.hosts.runs import Run, one_sentence, report
 from tools import link_cuts
 

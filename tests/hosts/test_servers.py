@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_megatron.cli.resumption import make_task
 from dcpo_megatron.rollout.serving.command import default_command
+from dcpo_megatron.verification.resumption import make_task
 from tests.hosts.machines import Host, Hosts, wait_until
 from tests.sglang_servers import server_options
 

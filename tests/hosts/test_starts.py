@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_megatron.cli.resumption import make_task, steps_done
+from dcpo_megatron.verification.resumption import make_task, steps_done
 from tests.hosts import ssh
 from tests.hosts.machines import Host, HostProcess, Hosts, wait_until
 from tests.slurm.cluster import Cluster

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 def fused_and_recomputed(folder: str, parallel: dict, items: list, objectives: dict) -> dict:
     """Every objective through the real schedule, fused and not: ``{name: (largest relative difference of a gradient, of the sums, fused calls)}``."""
-    from dcpo_megatron.mcore import head
+    from dcpo_megatron.mcore.head import response_head as head
     from dcpo_megatron.mcore.hf_config import read_shape
     from dcpo_megatron.mcore.layout import ParallelLayout, make_groups, rank_position
     from dcpo_megatron.mcore.model import ModelOptions, OptimizerOptions
@@ -51,7 +51,7 @@ def fused_and_recomputed(folder: str, parallel: dict, items: list, objectives: d
 
 def split_vocabulary(hidden, weight, targets, coefficients, vocab: int, chunk_tokens: int) -> dict:
     """Both heads on this rank's rows of ``weight``; ``collectives``: how many gathers each forward pass made."""
-    from dcpo_megatron.mcore.head import logprobs_from_hidden, loss_from_hidden
+    from dcpo_megatron.mcore.head.response_head import logprobs_from_hidden, loss_from_hidden
 
     rows = weight.shape[0] // dist.get_world_size()
     mine = weight[dist.get_rank() * rows :][:rows]

@@ -9,13 +9,13 @@ def train(hf: str, parallel: dict, overlap: str, dtype: str = "bfloat16", **opti
     ``(names of this rank's parameters, buckets, [published after 1, log-probs after 1, log-probs after 2, snapshot after 2,
     log-probs after 4, published after 5])``; the third and fourth update follow each other with nothing between.
     """
+    from dcpo_megatron.checkpoint.snapshot import take_snapshot
     from dcpo_megatron.mcore.batch import Sequence
     from dcpo_megatron.mcore.hf_config import read_shape
     from dcpo_megatron.mcore.layout import ParallelLayout, make_groups, rank_position
     from dcpo_megatron.mcore.model import ModelOptions, OptimizerOptions
     from dcpo_megatron.mcore.platform import select_platform
     from dcpo_megatron.mcore.step import PolicyModel
-    from dcpo_megatron.mcore.training_state import take_snapshot
     from dcpo_megatron.objectives import get_preset
     from dcpo_megatron.weights.transfer import WeightGatherer, load_weights
 

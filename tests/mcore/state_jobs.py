@@ -59,7 +59,7 @@ def train_and_save(hf: str, parallel: dict, folder: str, optimizer: str, dtype: 
 
 def _save(policy, folder: str) -> int:
     """Writes a checkpoint; returns the bytes of this rank's part."""
-    from dcpo_megatron.mcore.training_state import take_snapshot
+    from dcpo_megatron.checkpoint.snapshot import take_snapshot
     from dcpo_megatron.weights.torch_dist import write_index, write_records
 
     snapshot = take_snapshot(policy)
@@ -80,8 +80,8 @@ def _save(policy, folder: str) -> int:
 
 def _same_from_the_host(policy, snapshot) -> None:
     """Optimizer and gradients leave, and what a checkpoint takes meanwhile is what it took before. The policy is left without them."""
+    from dcpo_megatron.checkpoint.snapshot import take_snapshot
     from dcpo_megatron.mcore.offload import OptimizerOffload
-    from dcpo_megatron.mcore.training_state import take_snapshot
 
     offload = OptimizerOffload(policy)
     before = {id(tensor): tensor.untyped_storage().data_ptr() for tensor in offload._tensors()}
@@ -99,7 +99,7 @@ def restore_and_train(
     hf: str, parallel: dict, folder: str, optimizer: str, dtype: str, steps: int = 2, again: str | None = None, **layers
 ):
     """The checkpoint (saved once more in the folder ``again``), three steps."""
-    from dcpo_megatron.mcore.training_state import restore
+    from dcpo_megatron.checkpoint.snapshot import restore
 
     policy = _policy(hf, parallel, optimizer, dtype, load=False, **layers)
     restore(policy, folder)
@@ -110,7 +110,7 @@ def restore_and_train(
 
 def settings_after_restoring(hf: str, parallel: dict, folder: str, optimizer: str, **numbers) -> list[dict]:
     """The groups' settings of a policy with other ``numbers`` than the checkpoint's run had, and the step of its Adam."""
-    from dcpo_megatron.mcore.training_state import restore
+    from dcpo_megatron.checkpoint.snapshot import restore
 
     policy = _policy(hf, parallel, optimizer, "float32", load=False, **numbers)
     restore(policy, folder)

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from dcpo_megatron.cli.launch import free_port
+from dcpo_megatron.launch.local import free_port
 from dcpo_megatron.mcore import platform as platforms
 
 

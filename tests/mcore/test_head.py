@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dcpo_megatron.mcore import head_chunks
-from dcpo_megatron.mcore.head import logprobs_from_hidden
-from dcpo_megatron.mcore.head_chunks import BLOCK_BYTES, FUSED_BLOCK_BYTES, add_product, make_settings, product_into
-from dcpo_megatron.mcore.head_fused import fused_chunk_tokens
+from dcpo_megatron.mcore.head import chunks as head_chunks
+from dcpo_megatron.mcore.head.chunks import BLOCK_BYTES, FUSED_BLOCK_BYTES, add_product, make_settings, product_into
+from dcpo_megatron.mcore.head.fused import fused_chunk_tokens
+from dcpo_megatron.mcore.head.response_head import logprobs_from_hidden
 from tests.mcore.head_jobs import relative
 
 TOKENS, HIDDEN, VOCAB, PADDED = 7, 6, 11, 16

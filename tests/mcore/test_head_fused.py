@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dcpo_megatron.mcore.batch import Sequence, make_micro_batch
-from dcpo_megatron.mcore.head import logprobs_from_hidden, loss_from_hidden
+from dcpo_megatron.mcore.head.response_head import logprobs_from_hidden, loss_from_hidden
 from dcpo_megatron.mcore.loss import make_loss
 from dcpo_megatron.objectives import PRESETS, get_preset
 from tests.mcore.head_jobs import dense, relative
@@ -135,7 +135,7 @@ def test_a_ratio_of_the_whole_response_refuses_to_be_fused():
 
 
 def test_the_fused_head_is_taken_by_itself_only_where_it_holds_little():
-    from dcpo_megatron.mcore.head_blocks import FUSED_HELD_BYTES, held_by_fused_head
+    from dcpo_megatron.mcore.head.backend import FUSED_HELD_BYTES, held_by_fused_head
 
     assert held_by_fused_head(152064, 3584, "float32") == 0
     assert held_by_fused_head(152064, 3584, "bfloat16") > FUSED_HELD_BYTES  # 2.03 GiB

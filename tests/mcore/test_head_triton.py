@@ -9,12 +9,12 @@ import sysconfig
 import pytest
 import torch
 
+from dcpo_megatron.config.schema import load_config
 from dcpo_megatron.gpus import visible_gpus
-from dcpo_megatron.mcore import head_torch
-from dcpo_megatron.mcore.head_blocks import head_blocks, missing_to_build
+from dcpo_megatron.mcore.head import torch_blocks as head_torch
+from dcpo_megatron.mcore.head.backend import head_blocks, missing_to_build
 from dcpo_megatron.mcore.platform import select_platform
 from dcpo_megatron.training.checks import _package_problems
-from dcpo_megatron.training.config import load_config
 
 PROGRAM = """
 import sys
@@ -25,7 +25,7 @@ from dcpo_megatron.mcore.platform import prepare, select_platform
 
 device = sys.argv[1]
 prepare(select_platform(device))
-from dcpo_megatron.mcore.head import logprobs_from_hidden, loss_from_hidden
+from dcpo_megatron.mcore.head.response_head import logprobs_from_hidden, loss_from_hidden
 from tests.mcore.head_jobs import relative
 
 torch.set_num_threads(1)

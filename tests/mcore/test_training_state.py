@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcpo_megatron.mcore.training_state import HostMemory
+from dcpo_megatron.checkpoint.snapshot import HostMemory
 from dcpo_megatron.verification.cases import make_model
 from dcpo_megatron.verification.ranks import RankPool
 from tests.other_megatron import other_megatron
@@ -122,7 +122,7 @@ def test_tokens_that_are_gathered_reach_the_experts_that_tokens_sent_one_by_one_
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
 def test_boxes_cover_a_stretch_once_and_in_order(shape, data):
-    from dcpo_megatron.mcore.optimizer_shards import boxes
+    from dcpo_megatron.checkpoint.optimizer_shards import boxes
 
     whole = torch.arange(torch.Size(shape).numel()).reshape(shape)
     start = data.draw(st.integers(0, whole.numel()))

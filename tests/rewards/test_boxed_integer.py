@@ -2,7 +2,7 @@
 
 import pytest
 
-from dcpo_megatron.rewards.boxed_integer import reward
+from dcpo_megatron.toys.boxed_integer import reward
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcpo_megatron.rewards import is_correct, math_reward, math_reward_batch
-from dcpo_megatron.rewards.quick import quick_verdict
+from dcpo_megatron.rewards.mathematics.verdict import quick_verdict
 
 RIGHT = [
     ("5", "5"),

@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from dcpo_megatron.rewards import math_reward_batch
-from dcpo_megatron.rewards.quick import quick_verdict
+from dcpo_megatron.rewards.mathematics.verdict import quick_verdict
 
 
 def _parquet_golds(path):

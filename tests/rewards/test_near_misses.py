@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcpo_megatron.rewards import math_reward_batch
-from dcpo_megatron.rewards.commas import read_commas
-from dcpo_megatron.rewards.quick import quick_verdict
-from dcpo_megatron.rewards.scripts import fold
+from dcpo_megatron.rewards.mathematics.commas import read_commas
+from dcpo_megatron.rewards.mathematics.scripts import fold
+from dcpo_megatron.rewards.mathematics.verdict import quick_verdict
 
 TABLE = Path(__file__).with_name("near_misses.tsv")
 

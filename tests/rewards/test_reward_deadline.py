@@ -18,7 +18,7 @@ from dcpo_megatron.rewards.worker_client import Worker
 
 HANGS = r"\boxed{9^{9^{9^9}}}"
 LIMIT = 1.0  # seconds
-MATH = "dcpo_megatron.rewards.math_judge:judge"
+MATH = "dcpo_megatron.rewards.mathematics.algebra:judge"
 _numbers = itertools.count(10)
 
 

@@ -131,7 +131,7 @@ def test_the_ranks_of_the_readme_are_on_gpus_0_to_3(tmp_path):
         "import os, pathlib\nfrom dcpo_megatron.gpus import visible_gpus\nnumber = int(os.environ['LOCAL_RANK'])\n"
         f"pathlib.Path({str(tmp_path)!r}, f'gpu-{{number}}').write_text(visible_gpus()[number].uuid)\n"
     )
-    launch = f"import sys; from dcpo_megatron.cli.launch import run_ranks; sys.exit(run_ranks(4, [{str(rank)!r}]))"
+    launch = f"import sys; from dcpo_megatron.launch.local import run_ranks; sys.exit(run_ranks(4, [{str(rank)!r}]))"
     done = on_eight_gpus(sys.executable, "-c", launch, CUDA_VISIBLE_DEVICES="0,1,2,3")
     said, _ = done.communicate(timeout=60)
     assert done.returncode == 0, said

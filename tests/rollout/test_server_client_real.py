@@ -26,7 +26,7 @@ END = 0
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Two small models of one shape; their context is long enough to interrupt a response."""
-    from dcpo_megatron.training.warm_up import make_model, make_tokenizer, save
+    from dcpo_megatron.toys.warm_up import make_model, make_tokenizer, save
 
     tokenizer = make_tokenizer()
     found = []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_megatron.cli.resumption import compare, make_task, steps_done
+from dcpo_megatron.verification.resumption import compare, make_task, steps_done
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "examples" / "slurm"

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from dcpo_megatron.cli.resumption import make_task
+from dcpo_megatron.verification.resumption import make_task
 from tests.sglang_servers import server_options
 
 ROOT = Path(__file__).resolve().parents[2]

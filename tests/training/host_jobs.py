@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 def servers_gpus(servers: dict, ranks: list, shared: bool):
     """What the check says on this rank: notes, or the refusal's sentences."""
-    from dcpo_megatron.training.config import ConfigError
+    from dcpo_megatron.config.schema import ConfigError
     from dcpo_megatron.training.shared_gpus import check_servers_gpus
 
     try:
@@ -22,9 +22,9 @@ def a_batch(start: str, fake: bool):
     to rank (as nccl cannot carry what is on the host): only the group beside it can.
     """
     from dcpo_megatron.advantages import RewardHistory
-    from dcpo_megatron.mcore.collectives import all_reduce_on_host, host_group, make_host_group
+    from dcpo_megatron.checkpoint.saver import CheckpointSaver
+    from dcpo_megatron.distributed import all_reduce_on_host, host_group, make_host_group
     from dcpo_megatron.objectives import get_preset
-    from dcpo_megatron.training.saver import CheckpointSaver
     from dcpo_megatron.training.server_engine import wait_together
     from tests.training.pending_jobs import _phase, _responses, mismatch
 
@@ -56,7 +56,7 @@ def servers_of_a_run(urls: list[str], seconds: float, least: int = 1, asked_to_s
     import time
     from types import SimpleNamespace
 
-    from dcpo_megatron.training.config import ServersSection
+    from dcpo_megatron.config.schema import ServersSection
     from dcpo_megatron.training.engines import _addresses
 
     servers = ServersSection(urls=urls, start_timeout_seconds=seconds, min_healthy=least)

@@ -90,7 +90,7 @@ def mismatch(gap: float, aged_gap: float, limit: float):
     """Eight tokens a rank, half of them sampled under older weights, whose log-probs differ by the gaps. The message, or None."""
     from dcpo_megatron.data import Response
     from dcpo_megatron.mcore.batch import Sequence
-    from dcpo_megatron.training.mismatch import MismatchError, check_mismatch, stale_tokens
+    from dcpo_megatron.monitor.mismatch import MismatchError, check_mismatch, stale_tokens
 
     old = torch.full((8,), -1.0)
     rollout = old + torch.tensor([aged_gap] * 4 + [gap] * 4)

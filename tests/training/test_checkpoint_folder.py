@@ -2,7 +2,7 @@
 
 import pytest
 
-from dcpo_megatron.training import checkpoint_folder as folders
+from dcpo_megatron.checkpoint import folder as folders
 
 
 def make(root, step: int, content: bytes = b"weights") -> None:

@@ -8,11 +8,11 @@ import pytest
 import torch
 import yaml
 
+from dcpo_megatron.config.schema import Config, ConfigError, known_keys, load_config, to_yaml
 from dcpo_megatron.mcore.hf_config import ModelConfigError
 from dcpo_megatron.mcore.platform import find_apex
 from dcpo_megatron.objectives import PRESETS, get_preset
 from dcpo_megatron.training.checks import check_run
-from dcpo_megatron.training.config import Config, ConfigError, known_keys, load_config, to_yaml
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "configs"
 # compare.yaml is a plan of `dcpo compare`, not a recipe: tests/comparison/test_plan.py loads it.

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dcpo_megatron.checkpoint import folder as folders
+from dcpo_megatron.checkpoint.saver import CheckpointSaver
+from dcpo_megatron.checkpoint.snapshot import Snapshot, SnapshotTensor
 from dcpo_megatron.mcore.layout import ParallelLayout
-from dcpo_megatron.mcore.training_state import Snapshot, SnapshotTensor
-from dcpo_megatron.training import checkpoint_folder as folders
 from dcpo_megatron.training.pending import PendingBatch
-from dcpo_megatron.training.saver import CheckpointSaver
 from dcpo_megatron.weights.hf_folder import write_hf_folder
 from dcpo_megatron.weights.publish.buckets import Bucket
 from dcpo_megatron.weights.publish.disk import DiskTransport

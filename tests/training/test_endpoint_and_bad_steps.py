@@ -5,12 +5,12 @@ import urllib.request
 
 import pytest
 
+from dcpo_megatron.config.schema import load_config
 from dcpo_megatron.data import Response, decode_responses
 from dcpo_megatron.mcore.step import UpdateResult
-from dcpo_megatron.training.bad_steps import BadSteps, BadStepsError
-from dcpo_megatron.training.config import load_config
-from dcpo_megatron.training.endpoint import MetricsEndpoint
-from dcpo_megatron.training.sinks import Sinks
+from dcpo_megatron.monitor.bad_steps import BadSteps, BadStepsError
+from dcpo_megatron.monitor.prometheus import MetricsEndpoint
+from dcpo_megatron.monitor.sinks import Sinks
 
 
 def scrape(port: int) -> list[str]:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from dcpo_megatron.cli import eval as command
-from dcpo_megatron.training.eval_numbers import Answers, average, estimate, measures, pass_at
-from dcpo_megatron.training.eval_store import EvaluationError, ResponseStore
+from dcpo_megatron.evaluation.estimates import Answers, average, estimate, measures, pass_at
+from dcpo_megatron.evaluation.store import EvaluationError, ResponseStore
 
 
 @pytest.mark.parametrize(("samples", "right", "m"), [(6, 0, 2), (6, 1, 3), (6, 2, 2), (6, 5, 2), (6, 6, 4), (1, 1, 1)])
@@ -177,7 +177,7 @@ def test_other_settings_another_model_or_a_second_process_are_refused(
 
 
 def test_the_model_is_known_by_its_content(byte_model, tmp_path):
-    from dcpo_megatron.training.eval_run import model_fingerprint
+    from dcpo_megatron.evaluation.offline import model_fingerprint
 
     copy = tmp_path / "copy"
     shutil.copytree(byte_model, copy)

@@ -6,7 +6,7 @@ import resource
 
 import pytest
 
-from dcpo_megatron.training.growing_file import BoardFile, GrowingFile
+from dcpo_megatron.monitor.growing_file import BoardFile, GrowingFile
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_megatron.training.config import ConfigError, load_config
+from dcpo_megatron.config.schema import ConfigError, load_config
 from dcpo_megatron.training.engines import listed_servers, publish_options
 from dcpo_megatron.verification.ranks import RankPool
 from tests.rollout.test_addresses import SGLANG, Whoever

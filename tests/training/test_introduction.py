@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-from dcpo_megatron.cli.quiet import write_any_letter
+from dcpo_megatron.checkpoint.resume import changed_keys
+from dcpo_megatron.config.schema import ConfigError, load_config
+from dcpo_megatron.console.quiet import write_any_letter
 from dcpo_megatron.data import Prompt, PromptOptions, load_prompts
+from dcpo_megatron.monitor.sinks import Sinks
 from dcpo_megatron.rollout import GenerateRequest, SamplingParams
 from dcpo_megatron.rollout.server_answers import batches_of, body
-from dcpo_megatron.training.config import ConfigError, load_config
 from dcpo_megatron.training.introduction import introduce
-from dcpo_megatron.training.resume import changed_keys
-from dcpo_megatron.training.sinks import Sinks
 from dcpo_megatron.training.tokenizer import stop_token_ids
 from tests.data.conftest import CHAT_TEMPLATE, make_tokenizer
 

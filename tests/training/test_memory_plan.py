@@ -12,14 +12,14 @@ from types import SimpleNamespace
 import pytest
 
 from dcpo_megatron.cli.train import main
+from dcpo_megatron.config.schema import load_config
 from dcpo_megatron.mcore.hf_config import read_shape
 from dcpo_megatron.mcore.layout import ParallelLayout
+from dcpo_megatron.memory.activations import Compute, chunk_passes, final_bytes, kept_bytes, layer_bytes
+from dcpo_megatron.memory.plan import GB, cache_token_bytes, embedded_bytes, memory_problems, plan_memory
+from dcpo_megatron.memory.states import model_elements, sharing_ranks, stage_chunks, state_bytes
+from dcpo_megatron.memory.step_estimate import Hardware, estimate_step
 from dcpo_megatron.training.checks import check_run
-from dcpo_megatron.training.config import load_config
-from dcpo_megatron.training.memory_activations import Compute, chunk_passes, final_bytes, kept_bytes, layer_bytes
-from dcpo_megatron.training.memory_plan import GB, cache_token_bytes, embedded_bytes, memory_problems, plan_memory
-from dcpo_megatron.training.memory_states import model_elements, sharing_ranks, stage_chunks, state_bytes
-from dcpo_megatron.training.step_estimate import Hardware, estimate_step
 from dcpo_megatron.verification.ranks import RankPool
 from tests.training import memory_jobs as job
 

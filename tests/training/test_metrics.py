@@ -15,13 +15,13 @@ from dcpo_megatron.data.packing import PackingOptions
 from dcpo_megatron.mcore.layout import ParallelLayout
 from dcpo_megatron.mcore.loss import MAX_NAMES, SUM_NAMES
 from dcpo_megatron.mcore.step import UpdateResult
+from dcpo_megatron.monitor.bad_steps import BadSteps
+from dcpo_megatron.monitor.gpu import GpuMonitor
+from dcpo_megatron.monitor.metrics import METRICS, STEP_PARTS, check_declared, seconds_metrics, update_metrics
+from dcpo_megatron.monitor.watchdog import Watchdog, WatchedTimeline
 from dcpo_megatron.objectives import get_preset
-from dcpo_megatron.training.bad_steps import BadSteps
-from dcpo_megatron.training.gpu import GpuMonitor
 from dcpo_megatron.training.loop import Trainer
-from dcpo_megatron.training.metrics import METRICS, STEP_PARTS, check_declared, seconds_metrics, update_metrics
 from dcpo_megatron.training.rollout_phase import RolloutResult
-from dcpo_megatron.training.watchdog import Watchdog, WatchedTimeline
 
 TOKEN_SHARES = (
     "clipped_upper",

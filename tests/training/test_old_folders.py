@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from dcpo_megatron.checkpoint import folder as folders
 from dcpo_megatron.files import move_aside, remove
-from dcpo_megatron.training import checkpoint_folder as folders
 from dcpo_megatron.weights.hf_folder import SafetensorsFolder, write_hf_folder
 from dcpo_megatron.weights.publish.disk import DiskTransport
 from tests.training.test_checkpoint_folder import make

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_megatron.training.config import ConfigError, load_config
-from dcpo_megatron.training.recipes import FOLDER, find_recipe
+from dcpo_megatron.config.recipes import FOLDER, find_recipe
+from dcpo_megatron.config.schema import ConfigError, load_config
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "configs"
 GIVEN = ["model.path=model", "data.files=[train.jsonl]"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dcpo_megatron.training.report import PANELS, draw_report, read_metrics
+from dcpo_megatron.monitor.curves import PANELS, draw_report, read_metrics
 
 ROWS = [
     {"step": 0, "eval_accuracy": 0.1, "eval_greedy": 0.2, "eval_response_length": 3.0},

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcpo_megatron.cli import resumption
-from dcpo_megatron.training.signals import START_AGAIN
+from dcpo_megatron.launch.signals import START_AGAIN
+from dcpo_megatron.verification import resumption
 from dcpo_megatron.weights.torch_dist import TorchDistFolder
 from tests.unremovable import unremovable
 

@@ -12,8 +12,8 @@ import pytest
 
 from dcpo_megatron.cli import status
 from dcpo_megatron.cli.status import duration
-from dcpo_megatron.training.heartbeat import Heartbeat, health_folder, write_heartbeat
-from dcpo_megatron.training.run_status import StatusError, read_status
+from dcpo_megatron.monitor.heartbeat import Heartbeat, health_folder, write_heartbeat
+from dcpo_megatron.monitor.status import StatusError, read_status
 
 NOW = 0.0
 
@@ -138,9 +138,9 @@ def test_durations_are_short(seconds, text):
 
 
 def test_the_servers_of_a_run_are_told_from_its_files(tmp_path):
+    from dcpo_megatron.monitor.server_health import ServerHealth
     from dcpo_megatron.rollout.fleet import Fleet
     from dcpo_megatron.rollout.server import Server
-    from dcpo_megatron.training.server_health import ServerHealth
 
     (tmp_path / "health").mkdir()
     servers = [Server(f"http://host:{port}") for port in (1, 2, 3)]

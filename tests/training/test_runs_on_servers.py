@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_megatron.cli import resumption
-from dcpo_megatron.training.heartbeat import read_heartbeats
-from dcpo_megatron.training.run_status import read_status
+from dcpo_megatron.monitor.heartbeat import read_heartbeats
+from dcpo_megatron.monitor.status import read_status
+from dcpo_megatron.verification import resumption
 from tests.sglang_servers import loopback_ipv6, serve
 
 pytestmark = pytest.mark.sglang

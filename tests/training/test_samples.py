@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dcpo_megatron.advantages.history import RewardHistory
+from dcpo_megatron.advantages.sas import RewardHistory
 from dcpo_megatron.data import Response
 from dcpo_megatron.mcore.batch import Sequence
+from dcpo_megatron.monitor import samples
+from dcpo_megatron.monitor.samples import SampleLog
 from dcpo_megatron.objectives import get_preset
-from dcpo_megatron.training import samples
-from dcpo_megatron.training.samples import SampleLog
 
 ALONE = SimpleNamespace(owns_loss=True, data_rank=0, context_rank=0, context_size=1, pipeline_size=1)
 LENGTH = 1000

@@ -3,7 +3,7 @@
 import threading
 import time
 
-from dcpo_megatron.training import saver
+from dcpo_megatron.checkpoint import saver
 
 
 def work(seconds: float) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_megatron.training.signals import START_AGAIN, StopRequest
+from dcpo_megatron.launch.signals import START_AGAIN, StopRequest
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
@@ -48,7 +48,7 @@ def test_outside_the_main_thread_nothing_is_installed():
 def test_a_process_finishes_what_it_does_and_says_start_me_again():
     code = """
 import sys, time
-from dcpo_megatron.training.signals import START_AGAIN, StopRequest
+from dcpo_megatron.launch.signals import START_AGAIN, StopRequest
 with StopRequest() as stop:
     print("up", flush=True)
     for step in range(1000):

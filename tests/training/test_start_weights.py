@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
+from dcpo_megatron.config.schema import ConfigError, load_config
 from dcpo_megatron.mcore.layout import ParallelLayout
 from dcpo_megatron.training.checks import check_run
-from dcpo_megatron.training.config import ConfigError, load_config
 from dcpo_megatron.verification.cases import make_model
 from dcpo_megatron.weights.hf_folder import CheckpointError
 from dcpo_megatron.weights.to_megatron import HfToMegatron

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcpo_megatron.training.timeline import Timeline, chrome_trace
+from dcpo_megatron.monitor.timeline import Timeline, chrome_trace
 
 
 class Clock:

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_megatron.training import reach
-from dcpo_megatron.training.heartbeat import (
+from dcpo_megatron.monitor.heartbeat import (
     Heartbeat,
     describe_standstill,
     health_folder,
@@ -21,15 +20,10 @@ from dcpo_megatron.training.heartbeat import (
     read_heartbeats,
     write_heartbeat,
 )
+from dcpo_megatron.monitor.watchdog import PHASE_OF_SPAN, Watchdog, WatchedTimeline, collective_timeout, explain_failure
+from dcpo_megatron.training import reach
 from dcpo_megatron.training.reach import Peer
 from dcpo_megatron.training.standstill import Seen, broken, standing
-from dcpo_megatron.training.watchdog import (
-    PHASE_OF_SPAN,
-    Watchdog,
-    WatchedTimeline,
-    collective_timeout,
-    explain_failure,
-)
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW = 0.0
@@ -136,7 +130,7 @@ def test_phases_are_written_in_order_and_a_new_start_clears_what_an_earlier_run_
 
 
 def test_the_phases_are_spans_that_the_run_has():
-    from dcpo_megatron.training.metrics import STEP_PARTS
+    from dcpo_megatron.monitor.metrics import STEP_PARTS
 
     assert set(PHASE_OF_SPAN) <= set(STEP_PARTS)
 
@@ -145,7 +139,7 @@ def watched(folder: Path, body: str) -> subprocess.CompletedProcess:
     code = f"""
 import time
 from pathlib import Path
-from dcpo_megatron.training.watchdog import Watchdog
+from dcpo_megatron.monitor.watchdog import Watchdog
 watchdog = Watchdog(Path({str(folder)!r}), 0, 1, 0.6)
 watchdog.start()
 def sleep_here(): time.sleep(20)

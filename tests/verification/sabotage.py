@@ -67,7 +67,7 @@ def without_loss_mask():
 
 
 def without_vocabulary_padding():
-    from dcpo_megatron.mcore import head
+    from dcpo_megatron.mcore.head import response_head as head
 
     real = head.make_settings
     return _replace(head, "make_settings", lambda *a, vocab, **k: real(*a, vocab=10**9, **k))

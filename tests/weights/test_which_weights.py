@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dcpo_megatron.cli.main import main
+from dcpo_megatron.config.schema import load_config
 from dcpo_megatron.mcore.hf_config import read_shape
 from dcpo_megatron.mcore.layout import ParallelLayout
 from dcpo_megatron.training.checks import check_run
-from dcpo_megatron.training.config import load_config
 from dcpo_megatron.verification.cases import make_model
 from dcpo_megatron.weights.fit import check_folder
 from dcpo_megatron.weights.hf_folder import (

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as torch_multiprocessing
 from torch.multiprocessing import reductions
 
-from dcpo_megatron.mcore.collectives import all_gather_on_host
+from dcpo_megatron.distributed import all_gather_on_host
 from dcpo_megatron.rollout.protocol import RolloutError
 from dcpo_megatron.rollout.server import Server
 from dcpo_megatron.weights.publish.buckets import Bucket

@@ -26,7 +26,7 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 
-from dcpo_megatron.mcore.collectives import all_gather_on_host
+from dcpo_megatron.distributed import all_gather_on_host
 from dcpo_megatron.rollout.fleet import Fleet
 from dcpo_megatron.rollout.protocol import RolloutError
 from dcpo_megatron.rollout.server import Server, ServerError

@@ -1,0 +1,1 @@
+"""What `dcpo doctor` checks of a machine, and of the ranks on it."""

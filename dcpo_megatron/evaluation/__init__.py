@@ -1,0 +1,1 @@
+"""Answers to benchmarks, judged: within a run, or of a model's folder."""
