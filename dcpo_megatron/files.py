@@ -9,8 +9,10 @@ A folder may refuse to go: a file in it is immutable, or open on another host of
 from __future__ import annotations
 
 import glob
+import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 REMOVING = ".removing"
@@ -92,3 +94,23 @@ def discard(path: Path) -> str | None:
     except OSError as error:
         return f"{path} could not be moved away: {error.strerror or error}; it stays as it is"
     return remove(aside)
+
+
+def write_jsonl(rows: Iterable[dict], path: str | Path) -> None:
+    """Writes one JSON object a line, as data files of prompts have it."""
+    with Path(path).open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_rows(file: Path) -> list[dict]:
+    """The whole rows of a ``metrics.jsonl``, without one that a killed run left half-written or a living one is writing; none where there is no file."""
+    rows = []
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    return rows

@@ -271,7 +271,8 @@ def _random_model(name: str, folder: Path) -> list[str]:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from dcpo_megatron.data import make_arithmetic, write_jsonl
+    from dcpo_megatron.files import write_jsonl
+    from dcpo_megatron.toys.arithmetic import make_arithmetic
     from dcpo_megatron.toys.warm_up import make_tokenizer, save
 
     tokens = dict(bos_token_id=None, eos_token_id=0, pad_token_id=0)

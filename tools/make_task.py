@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Writes the files; returns the exit code."""
     args = parser().parse_args(argv)
-    from dcpo_megatron.data import write_jsonl
+    from dcpo_megatron.files import write_jsonl
     from dcpo_megatron.toys.chains import ChainTask, make_chains
 
     folder = Path(args.output)

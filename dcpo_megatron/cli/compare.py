@@ -68,7 +68,7 @@ def _run(plan, file: Path, parallel: int | None, quiet: bool) -> int:
     from dcpo_megatron.comparison.jobs import Job, Jobs
     from dcpo_megatron.comparison.runs import is_finished
     from dcpo_megatron.comparison.start import is_made
-    from dcpo_megatron.training.metrics_file import read_rows
+    from dcpo_megatron.files import read_rows
 
     jobs = []
     for seed in plan.seeds if plan.task is not None else ():

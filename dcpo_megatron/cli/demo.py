@@ -174,7 +174,8 @@ def prepare(
     import torch
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from dcpo_megatron.data import make_arithmetic, write_jsonl
+    from dcpo_megatron.files import write_jsonl
+    from dcpo_megatron.toys.arithmetic import make_arithmetic
     from dcpo_megatron.toys.warm_up import make_model, make_tokenizer, save, warm_up
 
     torch.set_num_threads(1)

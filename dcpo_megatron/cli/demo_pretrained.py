@@ -63,7 +63,7 @@ def prepare(folder: Path, model: str, seed: int, data: str | None) -> None:
     """
     from dcpo_megatron.cli import convert
     from dcpo_megatron.cli.demo import MARKER
-    from dcpo_megatron.data import write_jsonl
+    from dcpo_megatron.files import write_jsonl
     from dcpo_megatron.weights.from_gguf import gguf_to_hf
     from dcpo_megatron.weights.hf_folder import CheckpointError
 
@@ -141,7 +141,7 @@ def compare_weights(one: Path, other: Path) -> tuple[int, int]:
 
 def tell(folder: Path, config) -> bool:
     """Writes ``responses.html`` and says whether the reward rose; returns that. Raises DemoError where an evaluation fails."""
-    from dcpo_megatron.training.metrics_file import read_rows
+    from dcpo_megatron.files import read_rows
 
     _write_page(folder, config)
     rewards = [row["reward"] for row in read_rows(folder / "metrics.jsonl") if "reward" in row]

@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from dcpo_megatron.comparison.plan import Plan
-from dcpo_megatron.training.metrics_file import read_rows
+from dcpo_megatron.files import read_rows
 
 
 @dataclass(frozen=True)

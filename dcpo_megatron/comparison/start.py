@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dcpo_megatron.comparison.plan import PlanError, TaskSection
-from dcpo_megatron.data import write_jsonl
+from dcpo_megatron.files import write_jsonl
 from dcpo_megatron.toys.chains import CHARACTERS, make_chains
 
 MADE = "made.json"

@@ -4,7 +4,6 @@ from dcpo_megatron.data.errors import DataError
 from dcpo_megatron.data.prompts import Prompt, PromptOptions, PromptSet, load_prompts
 from dcpo_megatron.data.response import Response, decode_responses, encode_responses
 from dcpo_megatron.data.sampler import PromptSampler
-from dcpo_megatron.toys.arithmetic import make_arithmetic, write_jsonl
 
 __all__ = [
     "DataError",
@@ -16,6 +15,4 @@ __all__ = [
     "decode_responses",
     "encode_responses",
     "load_prompts",
-    "make_arithmetic",
-    "write_jsonl",
 ]

@@ -11,7 +11,7 @@ from dcpo_megatron.data import Prompt
 from dcpo_megatron.distributed import all_reduce_on_host
 from dcpo_megatron.rewards import Rewarder
 from dcpo_megatron.rollout import GenerateRequest, RolloutEngine, SamplingParams
-from dcpo_megatron.training.rollout_phase import share, stream_seed
+from dcpo_megatron.rollout.streams import share, stream_seed
 
 
 def evaluate(

@@ -19,7 +19,7 @@ from dcpo_megatron.evaluation.estimates import Answers, average, estimate, lengt
 from dcpo_megatron.evaluation.store import GREEDY, EvaluationError, ResponseStore
 from dcpo_megatron.rewards import Rewarder
 from dcpo_megatron.rollout import GenerateRequest, RolloutEngine, SamplingParams
-from dcpo_megatron.training.rollout_phase import stream_seed
+from dcpo_megatron.rollout.streams import stream_seed
 from dcpo_megatron.weights.hf_folder import companions
 
 

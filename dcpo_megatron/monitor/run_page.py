@@ -17,9 +17,9 @@ from pathlib import Path
 
 import yaml
 
+from dcpo_megatron.files import read_rows
 from dcpo_megatron.monitor.curves import PANELS, draw_panel
 from dcpo_megatron.monitor.samples import SAMPLES, TOKENS
-from dcpo_megatron.training.metrics_file import read_rows
 
 # Beside those of report.png.
 _MORE = (

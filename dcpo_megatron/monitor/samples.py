@@ -21,9 +21,9 @@ import torch.distributed as dist
 
 from dcpo_megatron.advantages.sas import RewardHistory
 from dcpo_megatron.data import Response
+from dcpo_megatron.files import read_rows
 from dcpo_megatron.mcore.layout import RankPosition
 from dcpo_megatron.objectives import Objective, policy_loss
-from dcpo_megatron.training.metrics_file import read_rows
 
 SAMPLES = "samples.jsonl"
 RESPONSES, TOKENS, STEPS = 8, 600, 12  # of a step; of a response; sampled steps kept

@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 from dcpo_megatron.config.schema import Config
+from dcpo_megatron.files import read_rows
 from dcpo_megatron.monitor.growing_file import BoardFile, GrowingFile
 from dcpo_megatron.monitor.metrics import check_declared
 from dcpo_megatron.monitor.prometheus import MetricsEndpoint
-from dcpo_megatron.training.metrics_file import read_rows
 
 
 class Sinks:

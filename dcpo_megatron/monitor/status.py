@@ -13,9 +13,9 @@ from pathlib import Path
 
 import yaml
 
+from dcpo_megatron.files import read_rows
 from dcpo_megatron.monitor.heartbeat import VERDICT, Heartbeat, health_folder, read_heartbeats
 from dcpo_megatron.monitor.server_health import ServerStatus, read_server_health
-from dcpo_megatron.training.metrics_file import read_rows
 
 RATE_STEPS = 20
 _AT_REST = ("finished", "stopped")

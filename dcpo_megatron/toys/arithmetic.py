@@ -4,11 +4,8 @@ The held-out tenth is decided by the two numbers alone, whichever comes first: n
 made. So problems of one split are never in the other, and "3+5=" does not give "5+3=" away.
 """
 
-import json
 import random
 import zlib
-from collections.abc import Iterable
-from pathlib import Path
 
 _HELD_OUT_ONE_IN = 10
 _LARGEST_OPERAND = 1999  # all pairs are listed: 4 million at most
@@ -30,12 +27,6 @@ def make_arithmetic(n: int, seed: int, max_operand: int = 99, split: str = "trai
         raise ValueError(f"{n} problems were asked for, and {split} has {len(pairs)} with operands to {max_operand}")
     chosen = random.Random(f"{seed}").sample(pairs, n)
     return [{"id": f"{a}+{b}", "prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in chosen]
-
-
-def write_jsonl(rows: Iterable[dict], path: str | Path) -> None:
-    """Writes one JSON object a line, for ``load_prompts``."""
-    with Path(path).open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _is_held_out(a: int, b: int) -> bool:

@@ -9,7 +9,6 @@ With :meth:`RolloutPhase.begin` the first round of a later step is sampled while
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from dcpo_megatron.monitor.timeline import Timeline
 from dcpo_megatron.objectives import Objective, soft_overlong_penalty
 from dcpo_megatron.rewards import Rewarder
 from dcpo_megatron.rollout import GenerateRequest, Generation, RolloutEngine, SamplingParams
+from dcpo_megatron.rollout.streams import share, stream_seed
 from dcpo_megatron.training.pending import PendingBatch, response_of
 
 
@@ -248,14 +248,3 @@ class RolloutPhase:
             "\n".join(sorted({i.encode().hex() for i in ids})).encode(), self._exchange_group(), CPU
         )
         return {bytes.fromhex(line).decode() for payload in payloads for line in payload.decode().split("\n") if line}
-
-
-def share(jobs: list, rank: int, world: int) -> list:
-    """The contiguous slice of ``jobs`` that ``rank`` of ``world`` does; sizes differ by one at most."""
-    return jobs[len(jobs) * rank // world : len(jobs) * (rank + 1) // world]
-
-
-def stream_seed(seed: int, step: int, round_number: int, prompt_id: str, sample: int) -> int:
-    """The random stream of one response: a hash, so that it depends on nothing but what it is for. 63 bits."""
-    text = f"{seed}/{step}/{round_number}/{prompt_id}/{sample}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 
 from dcpo_megatron.checkpoint.folder import INCOMPLETE
 from dcpo_megatron.console.quiet import quiet_libraries
-from dcpo_megatron.training.metrics_file import read_rows
+from dcpo_megatron.files import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 # How a kill chooses its moment. "start" is before the first step of a start, also in the middle of loading a checkpoint.
@@ -47,7 +47,8 @@ class Difference(AssertionError):
 
 def make_task(folder: Path, *, steps: int, seed: int = 0) -> list[str]:
     """A small model and additions in ``folder``; returns the arguments of ``dcpo train`` but for ``output``."""
-    from dcpo_megatron.data import make_arithmetic, write_jsonl
+    from dcpo_megatron.files import write_jsonl
+    from dcpo_megatron.toys.arithmetic import make_arithmetic
     from dcpo_megatron.toys.warm_up import make_model, make_tokenizer, save
 
     tokenizer = make_tokenizer()

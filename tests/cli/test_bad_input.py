@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from dcpo_megatron.cli import train
-from dcpo_megatron.data import make_arithmetic, write_jsonl
+from dcpo_megatron.files import write_jsonl
+from dcpo_megatron.toys.arithmetic import make_arithmetic
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -2,7 +2,9 @@
 
 import pytest
 
-from dcpo_megatron.data import load_prompts, make_arithmetic, write_jsonl
+from dcpo_megatron.data import load_prompts
+from dcpo_megatron.files import write_jsonl
+from dcpo_megatron.toys.arithmetic import make_arithmetic
 
 
 def test_problems_are_right_and_distinct():

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_megatron.data import make_arithmetic, write_jsonl
+from dcpo_megatron.files import write_jsonl
 from dcpo_megatron.monitor.metrics import STEP_PARTS
+from dcpo_megatron.toys.arithmetic import make_arithmetic
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_step.py"
 

@@ -6,7 +6,8 @@ import math
 import pytest
 from safetensors.torch import load_file
 
-from dcpo_megatron.data import make_arithmetic, write_jsonl
+from dcpo_megatron.files import write_jsonl
+from dcpo_megatron.toys.arithmetic import make_arithmetic
 from dcpo_megatron.verification.ranks import RankPool
 
 LAYOUTS = {

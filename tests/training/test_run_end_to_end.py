@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcpo_megatron.data import make_arithmetic, write_jsonl
+from dcpo_megatron.files import write_jsonl
+from dcpo_megatron.toys.arithmetic import make_arithmetic
 
 ROOT = Path(__file__).resolve().parents[2]
 
