@@ -16,7 +16,6 @@ import time
 import traceback
 from pathlib import Path
 
-from dcpo_megatron.config.schema import Config, ConfigError, known_keys, load_config
 from dcpo_megatron.console.quiet import quiet_libraries, write_any_letter
 from dcpo_megatron.launch.local import Place, run_ranks
 from dcpo_megatron.launch.signals import START_AGAIN, STOOD_STILL, Stopped, StopRequest
@@ -113,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(args) -> int:
+    from dcpo_megatron.config.schema import ConfigError, load_config
     from dcpo_megatron.training.checks import check_run
 
     if not args.check and (args.gpu_memory is not None or args.server_gpus is not None):
@@ -135,6 +135,9 @@ def _train(args) -> int:
         # Ranks share the cores; more threads than cores make every operator wait.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    from dcpo_megatron.mcore.platform import prepare
+
+    prepare(run.platform)  # before anything imports Megatron-Core
     from dcpo_megatron.monitor.watchdog import Watchdog
     from dcpo_megatron.training.build import build_trainer
 
@@ -197,6 +200,7 @@ def _place(args) -> Place:
 
 def _say_plan(run, gpu_memory: float | None, server_gpus: int | None) -> None:
     """Prints what the run needs. Raises ConfigError where that does not fit into ``gpu_memory`` GB, or into this machine's GPU."""
+    from dcpo_megatron.config.schema import ConfigError
     from dcpo_megatron.memory.plan import GB, memory_problems, memory_text, plan_memory
     from dcpo_megatron.memory.step_estimate import estimate_step, estimate_text
     from dcpo_megatron.monitor.gpu import device_memory
@@ -216,6 +220,7 @@ def _say_plan(run, gpu_memory: float | None, server_gpus: int | None) -> None:
 
 def is_bad_input(error: Exception) -> bool:
     """Whether ``error`` is about what the user gave (its message is the sentence to show) and not a fault of the program."""
+    from dcpo_megatron.config.schema import ConfigError
     from dcpo_megatron.data import DataError
     from dcpo_megatron.mcore.hf_config import ModelConfigError
     from dcpo_megatron.rewards import RewardError
@@ -265,6 +270,7 @@ def print_keys() -> None:
     """Every configuration key with its default and meaning."""
     import dataclasses
 
+    from dcpo_megatron.config.schema import Config, known_keys
     from dcpo_megatron.objectives import Objective
 
     fields = {}

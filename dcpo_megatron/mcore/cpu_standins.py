@@ -117,6 +117,20 @@ def _from_each(collective, part: torch.Tensor, rank: int, group) -> None:
         part.copy_(whole)
 
 
+@contextlib.contextmanager
+def _uncompiled():
+    """Megatron-Core compiles its small functions (``jit_fuser``: torch.compile, taken as it is imported), for the memory traffic of a GPU.
+
+    On a CPU that is a C++ compiler at work in every rank, and seconds of imports before that: they run as they are written.
+    """
+    compile_ = torch.compile
+    torch.compile = lambda function=None, **options: function if function else lambda function: function
+    try:
+        yield
+    finally:
+        torch.compile = compile_
+
+
 def _no_gpu(device=None):
     raise RuntimeError("there is no GPU on the CPU platform")
 
@@ -209,7 +223,8 @@ def install() -> None:
     torch.distributed.reduce_scatter = _reduce_scatter_of_any_sizes(torch.distributed.reduce_scatter)
 
     # Megatron-Core binds these at import, so they are replaced there and not in torch.cuda only.
-    from megatron.core.tensor_parallel import random as mcore_random
+    with _uncompiled():
+        from megatron.core.tensor_parallel import random as mcore_random
 
     mcore_random._lazy_call = lambda callback, **kwargs: callback()
     mcore_random._lazy_init = lambda: None

@@ -29,5 +29,10 @@ def make_arithmetic(n: int, seed: int, max_operand: int = 99, split: str = "trai
     return [{"id": f"{a}+{b}", "prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in chosen]
 
 
+def share_of_digits(response: str, ground_truth: str) -> float:
+    """A reward that a model with random weights can earn in part: the share of its characters that are digits, and one more where it is right."""
+    return sum(c.isdigit() for c in response) / max(len(response), 1) + (response == ground_truth)
+
+
 def _is_held_out(a: int, b: int) -> bool:
     return zlib.crc32(f"{min(a, b)}+{max(a, b)}".encode()) % _HELD_OUT_ONE_IN == 0

@@ -1,16 +1,22 @@
 """A pool of processes that take part in one distributed job after another.
 
-Starting a process costs seconds of imports, a new process group a fraction of one: the pool starts its processes once and makes a fresh default group for each
-:meth:`RankPool.run`. Every run has a deadline; a rank that raises, dies or hangs ends the pool, with the rank's name and its traceback.
+    pool -- spawn --> mother: imports once --> rank 0, 1, ...   copies of it (CPU: fork)
+    pool <== a pipe each ==> ranks       pool <== a pipe ==> mother: exit codes; its end is theirs
+
+Imports cost seconds, a new process group a fraction of one: they are done once, and each :meth:`RankPool.run` makes a fresh default group.
+Every run has a deadline; a rank that raises, dies or hangs ends the pool, with the rank's name and its traceback. Ranks on GPUs import
+for themselves: CUDA does not outlive a fork.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import socket
 import time
 import traceback
@@ -40,15 +46,22 @@ class RankPool:
         saved = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
         os.environ["PYTHONPATH"] = os.pathsep.join([*python_path, *filter(None, [saved["PYTHONPATH"]])])
         os.environ["OMP_NUM_THREADS"] = str(threads)
-        self._pipes, self._processes = [], []
+        self._pipes, self._processes, self._codes = [], [], []
         try:
-            for rank in range(size):
-                mine, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(rank, device, list(python_path), theirs), daemon=True)
+            # A mother for all ranks, or one each.
+            for ranks in [range(size)] if device == "cpu" else [[rank] for rank in range(size)]:
+                pipes = [context.Pipe() for _ in ranks]
+                codes, its_codes = context.Pipe()
+                theirs = {rank: pipe for rank, (_, pipe) in zip(ranks, pipes)}
+                process = context.Process(
+                    target=_bear, args=(theirs, device, list(python_path), its_codes), daemon=True
+                )
                 process.start()
-                theirs.close()
-                self._pipes.append(mine)
+                for pipe in (*theirs.values(), its_codes):
+                    pipe.close()
+                self._pipes += [pipe for pipe, _ in pipes]
                 self._processes.append(process)
+                self._codes.append(codes)
         finally:
             for name, value in saved.items():
                 if value is None:
@@ -85,8 +98,7 @@ class RankPool:
                 try:
                     kind, value = pipe.recv()
                 except EOFError:
-                    self._processes[rank].join(5)
-                    code = self._processes[rank].exitcode
+                    code = self._exit_code(rank)
                     self.close()
                     raise RankFailure(f"{function}: rank {rank} of {world} died (exit code {code})") from None
                 if kind == "error":
@@ -96,16 +108,28 @@ class RankPool:
                 waiting.discard(rank)
         return results
 
+    def _exit_code(self, rank: int) -> int | None:
+        """Of a rank whose pipe has ended: minus a signal's number where one ended it; None where nobody knows."""
+        codes = self._codes[min(rank, len(self._codes) - 1)]
+        try:
+            while codes.poll(5):
+                which, code = codes.recv()
+                if which == rank:
+                    return code
+        except (EOFError, OSError):
+            pass  # the mother is gone too
+        return None
+
     def close(self) -> None:
         """Ends the processes; safe to call twice."""
-        for pipe in self._pipes:
+        for pipe in (*self._pipes, *self._codes):
             pipe.close()
         for process in self._processes:
-            process.join(0.2)
+            process.join(5)
             if process.is_alive():
                 process.kill()
                 process.join(5)
-        self._pipes, self._processes, self.size = [], [], 0
+        self._pipes, self._processes, self._codes, self.size = [], [], [], 0
 
     def __enter__(self) -> RankPool:
         return self
@@ -120,7 +144,8 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _serve(number: int, device: str, python_path: list[str], pipe) -> None:
+def _bear(pipes: dict, device: str, python_path: list[str], codes) -> None:
+    """The mother: forks a rank for each of ``pipes``, and sends (rank, exit code) as they end. Where the pool is gone, it kills them."""
     import logging
     import sys
     import warnings
@@ -130,10 +155,39 @@ def _serve(number: int, device: str, python_path: list[str], pipe) -> None:
             sys.path.insert(0, folder)
     warnings.simplefilter("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    os.environ["LOCAL_RANK"] = str(number)
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if device == "cpu":
+        from dcpo_megatron.mcore import platform
+
+        platform.prepare(platform.select_platform(device))
+    ranks = {}
+    for rank in list(pipes):
+        pid = os.fork()
+        if pid == 0:
+            codes.close()
+            pipe = pipes.pop(rank)
+            for other in pipes.values():
+                other.close()
+            _serve(rank, device, pipe)
+            os._exit(0)
+        ranks[pid] = rank
+        pipes.pop(rank).close()
+    while ranks:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            with contextlib.suppress(OSError):
+                codes.send((ranks.pop(pid), os.waitstatus_to_exitcode(status)))
+        elif codes.poll(0.1):  # nothing is sent to it: its end
+            for pid in ranks:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            return
+
+
+def _serve(number: int, device: str, pipe) -> None:
+    os.environ["LOCAL_RANK"] = str(number)
     while True:
         try:
             function, rank, world, port, timeout, args, kwargs = pipe.recv()

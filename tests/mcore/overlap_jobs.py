@@ -19,8 +19,6 @@ def train(hf: str, parallel: dict, overlap: str, dtype: str = "bfloat16", **opti
     from dcpo_megatron.objectives import get_preset
     from dcpo_megatron.weights.transfer import WeightGatherer, load_weights
 
-    # What a GPU would compile runs as it is written.
-    torch.compiler.set_stance("force_eager")
     layout = ParallelLayout(**parallel)
     make_groups(layout)
     policy = PolicyModel.create(

@@ -139,3 +139,8 @@ def test_a_rank_that_raises_is_named(pools):
 def test_a_rank_that_hangs_ends_by_the_deadline(pools):
     with pytest.raises(RankFailure, match=r"rank 1 of 2 gave no answer within 20 s"):
         RankPool(2).run("tests.verification.sabotage:hang_on_rank_one", 2, timeout=20)
+
+
+def test_a_rank_that_dies_is_named_with_its_exit_code(pools):
+    with pytest.raises(RankFailure, match=r"rank 1 of 2 died \(exit code 7\)"):
+        RankPool(2).run("tests.verification.sabotage:end_on_rank_one", 2, timeout=60)
