@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         rest = _without(_OF_LAUNCHER, sys.argv[1:] if argv is None else argv)
         try:
             return start_ranks(args.ranks, rest, args.grace, _place(args))
-        except ConfigError as error:
+        except ValueError as error:
             return refuse(error)
     quiet_libraries()
     write_any_letter()
@@ -192,7 +192,7 @@ def _place(args) -> Place:
     if args.nodes == 1:
         return Place()
     if args.nodes < 1 or not args.master_addr or not 0 <= args.node_rank < args.nodes:
-        raise ConfigError(
+        raise ValueError(
             f"--nodes {args.nodes} needs --master-addr, and --node-rank {args.node_rank} must be 0 to {args.nodes - 1}"
         )
     return Place(args.nodes, args.node_rank, args.master_addr, args.master_port)
