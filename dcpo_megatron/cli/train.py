@@ -245,7 +245,7 @@ def refuse(error: Exception, code: int = BAD_INPUT) -> int:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank:
         # Where all ranks fail alike, the launcher ends this one while it waits, and the sentence is said once.
-        time.sleep(3.0)
+        time.sleep(5.0)
     name = f"rank {_rank()}: " if local_rank else ""
     for line in str(error).splitlines():
         print(f"dcpo: error: {name}{line}", file=sys.stderr, flush=True)
