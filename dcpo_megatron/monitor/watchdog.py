@@ -6,7 +6,7 @@
                        exit code 70. It looks at files and network through threads that it does not wait for long
 
 A collective has a deadline of its own, but raises on those that wait; network and files tell whom they wait for
-(:mod:`~dcpo_megatron.training.standstill`). :meth:`Watchdog.explain` does the same for a collective that raised because
+(:mod:`~dcpo_megatron.monitor.standstill`). :meth:`Watchdog.explain` does the same for a collective that raised because
 another rank is gone.
 """
 
@@ -35,9 +35,9 @@ from dcpo_megatron.monitor.heartbeat import (
     unreadable,
     write_heartbeat,
 )
+from dcpo_megatron.monitor.reach import Door, Peer, dead_link, look_around
+from dcpo_megatron.monitor.standstill import RESUME, Seen, broken, standing
 from dcpo_megatron.monitor.timeline import Timeline
-from dcpo_megatron.training.reach import Door, Peer, dead_link, look_around
-from dcpo_megatron.training.standstill import RESUME, Seen, broken, standing
 
 # Phases by the span that begins them.
 PHASE_OF_SPAN = {

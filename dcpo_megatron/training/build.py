@@ -24,6 +24,7 @@ from dcpo_megatron.mcore.model import ModelOptions, OptimizerOptions
 from dcpo_megatron.mcore.step import PolicyModel
 from dcpo_megatron.monitor.bad_steps import BadSteps
 from dcpo_megatron.monitor.gpu import GpuMonitor
+from dcpo_megatron.monitor.reach import Door
 from dcpo_megatron.monitor.samples import SampleLog
 from dcpo_megatron.monitor.sinks import Sinks
 from dcpo_megatron.monitor.watchdog import Watchdog, WatchedTimeline, collective_timeout
@@ -34,7 +35,6 @@ from dcpo_megatron.training.engines import make_engine, settle_interface, settle
 from dcpo_megatron.training.first_meeting import meet
 from dcpo_megatron.training.loop import Trainer
 from dcpo_megatron.training.placement import placement_warning
-from dcpo_megatron.training.reach import Door
 from dcpo_megatron.training.rollout_phase import RolloutPhase
 from dcpo_megatron.training.tokenizer import load_tokenizer, stop_token_ids
 from dcpo_megatron.weights.transfer import WeightGatherer, load_weights

@@ -28,7 +28,7 @@ from dcpo_megatron.checkpoint.resume import flat, versions
 from dcpo_megatron.config.schema import Config, ConfigError
 from dcpo_megatron.distributed import all_gather_on_host
 from dcpo_megatron.monitor.heartbeat import health_folder, ranks_in_words
-from dcpo_megatron.training.reach import Door, Peer
+from dcpo_megatron.monitor.reach import Door, Peer
 
 # What may lie elsewhere on each host: copies of the model and the data; the prompts themselves are compared.
 _A_HOSTS_OWN = ("model.path", "data.files", "evaluation.files", "publish.address")

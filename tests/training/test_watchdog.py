@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dcpo_megatron.monitor import reach
 from dcpo_megatron.monitor.heartbeat import (
     Heartbeat,
     describe_standstill,
@@ -20,10 +21,9 @@ from dcpo_megatron.monitor.heartbeat import (
     read_heartbeats,
     write_heartbeat,
 )
+from dcpo_megatron.monitor.reach import Peer
+from dcpo_megatron.monitor.standstill import Seen, broken, standing
 from dcpo_megatron.monitor.watchdog import PHASE_OF_SPAN, Watchdog, WatchedTimeline, collective_timeout, explain_failure
-from dcpo_megatron.training import reach
-from dcpo_megatron.training.reach import Peer
-from dcpo_megatron.training.standstill import Seen, broken, standing
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW = 0.0

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dcpo_megatron.monitor.heartbeat import Heartbeat, describe_standstill, ranks_in_words
-from dcpo_megatron.training.reach import Peer
+from dcpo_megatron.monitor.reach import Peer
 
 RESUME = "this run is stopped; start the same command again to resume"
 _HOSTS_SHOWN = 3
@@ -23,7 +23,7 @@ class Seen:
     """What one rank knows of the others when one of them is missing.
 
     ``rank``: who looks. ``peers``: all ranks as they introduced themselves, or none. ``reached``: of
-    :func:`~dcpo_megatron.training.reach.look_around`. ``beats``: the last heartbeats by rank, its own included.
+    :func:`~dcpo_megatron.monitor.reach.look_around`. ``beats``: the last heartbeats by rank, its own included.
     ``folder``: why those of the others cannot be read; None: they can. ``dead_link``: the interface of this host that
     is down.
     """
