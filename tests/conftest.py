@@ -19,6 +19,7 @@ LONGEST = (
     "tests/mcore/test_training_state.py", "tests/rollout/test_serving.py", "tests/training/test_faults.py",
     "tests/training/test_runs_on_servers.py", "tests/weights/test_publish.py", "tests/rollout/test_server_client_real.py",
     "tests/training/test_layouts_train_alike.py", "tests/cli/test_convert.py", "tests/cli/test_launch_cluster.py",
+    "tests/hosts/test_exact.py", "tests/hosts/test_late_hosts.py", "tests/hosts/test_link_faults.py",
 )  # fmt: skip
 
 
