@@ -1,4 +1,5 @@
-"""Packaging. Exact versions that were tried stand in requirements/*.txt; here are the ranges that the code is written for."""
+"""Packaging. Exact versions that were tried stand in requirements/*.txt; here are the ranges that the code is written
+for."""
 
 import re
 from pathlib import Path
@@ -42,8 +43,9 @@ setup(
         # The server lives in an environment of its own; see requirements/sglang.txt.
         "sglang": ["sglang>=0.5.20"],
         "wandb": ["wandb>=0.17"],
-        # No extra has Transformer Engine: pip would build it apart, against the newest torch and not the installed one. docs/installation.md has
-        # the commands. NVIDIA Apex installs from source only; PyPI's `apex` is another project and must not be installed.
+        # No extra has Transformer Engine: pip would build it apart, against the newest torch and not the installed one.
+        # docs/installation.md has the commands. NVIDIA Apex installs from source only; PyPI's `apex` is another project
+        # and must not be installed.
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "import-linter>=2.0", "ruff>=0.6"],
     },
     entry_points={"console_scripts": ["dcpo = dcpo_megatron.cli.main:main"]},

@@ -1,7 +1,8 @@
 """What ranks tell each other on the host: through a gloo group, also where the default group is nccl's.
 
-A collective of nccl spins on the GPU until the slowest rank has come. Where servers sample on that GPU it takes their time, and what ranks meet about between
-two steps (counts, sentences, bytes) is on the host anyway. On a CPU the default group is this group.
+A collective of nccl spins on the GPU until the slowest rank has come. Where servers sample on that GPU it takes their
+time, and what ranks meet about between two steps (counts, sentences, bytes) is on the host anyway. On a CPU the default
+group is this group.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ _companion: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
 
 
 def make_host_group(timeout: datetime.timedelta) -> None:
-    """Makes the gloo companion of the default group, where that is not gloo's own and has none. Collective over all ranks."""
+    """Makes the gloo companion of the default group, where that is not gloo's own and has none. Collective over all
+    ranks."""
     global _companion
     if dist.get_backend() != "gloo" and host_group() is dist.group.WORLD:
         _companion = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=timeout))

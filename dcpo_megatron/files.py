@@ -3,7 +3,8 @@
     NEW.incomplete   -- its files, its folders, itself: on the disk -->   NEW   -- and its parent too
     OLD   -- under a name that nobody reads -->   OLD.removing   -- as much as the file system lets go -->   gone, or a sentence
 
-A folder may refuse to go: a file in it is immutable, or open on another host of a network file system. Then what is left keeps the name that nobody reads.
+A folder may refuse to go: a file in it is immutable, or open on another host of a network file system. Then what is
+left keeps the name that nobody reads.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ REMOVING = ".removing"
 
 
 def sync(path: Path) -> None:
-    """What was written to a file, or the names in a folder, is on the disk. Raises OSError: a full disk may say so only now."""
+    """What was written to a file, or the names in a folder, is on the disk. Raises OSError: a full disk may say so only
+    now."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -53,8 +55,8 @@ def moved_aside(path: Path) -> list[Path]:
 
 
 def replace(work: Path, target: Path) -> Path | None:
-    """Gives the finished folder ``work`` the name ``target``, on the disk too. Returns what had that name, aside now, for
-    :func:`remove`; None where nothing had.
+    """Gives the finished folder ``work`` the name ``target``, on the disk too. Returns what had that name, aside now,
+    for :func:`remove`; None where nothing had.
 
     Raises:
         OSError: it has not got its name; what had it has it again.
@@ -103,7 +105,8 @@ def write_jsonl(rows: Iterable[dict], path: str | Path) -> None:
 
 
 def read_rows(file: Path) -> list[dict]:
-    """The whole rows of a ``metrics.jsonl``, without one that a killed run left half-written or a living one is writing; none where there is no file."""
+    """The whole rows of a ``metrics.jsonl``, without one that a killed run left half-written or a living one is
+    writing; none where there is no file."""
     rows = []
     if file.is_file():
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():

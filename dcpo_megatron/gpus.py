@@ -4,7 +4,8 @@
     CUDA_VISIBLE_DEVICES=2,3,4            visible:  0        1       2        each with its uuid
     --gpus 1-2                                               chosen  chosen
 
-One function counts them for everybody: the servers' launcher, the start scripts (``python -m dcpo_megatron.gpus`` prints the number), ``dcpo doctor``.
+One function counts them for everybody: the servers' launcher, the start scripts (``python -m dcpo_megatron.gpus``
+prints the number), ``dcpo doctor``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 @dataclass(frozen=True)
 class VisibleGpu:
-    """``name``: what CUDA_VISIBLE_DEVICES calls it; ``uuid``: as nvidia-smi and torch tell it, None where no driver answers."""
+    """``name``: what CUDA_VISIBLE_DEVICES calls it; ``uuid``: as nvidia-smi and torch tell it, None where no driver
+    answers."""
 
     name: str
     uuid: str | None
@@ -44,12 +46,14 @@ def driver_uuids() -> list[str] | None:
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[VisibleGpu]:
-    """Those that CUDA_VISIBLE_DEVICES names where it is set, otherwise all that the driver knows; none without a driver."""
+    """Those that CUDA_VISIBLE_DEVICES names where it is set, otherwise all that the driver knows; none without a
+    driver."""
     return select(environment.get(VISIBLE), driver_uuids())
 
 
 def select(visible: str | None, uuids: Sequence[str] | None) -> list[VisibleGpu]:
-    """``uuids``: the driver's, None where nobody knows. As CUDA does it, the first name that is none (``-1``, empty, a number too large) hides all after it."""
+    """``uuids``: the driver's, None where nobody knows. As CUDA does it, the first name that is none (``-1``, empty, a
+    number too large) hides all after it."""
     if visible is None:
         return [VisibleGpu(str(number), uuid) for number, uuid in enumerate(uuids or ())]
     found = []

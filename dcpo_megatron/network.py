@@ -1,4 +1,5 @@
-"""This host's network interfaces, which of them leads to another host, and telling it to gloo and nccl. Nothing is sent.
+"""This host's network interfaces, which of them leads to another host, and telling it to gloo and nccl. Nothing is
+sent.
 
 interface_towards("10.0.0.1")    "eth0"     the interface whose address the kernel takes on the way there
 interface_towards("fd00::1")     "eth0"     on the host that has this address: the interface that has it, not the loopback
@@ -30,7 +31,8 @@ def in_url(host: str) -> str:
 
 
 def own_address(host: str, port: int = 9) -> str:
-    """The address that this host has for one at ``host`` (a name or an address, of either family); see :func:`interface_towards` for errors."""
+    """The address that this host has for one at ``host`` (a name or an address, of either family); see
+    :func:`interface_towards` for errors."""
     return _source(host, port)[0]
 
 
@@ -78,7 +80,8 @@ def is_here(host: str) -> bool:
 
 
 def stack() -> str:
-    """What is the same for all processes that share this one's loopback: not a host's name, which containers share and lack."""
+    """What is the same for all processes that share this one's loopback: not a host's name, which containers share and
+    lack."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
@@ -86,7 +89,8 @@ def stack() -> str:
 
 
 def use_interface(name: str, gloo: bool = True, nccl: bool = True) -> None:
-    """Tells gloo and nccl to use this interface, where the user has not named another; before the first group of each."""
+    """Tells gloo and nccl to use this interface, where the user has not named another; before the first group of
+    each."""
     chosen = {GLOO: name} if gloo else {}
     if nccl:  # "eth1" alone would be eth10 too
         chosen[NCCL] = f"={name.partition(':')[0]}"
@@ -102,7 +106,8 @@ def named_by_user(variable: str) -> str | None:
 
 
 def unknown_interface(variable: str) -> str | None:
-    """What is wrong with the user's value of ``variable``, in a sentence; None where it names interfaces of this host, or nothing."""
+    """What is wrong with the user's value of ``variable``, in a sentence; None where it names interfaces of this host,
+    or nothing."""
     value, found = named_by_user(variable), interfaces()
     if not value:
         return None
@@ -121,7 +126,8 @@ def unknown_interface(variable: str) -> str | None:
 
 
 def interfaces() -> dict[str, list[str]]:
-    """Name -> addresses of IPv4, then of IPv6, in the kernel's order: collectives take the first. Those without an address are left out."""
+    """Name -> addresses of IPv4, then of IPv6, in the kernel's order: collectives take the first. Those without an
+    address are left out."""
     import psutil
 
     kept: dict[str, list[str]] = {}

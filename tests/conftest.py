@@ -42,7 +42,8 @@ def demo_start(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def sglang_server(demo_start, tmp_path_factory) -> Iterator[str]:
-    """The address of a real SGLang server of the model in ``demo_start``, shared by all tests: whoever pauses it or changes its weights puts it right again."""
+    """The address of a real SGLang server of the model in ``demo_start``, shared by all tests: whoever pauses it or
+    changes its weights puts it right again."""
     from tests.sglang_servers import serve
 
     with serve(demo_start, logs=tmp_path_factory.mktemp("servers")) as running:
@@ -51,7 +52,8 @@ def sglang_server(demo_start, tmp_path_factory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder with real data sets, which are not part of the project: DCPO_TEST_DATA, else one beside the checkout that holds them."""
+    """The folder with real data sets, which are not part of the project: DCPO_TEST_DATA, else one beside the checkout
+    that holds them."""
     beside = Path(__file__).resolve().parents[2]
     found = [Path(os.environ["DCPO_TEST_DATA"])] if "DCPO_TEST_DATA" in os.environ else []
     found += [file.parent for file in sorted(beside.glob("*/data/math500.parquet"))]

@@ -1,4 +1,5 @@
-"""Programs that tests need from Debian's packages: installed where the tests run as root on a machine that has apt-get."""
+"""Programs that tests need from Debian's packages: installed where the tests run as root on a machine that has
+apt-get."""
 
 import fcntl
 import os
@@ -15,7 +16,8 @@ def search_path() -> str:
 
 
 def install(programs: Sequence[str], packages: Sequence[str], deadline: float = 180.0) -> str | None:
-    """Why ``programs`` (looked up on :func:`search_path`) are not there; None where they are. ``deadline``: seconds for each of apt-get's two commands."""
+    """Why ``programs`` (looked up on :func:`search_path`) are not there; None where they are. ``deadline``: seconds for
+    each of apt-get's two commands."""
 
     def missing() -> list[str]:
         return [name for name in programs if not shutil.which(name, path=search_path())]

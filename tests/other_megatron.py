@@ -1,4 +1,5 @@
-"""Both ends of Megatron-Core: one is installed, the other's wheel was unpacked by `make test`: 0.19.2 on Python 3.11, 0.16.1 on a later one."""
+"""Both ends of Megatron-Core: one is installed, the other's wheel was unpacked by `make test`: 0.19.2 on Python 3.11,
+0.16.1 on a later one."""
 
 import importlib.metadata
 import sys
@@ -8,7 +9,8 @@ import pytest
 
 
 def other_megatron() -> Path:
-    """The folder of the one that is not installed, to be put first on the import path. Skips the test where there is none."""
+    """The folder of the one that is not installed, to be put first on the import path. Skips the test where there is
+    none."""
     installed = importlib.metadata.version("megatron-core")
     others = [f for f in Path(sys.prefix).glob("megatron-core-*") if f.is_dir() and not f.name.endswith(installed)]
     if not others:

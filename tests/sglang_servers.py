@@ -1,6 +1,7 @@
 """Real SGLang servers for tests, on the CPU, from the environment that `make .venv-sglang/.installed` builds.
 
-DCPO_TEST_SGLANG: `required` (set by `make test`) fails where that environment is missing, and a test would otherwise skip; `latest` is that, with the newest SGLang.
+DCPO_TEST_SGLANG: `required` (set by `make test`) fails where that environment is missing, and a test would otherwise
+skip; `latest` is that, with the newest SGLang.
 """
 
 import contextlib
@@ -42,7 +43,8 @@ def server_options() -> list[str]:
 def serve(
     model: Path, servers: int = 1, *, arguments: tuple[str, ...] = (), start_seconds: float = 180.0, **options
 ) -> Servers:
-    """Small servers of ``model``: ``with serve(folder) as running: running.urls``. A start takes some 20 s of one core; servers started together share the wait."""
+    """Small servers of ``model``: ``with serve(folder) as running: running.urls``. A start takes some 20 s of one core;
+    servers started together share the wait."""
     small = ("--max-running-requests", "16", *arguments)
     return start_servers(
         model, servers, device="cpu", arguments=small, python_path=python_path(), start_seconds=start_seconds, **options

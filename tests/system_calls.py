@@ -7,7 +7,8 @@ import pytest
 
 
 class Calls(list):
-    """``("sync", path)`` and ``("rename", old path, new path)``, in their order, under the names that the files had then."""
+    """``("sync", path)`` and ``("rename", old path, new path)``, in their order, under the names that the files had
+    then."""
 
     def at(self, *call) -> int:
         """Where ``call`` stands; fails where it was not made."""
@@ -15,7 +16,8 @@ class Calls(list):
         return self.index(call)
 
     def assert_durable(self, work: Path, target: Path, files: set[str]) -> None:
-        """``work`` got the name ``target`` when ``files`` in it, its folders and itself were on the disk; then its parent was."""
+        """``work`` got the name ``target`` when ``files`` in it, its folders and itself were on the disk; then its
+        parent was."""
         renamed = self.at("rename", work, target)
         for name in {*files, *(parent for file in files for parent in Path(file).parents)}:
             assert self._synced(work / name, renamed), f"{name} was not on the disk before {target.name} got its name"

@@ -21,7 +21,8 @@ def _set(handle: int, immutable: bool) -> None:
 
 @contextlib.contextmanager
 def unremovable(*paths: Path) -> Iterator[None]:
-    """Files, or folders, that cannot be changed, moved or removed meanwhile, wherever what is above them is moved to. Skips the test where that cannot be had."""
+    """Files, or folders, that cannot be changed, moved or removed meanwhile, wherever what is above them is moved to.
+    Skips the test where that cannot be had."""
     with contextlib.ExitStack() as stack:
         for path in paths:
             handle = os.open(path, os.O_RDONLY)

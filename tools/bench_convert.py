@@ -4,11 +4,13 @@
     python tools/bench_convert.py                                     # a quarter of a gigabyte, on any machine
     python tools/bench_convert.py --gigabytes 4 --dtype float32       # needs three times as much disk
 
-A Qwen2-shaped model with random weights is written as a Hugging Face folder (a tensor at a time), converted to a Megatron checkpoint, and back. Each step runs in
-a process of its own. **peak memory** is the largest resident size of that process (VmHWM) or of the largest of its workers (ru_maxrss); the size that the
-process has before it opens a file of weights is in it, and shown as "nothing: imports only"; the seconds of those imports are not. **copy** is shutil.copyfile and fsync of the same source files, by one
-process, just before each conversion; the rate beside it is that of the conversion's source bytes. Everything was read once before, so all rows read
-from the page cache where memory allows it. The round trip is compared bit for bit at the end.
+A Qwen2-shaped model with random weights is written as a Hugging Face folder (a tensor at a time), converted to a
+Megatron checkpoint, and back. Each step runs in a process of its own. **peak memory** is the largest resident size of
+that process (VmHWM) or of the largest of its workers (ru_maxrss); the size that the process has before it opens a file
+of weights is in it, and shown as "nothing: imports only"; the seconds of those imports are not. **copy** is
+shutil.copyfile and fsync of the same source files, by one process, just before each conversion; the rate beside it is
+that of the conversion's source bytes. Everything was read once before, so all rows read from the page cache where
+memory allows it. The round trip is compared bit for bit at the end.
 """
 
 from __future__ import annotations
@@ -116,7 +118,7 @@ def _bits(tensor):
     return tensor.contiguous().view(torch.int16 if tensor.itemsize == 2 else torch.int32)
 
 
-# -- one measurement, in a process of its own -----------------------------------------------------------------------------------------------
+# -- one measurement, in a process of its own ------------------------------------------------------
 
 
 def step(name: str, args: argparse.Namespace) -> dict:
@@ -214,7 +216,7 @@ def table(found: dict) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 1: the round trip changed a tensor."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--gigabytes", type=float, default=0.25, help="size of the model (0.25)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--tp", type=int, default=2, help="tensor-parallel size of the checkpoint (2)")

@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
-"""What the reward history of SAS costs: its file, and one batch of rewards on several ranks beside the bare all-reduce of the same table.
+"""What the reward history of SAS costs: its file, and one batch of rewards on several ranks beside the bare all-reduce
+of the same table.
 
     python tools/bench_history.py
     python tools/bench_history.py --prompts 200000 --repeats 20 --json history.json
 
-**file**: a history of ``--prompts`` prompts with ids of 20 bytes is saved and loaded ``--repeats`` times, at least three. **observe**: ``--ranks`` processes meet by gloo, each with ``--batch`` prompts of its own and ``--group`` responses
-each, drawn from that history. A repetition measures, one after another behind a barrier, ``RewardHistory.observe`` and the all-reduce alone of the table of
-[ranks x batch, 5] float64 that it sends; the slowest rank counts. **beside it** is the difference: ids, statistics, advantages and the gathers of ids.
-**processor** is the processor time of a rank's main thread within observe. Limits are held against the best repetition, which is what the work costs; the median is
-what it cost beside whatever else ran on the machine.
+**file**: a history of ``--prompts`` prompts with ids of 20 bytes is saved and loaded ``--repeats`` times, at least
+three. **observe**: ``--ranks`` processes meet by gloo, each with ``--batch`` prompts of its own and ``--group``
+responses each, drawn from that history. A repetition measures, one after another behind a barrier,
+``RewardHistory.observe`` and the all-reduce alone of the table of [ranks x batch, 5] float64 that it sends; the slowest
+rank counts. **beside it** is the difference: ids, statistics, advantages and the gathers of ids. **processor** is the
+processor time of a rank's main thread within observe. Limits are held against the best repetition, which is what the
+work costs; the median is what it cost beside whatever else ran on the machine.
 """
 
 from __future__ import annotations

@@ -1,17 +1,21 @@
 #!/usr/bin/env python3
-"""What log-probs and their gradients cost: peak memory and seconds of every head, side by side in one run, with ratios to the full-logits path.
+"""What log-probs and their gradients cost: peak memory and seconds of every head, side by side in one run, with ratios
+to the full-logits path.
 
     python tools/bench_logprobs.py                                                            # seconds, on any machine
     python tools/bench_logprobs.py --tokens 8192 --hidden 1536 --vocab 151936 --repeats 1     # a 1.5B model's head; the full path takes 16 GB
 
-Every row computes the mean of -log p(target) over ``tokens`` positions and its gradient with respect to hidden states and weight. ``ours`` rows also give the exact
-entropy, which the others (verl's apart) do not; with ``--entropy`` an entropy bonus with gradient is part of the loss, in the rows that have one.
+Every row computes the mean of -log p(target) over ``tokens`` positions and its gradient with respect to hidden states
+and weight. ``ours`` rows also give the exact entropy, which the others (verl's apart) do not; with ``--entropy`` an
+entropy bonus with gradient is part of the loss, in the rows that have one.
 
-**Memory** is what a row needs beyond its inputs and their gradients. On a CPU each measurement is a fresh process: resident size once the inputs are there and
-touched, plus the bytes of their gradients, is the baseline; the kernel's high-water mark of the resident size (VmHWM, reset through /proc/self/clear_refs just
-before) less the baseline is the row. On a GPU it is torch.cuda.max_memory_allocated less the same baseline, after one run to warm up. With ``--tp`` it is the
-largest rank's. **Time** is forward and backward apart, the slowest rank's, the median over the repetitions; a repetition runs all rows one after another, so
-that noise hits them alike. **gradient** is the relative difference of the two gradients' norms from the first row that ran.
+**Memory** is what a row needs beyond its inputs and their gradients. On a CPU each measurement is a fresh process:
+resident size once the inputs are there and touched, plus the bytes of their gradients, is the baseline; the kernel's
+high-water mark of the resident size (VmHWM, reset through /proc/self/clear_refs just before) less the baseline is the
+row. On a GPU it is torch.cuda.max_memory_allocated less the same baseline, after one run to warm up. With ``--tp`` it
+is the largest rank's. **Time** is forward and backward apart, the slowest rank's, the median over the repetitions; a
+repetition runs all rows one after another, so that noise hits them alike. **gradient** is the relative difference of
+the two gradients' norms from the first row that ran.
 """
 
 from __future__ import annotations
@@ -66,7 +70,7 @@ def refusal(row: str, args: argparse.Namespace) -> str | None:
     return None
 
 
-# -- one measurement, in a process of its own -----------------------------------------------------------------------------------------------
+# -- one measurement, in a process of its own ------------------------------------------------------
 
 
 def make_row(row: str, args: argparse.Namespace, group):
@@ -144,7 +148,8 @@ def _status_bytes(field: str) -> int:
 
 
 def _reset_high_water_mark() -> None:
-    """From here on VmHWM is the peak since now. Where the kernel refuses, it is the process's; building the inputs peaks at the inputs themselves."""
+    """From here on VmHWM is the peak since now. Where the kernel refuses, it is the process's; building the inputs
+    peaks at the inputs themselves."""
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")
@@ -203,11 +208,12 @@ def measure(row: str, args: argparse.Namespace) -> dict:
     return result | {"loss": float(loss.detach()), "norms": norms}
 
 
-# -- all of them ----------------------------------------------------------------------------------------------------------------------------
+# -- all of them -----------------------------------------------------------------------------------
 
 
 def measure_apart(row: str, args: argparse.Namespace, options: list[str]) -> dict:
-    """:func:`measure` in ``args.tp`` fresh processes: the slowest time and the largest memory; ``{"skipped": reason}`` where one of them failed."""
+    """:func:`measure` in ``args.tp`` fresh processes: the slowest time and the largest memory; ``{"skipped": reason}``
+    where one of them failed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,21 +1,26 @@
 #!/usr/bin/env python3
-"""How evenly responses are laid out over ranks and micro-batches, and how much of what is computed is padding, side by side on the same lengths.
+"""How evenly responses are laid out over ranks and micro-batches, and how much of what is computed is padding, side by
+side on the same lengths.
 
     python tools/bench_packing.py                                         # lengths as reasoning traces have them
     python tools/bench_packing.py --gsm8k train.jsonl                     # and those of GSM8K's solutions, from your copy of the file
 
-**Lengths.** ``lognormal``: a prompt of ``--prompt`` tokens and a response of exp(N(ln median, sigma)) tokens, at most ``--max``. ``gsm8k``: question and solution of
-rows drawn at random, characters / 4 rounded up, or counted by ``--tokenizer FOLDER`` (a local Hugging Face folder).
+**Lengths.** ``lognormal``: a prompt of ``--prompt`` tokens and a response of exp(N(ln median, sigma)) tokens, at most
+``--max``. ``gsm8k``: question and solution of rows drawn at random, characters / 4 rounded up, or counted by
+``--tokenizer FOLDER`` (a local Hugging Face folder).
 
-**Rows.** ``packed``: the trainer's plan, sequences end to end. ``padded``: the trainer's plan with ``training.packing=padded``, one sequence a row. ``token-greedy``: ranks
-balanced by tokens (longest first to the rank with the fewest), then first fit in arrival order into packed micro-batches. ``arrival``: ranks take equal shares in
+**Rows.** ``packed``: the trainer's plan, sequences end to end. ``padded``: the trainer's plan with
+``training.packing=padded``, one sequence a row. ``token-greedy``: ranks balanced by tokens (longest first to the rank
+with the fewest), then first fit in arrival order into packed micro-batches. ``arrival``: ranks take equal shares in
 arrival order, one sequence a row, as many rows as the budget takes.
 
-**Columns.** padding: tokens computed / tokens that the responses have once each is rounded up to ``--align``, less 1; a row is rounded up
-to ``--row-align`` besides (tensor-parallel ranks, with sequence parallelism), and a micro-batch without responses computes one such unit. alignment: what that rounding adds. busiest rank: its cost (linear layers and attention, 6 x ``--hidden`` tokens being the length at which the two are equal) / the least possible,
-which is the mean of the responses' cost over ranks or the largest single response. costliest micro-batch: its cost / the mean of its rank's, what a pipeline waits
-for. micro-batches: a rank's, and what total tokens / ranks / budget needs at least. plan: seconds on this machine. Means over ``--draws`` minibatches; the two
-ratios are the worst of them.
+**Columns.** padding: tokens computed / tokens that the responses have once each is rounded up to ``--align``, less 1; a
+row is rounded up to ``--row-align`` besides (tensor-parallel ranks, with sequence parallelism), and a micro-batch
+without responses computes one such unit. alignment: what that rounding adds. busiest rank: its cost (linear layers and
+attention, 6 x ``--hidden`` tokens being the length at which the two are equal) / the least possible, which is the mean
+of the responses' cost over ranks or the largest single response. costliest micro-batch: its cost / the mean of its
+rank's, what a pipeline waits for. micro-batches: a rank's, and what total tokens / ranks / budget needs at least. plan:
+seconds on this machine. Means over ``--draws`` minibatches; the two ratios are the worst of them.
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ ROWS = ("packed", "padded", "token-greedy", "arrival")
 IS_PACKED = {"packed": True, "padded": False, "token-greedy": True, "arrival": False}
 
 
-# -- lengths --------------------------------------------------------------------------------------------------------------------------------
+# -- lengths ---------------------------------------------------------------------------------------
 
 
 def lognormal_lengths(count: int, seed: int, *, median: float, sigma: float, longest: int, prompt: int) -> list[int]:
@@ -62,7 +67,7 @@ def gsm8k_lengths(file: str, tokenizer: str | None) -> list[int]:
     return [sum(len(encode(text)["input_ids"]) for text in pair) for pair in texts]
 
 
-# -- rows -----------------------------------------------------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------
 
 
 def plan_row(row: str, lengths: Sequence[int], ranks: int, options: PackingOptions) -> Plan:
@@ -112,7 +117,7 @@ def _arrival(sizes: list[int], ranks: int, budget: int) -> Plan:
     return plan
 
 
-# -- measures -------------------------------------------------------------------------------------------------------------------------------
+# -- measures --------------------------------------------------------------------------------------
 
 
 def tokens_computed(members: Sequence[int], lengths: Sequence[int], options: PackingOptions) -> int:
@@ -123,7 +128,8 @@ def tokens_computed(members: Sequence[int], lengths: Sequence[int], options: Pac
 
 
 def measure(plan: Plan, lengths: Sequence[int], options: PackingOptions) -> dict[str, float]:
-    """The columns of the table, but for the seconds. ``padding`` is a share; ``busiest_rank`` and ``costliest_micro_batch`` are ratios, 1 at best."""
+    """The columns of the table, but for the seconds. ``padding`` is a share; ``busiest_rank`` and
+    ``costliest_micro_batch`` are ratios, 1 at best."""
 
     def micro_batch_cost(members: Sequence[int]) -> float:
         costs = [cost(options.aligned(lengths[i]), options) for i in members]
@@ -167,7 +173,7 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-# -- command --------------------------------------------------------------------------------------------------------------------------------
+# -- command ---------------------------------------------------------------------------------------
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""What it costs to publish weights to SGLang servers: seconds and bytes/s of each mode beside a raw broadcast of the same tensors, in one run.
+"""What it costs to publish weights to SGLang servers: seconds and bytes/s of each mode beside a raw broadcast of the
+same tensors, in one run.
 
     python tools/bench_publish.py                                          # a random model of 220 M parameters, one server, on a CPU: about three minutes
     python tools/bench_publish.py --millions 50 --servers 2 --modes distributed
@@ -8,12 +9,14 @@
     training ranks (Megatron model, --tp)  -- publish, as a run does -->  stock servers
     rank 0                                 -- broadcast -->               as many plain processes        "raw": nothing but torch.distributed
 
-Kinds take turns, so that noise meets all alike; medians of ``--repeats`` are shown. **stream** is the phase in which the weights go over and are loaded, **rate** the bytes
-that one server gets by its seconds, **of raw** the raw broadcast's seconds by those. The raw broadcast is
-measured three times: into tensors that are there, which is the least that can be (existing); into tensors made for it (new); and into tensors made for it and then copied
-into those that are there, as every stock server does with what it receives (loaded). **whole** is the transaction with all of its phases, log-probs compared at the end.
-The first publication of a mode also connects, and the very first scrubs; it is shown, and not in the medians. **peak** is how far rank 0's resident memory (VmHWM; on a
-GPU: allocated memory) rose above what it was before the publication: the model is there already.
+Kinds take turns, so that noise meets all alike; medians of ``--repeats`` are shown. **stream** is the phase in which
+the weights go over and are loaded, **rate** the bytes that one server gets by its seconds, **of raw** the raw
+broadcast's seconds by those. The raw broadcast is measured three times: into tensors that are there, which is the least
+that can be (existing); into tensors made for it (new); and into tensors made for it and then copied into those that are
+there, as every stock server does with what it receives (loaded). **whole** is the transaction with all of its phases,
+log-probs compared at the end. The first publication of a mode also connects, and the very first scrubs; it is shown,
+and not in the medians. **peak** is how far rank 0's resident memory (VmHWM; on a GPU: allocated memory) rose above what
+it was before the publication: the model is there already.
 """
 
 from __future__ import annotations
@@ -69,7 +72,7 @@ def make_model(folder: Path, millions: float) -> None:
     Qwen2ForCausalLM(model_config(millions)).save_pretrained(folder)
 
 
-# -- a training rank ------------------------------------------------------------------------------------------------------------------------
+# -- a training rank -------------------------------------------------------------------------------
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -177,7 +180,7 @@ def _status_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
-# -- the raw broadcast ----------------------------------------------------------------------------------------------------------------------
+# -- the raw broadcast -----------------------------------------------------------------------------
 
 
 class RawBroadcast:
@@ -268,11 +271,12 @@ def _raw_group(store, rank: int, world: int, backend: str):
     return dist.ProcessGroupNCCL(store, rank, world)
 
 
-# -- all of it ------------------------------------------------------------------------------------------------------------------------------
+# -- all of it -------------------------------------------------------------------------------------
 
 
 def summary(found: dict) -> dict[str, dict]:
-    """By mode: medians of ``stream`` and ``whole`` seconds and of the phases, ``rate`` in bytes/s, ``of_raw`` by kind (1: as fast as that raw broadcast), ``peak`` bytes."""
+    """By mode: medians of ``stream`` and ``whole`` seconds and of the phases, ``rate`` in bytes/s, ``of_raw`` by kind
+    (1: as fast as that raw broadcast), ``peak`` bytes."""
     raw = {kind: statistics.median(taken) for kind, taken in found["raw"].items()}
     rows = {}
     for mode, row in found["modes"].items():

@@ -3,15 +3,16 @@ r"""The mathematics reward's verdicts on answers to rows of prompt files, and it
 
     python tools/bench_rewards.py math500.parquet aime_2024.parquet gsm8k_test.jsonl
 
-**Answers.** ``gold``: the ground truth itself, right. ``respelled``: the same in another spelling (``\dfrac``, ``\left(``,
-spaces, commas in large integers), right. ``near``: the last digit of the ground truth changed, or its sign where it has
-none; wrong. ``other``: another ground truth of the file; wrong, though two may be equal in another form. ``by hand``: a
-table of answers with the verdict wanted. Equal pairs are judged once by either and counted as often as they occur.
+**Answers.** ``gold``: the ground truth itself, right. ``respelled``: the same in another spelling (``\dfrac``,
+``\left(``, spaces, commas in large integers), right. ``near``: the last digit of the ground truth changed, or its sign
+where it has none; wrong. ``other``: another ground truth of the file; wrong, though two may be equal in another form.
+``by hand``: a table of answers with the verdict wanted. Equal pairs are judged once by either and counted as often as
+they occur.
 
-**Columns.** wrong: verdicts that are not the wanted ones: first wrong answers judged right, then right ones judged wrong.
-ms: of one answer, one call after the other; ours with its worker process started before, math-verify in this process:
-``verify(parse(gold), parse(answer))`` on the boxed texts with its default settings. The last column is the ratio of the
-sums. ``--show N`` prints N of the wrong verdicts of each.
+**Columns.** wrong: verdicts that are not the wanted ones: first wrong answers judged right, then right ones judged
+wrong. ms: of one answer, one call after the other; ours with its worker process started before, math-verify in this
+process: ``verify(parse(gold), parse(answer))`` on the boxed texts with its default settings. The last column is the
+ratio of the sums. ``--show N`` prints N of the wrong verdicts of each.
 """
 
 from __future__ import annotations
@@ -159,7 +160,8 @@ def from_file(file: str, kind: str, golds: list[str], timeout: float) -> dict:
 
 
 def from_table(file: str, timeout: float) -> dict:
-    """A table of kind, wanted reward, answer and ground truth with tabs between, like the tests' ``near_misses.tsv``."""
+    """A table of kind, wanted reward, answer and ground truth with tabs between, like the tests'
+    ``near_misses.tsv``."""
     lines = Path(file).read_text(encoding="utf-8").splitlines()
     found = [line.split("\t") for line in lines if line and not line.startswith("#")]
     wanted = {(answer, gold): reward == "1" for _, reward, answer, gold in found}
@@ -183,7 +185,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("files", nargs="*", metavar="FILE", help="verl-style parquet, jsonl or GSM8K")
     parser.add_argument("--answers", nargs="+", choices=ANSWERS, default=list(ANSWERS))
     parser.add_argument(

@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""How long training waits for a checkpoint: asynchronous saving beside synchronous saving of the same model in the same run.
+"""How long training waits for a checkpoint: asynchronous saving beside synchronous saving of the same model in the same
+run.
 
     synchronous    |step|---------- copy, write, sync, index, name ----------|step|
     asynchronous   |step|copy|step (while threads write)|step (while threads write)|...|index, name|step|
 
-**delay** is what the step that starts a save takes longer than the steps before and after it: the copy to the host, and what the writing slows the step itself down by.
-**delay, all steps** adds what the further steps take longer that are trained until the save is complete, and its last part. Kinds take turns, so that noise meets all
-alike; medians are shown. **written after**: from the start of the save to its final name, which an asynchronous one gets at the end of a step.
+**delay** is what the step that starts a save takes longer than the steps before and after it: the copy to the host, and
+what the writing slows the step itself down by. **delay, all steps** adds what the further steps take longer that are
+trained until the save is complete, and its last part. Kinds take turns, so that noise meets all alike; medians are
+shown. **written after**: from the start of the save to its final name, which an asynchronous one gets at the end of a
+step.
 """
 
 import argparse
@@ -204,7 +207,8 @@ def delays_of(found: dict[str, list[float]]) -> dict[str, list[float]]:
 
 
 def all_delays_of(found: dict[str, list]) -> list[float]:
-    """What each asynchronous save delayed its first step and the further ones by, in seconds; the last of the further ones is no step but index and name."""
+    """What each asynchronous save delayed its first step and the further ones by, in seconds; the last of the further
+    ones is no step but index and name."""
     plain = statistics.median(found["step"])
     first = delays_of(found)["asynchronous"]
     return [

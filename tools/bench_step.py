@@ -7,13 +7,15 @@
     python tools/bench_step.py --ranks 1 --shape qwen2.5-0.5b      # a model of that shape with random weights, made on the spot; a GPU
     python tools/bench_step.py --ranks 1 --shape qwen2.5-0.5b --server-python .venv-sglang/bin/python publish.mode=ipc publish.colocated=true
 
-It runs real steps of the trainer, as ``dcpo train`` does with the same files and overrides, without evaluation and without writing a model. The first ``--warm-up``
-steps are left out. **mean** is over the ``--steps`` steps after them and over all ranks, **slowest rank** is the largest mean of one rank. Parts are disjoint: what
-runs inside a part and has a name of its own is taken out of it, so they add up to the step. ``rest`` is what has no name, ``logging`` the metrics' files after the
-step. Times are the host's; on a GPU, launched work counts where the host waits for it.
+It runs real steps of the trainer, as ``dcpo train`` does with the same files and overrides, without evaluation and
+without writing a model. The first ``--warm-up`` steps are left out. **mean** is over the ``--steps`` steps after them
+and over all ranks, **slowest rank** is the largest mean of one rank. Parts are disjoint: what runs inside a part and
+has a name of its own is taken out of it, so they add up to the step. ``rest`` is what has no name, ``logging`` the
+metrics' files after the step. Times are the host's; on a GPU, launched work counts where the host waits for it.
 
-``--shape`` has prompts of arithmetic, responses that go on to their limit (256 responses of 512 tokens a step; overrides change it), and rewards that are a coin's.
-With ``--server-python`` a SGLang server of that model samples, on the trainer's GPU.
+``--shape`` has prompts of arithmetic, responses that go on to their limit (256 responses of 512 tokens a step;
+overrides change it), and rewards that are a coin's. With ``--server-python`` a SGLang server of that model samples, on
+the trainer's GPU.
 """
 
 from __future__ import annotations
@@ -70,15 +72,17 @@ _coins = random.Random(0)
 
 
 def coin(response: str, ground_truth: str) -> float:
-    """The reward of ``--shape``: random weights say nothing that could be judged, and equal rewards would leave nothing to train on."""
+    """The reward of ``--shape``: random weights say nothing that could be judged, and equal rewards would leave nothing
+    to train on."""
     return float(_coins.random() < 0.5)
 
 
-# -- one rank -------------------------------------------------------------------------------------------------------------------------------
+# -- one rank --------------------------------------------------------------------------------------
 
 
 def measure(args: argparse.Namespace) -> int:
-    """Runs one rank's steps and writes ``rank-R.json``: seconds by part of every step, and events where a trace was asked for."""
+    """Runs one rank's steps and writes ``rank-R.json``: seconds by part of every step, and events where a trace was
+    asked for."""
     from dcpo_megatron.cli.train import is_bad_input, refuse
 
     quiet_libraries()
@@ -129,11 +133,12 @@ def _run_steps(args: argparse.Namespace) -> dict:
     return {"steps": steps, "events": events}
 
 
-# -- all of them ----------------------------------------------------------------------------------------------------------------------------
+# -- all of them -----------------------------------------------------------------------------------
 
 
 def summary(ranks: list[dict]) -> dict[str, dict[str, float]]:
-    """By part: ``mean`` seconds over steps and ranks, ``share`` of the step, ``slowest_rank``'s mean; and the row ``step`` with their sums."""
+    """By part: ``mean`` seconds over steps and ranks, ``share`` of the step, ``slowest_rank``'s mean; and the row
+    ``step`` with their sums."""
 
     def mean(rank: dict, name: str) -> float:
         return math.fsum(step[name] for step in rank["steps"]) / len(rank["steps"])

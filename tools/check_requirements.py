@@ -1,10 +1,12 @@
-"""Do the pinned requirements resolve? pip's dry run of every profile, in a fresh environment of each Python that this machine has.
+"""Do the pinned requirements resolve? pip's dry run of every profile, in a fresh environment of each Python that this
+machine has.
 
     python tools/check_requirements.py                            # every profile, Python 3.11, 3.12 and 3.13
     python tools/check_requirements.py cpu gpu --python 3.12      # some
 
-Nothing is installed. From wheels pip reads the metadata only (range requests, where the index has no metadata of its own). A Python that is not here is said and
-skipped; so is everything where no index can be reached. Exit codes: 0 all that could be tried resolves; 1 something does not, with pip's reason.
+Nothing is installed. From wheels pip reads the metadata only (range requests, where the index has no metadata of its
+own). A Python that is not here is said and skipped; so is everything where no index can be reached. Exit codes: 0 all
+that could be tried resolves; 1 something does not, with pip's reason.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
-# wandb.txt goes on top of cpu.txt: what resolves with it resolves without. gpu.txt comes after a torch: each that the project claims.
+# wandb.txt goes on top of cpu.txt: what resolves with it resolves without. gpu.txt comes after a torch: each that the
+# project claims.
 PROFILES = {
     "cpu": ("-r", "requirements/cpu.txt", "-r", "requirements/wandb.txt"),
     "gpu, torch 2.9.1": ("torch==2.9.1", "-r", "requirements/gpu.txt"),
@@ -43,7 +46,8 @@ DEADLINE = 900.0  # seconds of one dry run, on an index that serves whole wheels
 
 
 def find_python(version: str) -> str | None:
-    """An interpreter of ``version`` that runs: this one, one on the PATH, or one of pyenv's (whose command on the PATH may refuse)."""
+    """An interpreter of ``version`` that runs: this one, one on the PATH, or one of pyenv's (whose command on the PATH
+    may refuse)."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     names = [sys._base_executable, f"python{version}", *sorted(map(str, pyenv.glob(f"{version}.*/bin/python")))]
     ask = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
@@ -99,7 +103,7 @@ def check(version: str, profiles: list[str], folder: Path) -> list[bool | None]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("profiles", nargs="*", metavar="PROFILE", help="default: all")
     parser.add_argument("--python", action="append", choices=PYTHONS, help="default: all; may be given again")
     parser.add_argument("--stamp", type=Path, help="a file to touch when nothing failed and something could be tried")

@@ -1,4 +1,5 @@
-"""Starts a run on several hosts by ssh, for clusters without Slurm: ``tools/launch_cluster.py --hosts A,B --nproc-per-node 8 -- --config RECIPE ...``."""
+"""Starts a run on several hosts by ssh, for clusters without Slurm: ``tools/launch_cluster.py --hosts A,B
+--nproc-per-node 8 -- --config RECIPE ...``."""
 
 import sys
 from pathlib import Path

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-r"""Chains of arithmetic with worked steps, as hard as wanted: training and held-out prompts as JSON lines, and for a CPU a small model warmed up on others.
+r"""Chains of arithmetic with worked steps, as hard as wanted: training and held-out prompts as JSON lines, and for a
+CPU a small model warmed up on others.
 
     python tools/make_task.py --output runs/task --train 5000 --held-out 500 --terms 3 8 --digits 2 4 --operations '+-*'
     python tools/make_task.py --output runs/task --model                      # with a start model, minutes on a CPU
 
-A problem draws its number of terms and the digits of each operand: the set holds easy and hard ones. ``--question`` words the prompt for a model that was not made here:
---question 'What is CHAIN? Please reason step by step, and put your final answer within \boxed{}.' Answers are whole numbers: train with
+A problem draws its number of terms and the digits of each operand: the set holds easy and hard ones. ``--question``
+words the prompt for a model that was not made here: --question 'What is CHAIN? Please reason step by step, and put your
+final answer within \boxed{}.' Answers are whole numbers: train with
 reward.function=dcpo_megatron.toys.boxed_integer:reward, so that the question itself is no answer.
 """
 

@@ -1,11 +1,13 @@
-"""Do the tests notice? Every change of tests/mutations.toml is applied, one at a time, to a copy of the checkout; the tests named beside it must fail.
+"""Do the tests notice? Every change of tests/mutations.toml is applied, one at a time, to a copy of the checkout; the
+tests named beside it must fail.
 
     python tools/mutation.py                        # all: minutes
     python tools/mutation.py kl.py loss.py          # those whose file or reason holds one of these words
     python tools/mutation.py --list
 
-First the tests named by the chosen changes run on the copy as it is and must pass: a test that fails anyway notices nothing. The checkout itself is never touched.
-Exit codes: 0 every change was noticed; 1 one was not; 2 the list or the tests are not in order.
+First the tests named by the chosen changes run on the copy as it is and must pass: a test that fails anyway notices
+nothing. The checkout itself is never touched. Exit codes: 0 every change was noticed; 1 one was not; 2 the list or the
+tests are not in order.
 """
 
 from __future__ import annotations
@@ -69,7 +71,8 @@ def read(file: Path = LIST) -> list[Mutation]:
 
 
 def copy(target: Path) -> None:
-    """What git knows, as it is in the working tree, uncommitted changes included; what was unpacked beside the environment is linked."""
+    """What git knows, as it is in the working tree, uncommitted changes included; what was unpacked beside the
+    environment is linked."""
     listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True)
     if listed.returncode:
         raise ListError(f"git ls-files fails in {ROOT}: {listed.stderr.decode().strip()}")

@@ -1,4 +1,5 @@
-"""Starts SGLang servers on this host: ``tools/serve_rollout.py MODEL --servers N`` is ``dcpo serve MODEL --servers N``."""
+"""Starts SGLang servers on this host: ``tools/serve_rollout.py MODEL --servers N`` is ``dcpo serve MODEL --servers
+N``."""
 
 import sys
 from pathlib import Path

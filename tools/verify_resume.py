@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Proves that a run cannot be lost: kills a small run with SIGKILL again and again, or cuts the links between its hosts, starts it anew each time by the same command,
-and compares it with one that nobody disturbed. See ``--help``."""
+"""Proves that a run cannot be lost: kills a small run with SIGKILL again and again, or cuts the links between its
+hosts, starts it anew each time by the same command, and compares it with one that nobody disturbed. See ``--help``."""
 
 import sys
 from pathlib import Path

@@ -207,7 +207,8 @@ def _gather_ids(
     device: torch.device,
     process_group: dist.ProcessGroup,
 ) -> list[list[str]]:
-    """The ids of every rank, by rank. A message is: byte lengths of the ids (int64 of the host), their utf-8 bytes, padding."""
+    """The ids of every rank, by rank. A message is: byte lengths of the ids (int64 of the host), their utf-8 bytes,
+    padding."""
     longest = max(8 * count + size for count, size in extents)
     if longest == 0:
         return [[] for _ in extents]

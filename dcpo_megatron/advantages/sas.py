@@ -13,8 +13,8 @@ number of visits and (count, mean, M2); merging by counts is the paper's recursi
 stays right where they differ. `i` counts the visits of THAT prompt which reached an update: show the history only what
 is trained on, and take back (`RewardHistory.take_back`) what an update left out.
 
-The statistics of all prompts are four flat arrays, one row a prompt in the order of first sight, and a dictionary from id to
-row: 32 bytes a prompt and the id, written to a file and read from it as they lie (`history_file`).
+The statistics of all prompts are four flat arrays, one row a prompt in the order of first sight, and a dictionary from
+id to row: 32 bytes a prompt and the id, written to a file and read from it as they lie (`history_file`).
 """
 
 import array
@@ -191,7 +191,8 @@ class RewardHistory:
     def _advantages(
         self, prompt_ids: list[str], values: list[float], visits: dict[str, Moments], totals: dict[str, _Record]
     ) -> Tensor:
-        """float64 `[n]`: the formula of the module for all responses at once, in the order of operations written there."""
+        """float64 `[n]`: the formula of the module for all responses at once, in the order of operations written
+        there."""
         place = {prompt_id: number for number, prompt_id in enumerate(dict.fromkeys(prompt_ids))}
         table = array.array("d")
         for prompt_id in place:

@@ -1,11 +1,13 @@
-"""A reward history as one safetensors file: nothing in it can run code, and a million prompts are read in a second or two.
+"""A reward history as one safetensors file: nothing in it can run code, and a million prompts are read in a second or
+two.
 
     ids         uint8   [bytes]   the utf-8 bytes of all prompt ids, one after another
     id_offsets  int64   [n + 1]   id k is ids[id_offsets[k] : id_offsets[k + 1]]
     visits      int64   [n]       counts  int64 [n]       means  float64 [n]       m2  float64 [n]
     metadata    format, version, std_ddof
 
-A prompt takes 40 bytes and its id. The file appears under its name only when it is complete and on the disk. It has no checksum of its own.
+A prompt takes 40 bytes and its id. The file appears under its name only when it is complete and on the disk. It has no
+checksum of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ def save_history(history: RewardHistory, path: str | os.PathLike) -> None:
 
 
 def save_history_state(state: dict[str, Any], path: str | os.PathLike) -> None:
-    """As :func:`save_history`, of a copy made earlier by ``RewardHistory.state_dict``: for writing while the history goes on."""
+    """As :func:`save_history`, of a copy made earlier by ``RewardHistory.state_dict``: for writing while the history
+    goes on."""
     path = Path(path)
     encoded = [prompt_id.encode("utf-8", "surrogatepass") for prompt_id in state["prompt_ids"]]
     offsets = torch.zeros(len(encoded) + 1, dtype=torch.int64)

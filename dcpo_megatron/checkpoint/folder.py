@@ -41,7 +41,8 @@ def checkpoint_name(step: int) -> str:
 
 
 def checksum(path: Path, progress: Callable[[int], None] = lambda count: None) -> str:
-    """SHA-256 of a file in hexadecimal, as ``sha256sum`` prints it; processors have instructions for it. ``progress`` is told bytes now and then."""
+    """SHA-256 of a file in hexadecimal, as ``sha256sum`` prints it; processors have instructions for it. ``progress``
+    is told bytes now and then."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_READ_TOGETHER))
     with open(path, "rb", buffering=0) as file:
         while size := file.readinto(buffer):
@@ -63,7 +64,8 @@ def facts_of(path: Path, progress: Callable[[int], None] = lambda count: None) -
 
 
 def write_manifest(folder: Path, known: dict[str, FileFacts]) -> None:
-    """Writes the manifest of every file in ``folder``; ``known`` gives those that their writers have summed up already."""
+    """Writes the manifest of every file in ``folder``; ``known`` gives those that their writers have summed up
+    already."""
     files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     entries = {}
     for name in files:
@@ -117,7 +119,8 @@ def remove_leftovers(root: Path) -> list[str]:
 
 
 def set_aside(folder: Path) -> Path:
-    """Renames a damaged checkpoint, so that it is not taken for a good one again; returns where it is now. Raises OSError."""
+    """Renames a damaged checkpoint, so that it is not taken for a good one again; returns where it is now. Raises
+    OSError."""
     number, target = 1, folder.with_name(folder.name + DAMAGED)
     if target.exists():
         discard(target)
@@ -131,7 +134,8 @@ def set_aside(folder: Path) -> Path:
 def publish(work: Path, root: Path, step: int, warn: Callable[[str], None] = lambda text: None) -> Path:
     """Gives a finished folder its final name, and then ``latest`` its name.
 
-    ``warn`` is told what does not matter to the new checkpoint: an old one of the same step that cannot be removed, ``latest`` that cannot be written.
+    ``warn`` is told what does not matter to the new checkpoint: an old one of the same step that cannot be removed,
+    ``latest`` that cannot be written.
 
     Raises:
         OSError: it has not got its name.
@@ -156,7 +160,8 @@ def prune(
     upto: int | None = None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> list[int]:
-    """Removes complete checkpoints but the newest ``keep_last`` and every multiple of ``keep_every`` (0: none); returns the steps removed.
+    """Removes complete checkpoints but the newest ``keep_last`` and every multiple of ``keep_every`` (0: none); returns
+    the steps removed.
 
     Args:
         upto: later ones than of this step (which could not be set aside) neither count nor go; None: all count.

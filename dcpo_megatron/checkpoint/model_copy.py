@@ -1,6 +1,8 @@
-"""The model of a run as a Hugging Face folder: copies on the way, and the trained one at the end. Collective: all ranks walk, the first writes.
+"""The model of a run as a Hugging Face folder: copies on the way, and the trained one at the end. Collective: all ranks
+walk, the first writes.
 
-A copy that cannot be written (a full disk) costs no training and no rank its life: the walk goes to its end, and every rank learns of it.
+A copy that cannot be written (a full disk) costs no training and no rank its life: the walk goes to its end, and every
+rank learns of it.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def write_copy(
 
 
 def holder(checkpoints: Path, steps: int) -> str:
-    """Half a sentence, the same on every rank: which checkpoint holds the weights of a run that has done all its ``steps``, and what to do."""
+    """Half a sentence, the same on every rank: which checkpoint holds the weights of a run that has done all its
+    ``steps``, and what to do."""
     words = ""
     if dist.get_rank() == 0:
         step = max(complete_steps(checkpoints), default=None)

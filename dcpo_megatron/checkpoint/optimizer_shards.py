@@ -1,7 +1,9 @@
-"""The distributed optimizer's state as pieces of a ``fully_reshardable`` checkpoint, without bringing it together first.
+"""The distributed optimizer's state as pieces of a ``fully_reshardable`` checkpoint, without bringing it together
+first.
 
-Each data-parallel rank holds a stretch of each parameter's flattened state. Megatron-Core gathers the stretches into tensors of the parameters' shapes before it saves. A
-checkpoint's chunks may be any boxes, though, and a stretch of a flattened tensor is a few of them:
+Each data-parallel rank holds a stretch of each parameter's flattened state. Megatron-Core gathers the stretches into
+tensors of the parameters' shapes before it saves. A checkpoint's chunks may be any boxes, though, and a stretch of a
+flattened tensor is a few of them:
 
     rows of a [4, 6] tensor        a . . . . .
     stretch 3 .. 17:               . . . x x x      the end of a row
@@ -30,7 +32,8 @@ Piece = tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]
 
 
 def boxes(shape: tuple[int, ...], start: int, end: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """``(offsets, sizes)`` of boxes that make up the flat stretch ``[start, end)`` of a row-major tensor of ``shape``, in its order."""
+    """``(offsets, sizes)`` of boxes that make up the flat stretch ``[start, end)`` of a row-major tensor of ``shape``,
+    in its order."""
     if start >= end:
         return []
     if len(shape) <= 1:
@@ -66,7 +69,8 @@ def parameter_places(model: Mapping) -> dict[int, ShardedTensor | ShardedTensorF
 def optimizer_pieces(
     optimizer: DistributedOptimizer, places: Mapping[int, ShardedTensor | ShardedTensorFactory]
 ) -> Iterator[Piece]:
-    """This rank's part of the state, as views of it; what other tensor- or pipeline-parallel ranks hold too is left to one of them."""
+    """This rank's part of the state, as views of it; what other tensor- or pipeline-parallel ranks hold too is left to
+    one of them."""
     for ranges in optimizer.gbuf_ranges:
         for buckets in ranges.values():
             for bucket in buckets:

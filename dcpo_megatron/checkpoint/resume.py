@@ -1,7 +1,8 @@
 """What a checkpoint holds beside weights and optimizer, and how a run finds the checkpoint that it goes on from.
 
-The same command starts a run and resumes it. A folder with a checkpoint is resumed from the newest one whose files are what its manifest says; damaged ones are
-set aside aloud. A configuration that would make it another run is refused, with the names of the keys.
+The same command starts a run and resumes it. A folder with a checkpoint is resumed from the newest one whose files are
+what its manifest says; damaged ones are set aside aloud. A configuration that would make it another run is refused,
+with the names of the keys.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ RUN_FILE = "run.json"
 HISTORY_FILE = "history.safetensors"
 _VERSION = 1
 
-# Keys that a resumed run may have otherwise: where things go, how long and how the work is laid out. The layout changes results by rounding only.
+# Keys that a resumed run may have otherwise: where things go, how long and how the work is laid out. The layout changes
+# results by rounding only.
 _FREE = (
     "output", "logging.", "evaluation.", "checkpoint.", "training.steps", "training.timeout_seconds", "training.save_every",
     "training.platform", "training.max_bad_steps", "reward.timeout_seconds", "reward.workers", "data.files", "servers.", "publish.",
@@ -41,7 +43,8 @@ _LAYOUT = (
 class RunState:
     """Everything of a run that is no tensor, after ``step`` steps; stored as JSON.
 
-    ``sampler``: the position in the data. ``data``: fingerprint of the prompts. ``layout``: sizes and number of ranks that wrote it.
+    ``sampler``: the position in the data. ``data``: fingerprint of the prompts. ``layout``: sizes and number of ranks
+    that wrote it.
     """
 
     step: int
@@ -89,7 +92,7 @@ def data_fingerprint(prompts: PromptSet) -> str:
     return digest.hexdigest()
 
 
-# -- configuration ------------------------------------------------------------------------------------------------------------------------------
+# -- configuration ---------------------------------------------------------------------------------
 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, object]:
@@ -113,7 +116,8 @@ def _defaults() -> dict[str, object]:
 
 
 def changed_keys(saved: dict, now: dict) -> dict[str, tuple[object, object]]:
-    """Dotted keys whose values differ, with (saved, now); a key that was not there yet counts as its default, any other that one side lacks as None."""
+    """Dotted keys whose values differ, with (saved, now); a key that was not there yet counts as its default, any other
+    that one side lacks as None."""
     before, after = _defaults() | flat(saved), flat(now)
     return {
         key: (before.get(key), after.get(key))
@@ -127,7 +131,8 @@ def _among(key: str, names: Iterable[str]) -> bool:
 
 
 def refuse_another_run(folder: Path, config: Config) -> None:
-    """Holds ``config`` against the newest checkpoint of ``folder``, before anything is built. Pure file work, the same on every rank.
+    """Holds ``config`` against the newest checkpoint of ``folder``, before anything is built. Pure file work, the same
+    on every rank.
 
     Raises:
         ConfigError: it differs in what matters; names the keys with both values.
@@ -155,7 +160,7 @@ def refuse_another_run(folder: Path, config: Config) -> None:
         return
 
 
-# -- finding the checkpoint ---------------------------------------------------------------------------------------------------------------------
+# -- finding the checkpoint ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -204,7 +209,8 @@ def find_checkpoint(folder: Path) -> Found:
 
 
 def layout_note(state: RunState, config: Config, layout: dict) -> str | None:
-    """A sentence where the resumed run is laid out otherwise than the one that saved; None where it will go on bit for bit."""
+    """A sentence where the resumed run is laid out otherwise than the one that saved; None where it will go on bit for
+    bit."""
     changed = [k for k in changed_keys(state.config, config.model_dump(mode="json")) if _among(k, _LAYOUT)]
     changed += sorted(k for k in changed_keys(state.layout, layout))
     if changed:

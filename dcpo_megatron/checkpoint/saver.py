@@ -4,11 +4,11 @@
     poll     at each step boundary the ranks ask one another (one all-reduce) whether all have written                 -> index, manifest, final name, latest
     finish   the same, but waits
 
-Beside training the thread takes a tenth of a core at most, and gives way to everything else: a save costs many steps a little and none of them much. Once it is waited for
-it does not rest.
+Beside training the thread takes a tenth of a core at most, and gives way to everything else: a save costs many steps a
+little and none of them much. Once it is waited for it does not rest.
 
-A save that fails (a full disk) is reported and its remains are removed; training goes on, and the next save tries anew. What does not matter to the new checkpoint (an old one that
-cannot be removed) is reported beside it.
+A save that fails (a full disk) is reported and its remains are removed; training goes on, and the next save tries anew.
+What does not matter to the new checkpoint (an old one that cannot be removed) is reported beside it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from dcpo_megatron.weights.conversion import write_index_with_companions
 from dcpo_megatron.weights.torch_dist import Record, Rendered, render, write_rendered
 
 _IDLE, _WRITING, _DONE, _FAILED = range(4)
-# Seconds that the writer rests beside training for each second of processor time; it works for some milliseconds at a time.
+# Seconds that the writer rests beside training for each second of processor time; it works for some milliseconds at a
+# time.
 _REST, _WORK = 9.0, 0.005
 
 
@@ -43,7 +44,8 @@ class StuckSaveError(TimeoutError):
 
 @dataclass(frozen=True)
 class SaveReport:
-    """How a save ended: ``problem`` is None where the checkpoint is complete, else a sentence. ``seconds`` from its start. ``warnings``: on rank 0."""
+    """How a save ended: ``problem`` is None where the checkpoint is complete, else a sentence. ``seconds`` from its
+    start. ``warnings``: on rank 0."""
 
     step: int
     problem: str | None
@@ -88,8 +90,10 @@ class CheckpointSaver:
         """Begins to write the state after ``step`` steps.
 
         Args:
-            extras: writes this rank's other files into the folder it is given; runs in the background, on copies of its own.
-            beside_training: the writer gives way to the ranks and rests; False where nothing else goes on until it is done.
+            extras: writes this rank's other files into the folder it is given; runs in the background, on copies of its
+                own.
+            beside_training: the writer gives way to the ranks and rests; False where nothing else goes on until it is
+                done.
 
         Raises:
             RuntimeError: a save is under way (call :meth:`finish` first).
@@ -112,7 +116,8 @@ class CheckpointSaver:
         except OSError as error:
             self._problem = f"{work}: {error.strerror or error}"
         dist.barrier(group=host_group())
-        # Rendered here, so that the thread has little to do that keeps Python's lock: training would wait for a thread that has to wait for a core.
+        # Rendered here, so that the thread has little to do that keeps Python's lock: training would wait for a thread
+        # that has to wait for a core.
         pieces = [render(piece.key, piece.offsets, piece.data) for piece in snapshot.tensors]
         pieces += [render(key, None, data) for key, data in snapshot.objects]
         tensors = {p.key: [list(p.shape), str(p.data.dtype).removeprefix("torch.")] for p in snapshot.tensors}
@@ -150,7 +155,8 @@ class CheckpointSaver:
             self._problem = f"rank {rank}: {getattr(error, 'strerror', None) or error} ({work})"
 
     def poll(self, stop_requested: bool = False) -> tuple[list[SaveReport], bool]:
-        """At a step boundary: completes a save that every rank has written. Returns reports, and whether ANY rank was asked to stop."""
+        """At a step boundary: completes a save that every rank has written. Returns reports, and whether ANY rank was
+        asked to stop."""
         status = _IDLE
         if self.busy:
             status = _WRITING if self._thread.is_alive() else _FAILED if self._problem else _DONE
@@ -215,7 +221,8 @@ class CheckpointSaver:
 
 
 def _rests(awaited: threading.Event) -> Callable[[int], None]:
-    """What the writer calls now and then: sleeps in proportion to its work since it slept last, until ``awaited`` is set."""
+    """What the writer calls now and then: sleeps in proportion to its work since it slept last, until ``awaited`` is
+    set."""
     rested = time.thread_time()
 
     def rest(_: int) -> None:
@@ -229,6 +236,7 @@ def _rests(awaited: threading.Event) -> Callable[[int], None]:
 
 
 def _give_way() -> None:
-    """This thread gets what processor time the others leave. Without it ranks that fill the cores would share them with their writers."""
+    """This thread gets what processor time the others leave. Without it ranks that fill the cores would share them with
+    their writers."""
     with contextlib.suppress(OSError, AttributeError):  # a system without it
         os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))

@@ -1,8 +1,9 @@
 """Model and optimizer of a running job as pieces of a Megatron ``torch_dist`` checkpoint, and back.
 
-Megatron-Core's own sharded state dicts say which part of which global tensor each rank holds; the optimizer's come in the ``fully_reshardable`` format, where every
-state has its parameter's shape, so a checkpoint of one layout can be resumed in another. :func:`take_snapshot` copies what this rank must write to the host, which
-is all that training waits for; writing the copies is somebody else's work. :func:`restore` is stock ``dist_checkpointing.load``.
+Megatron-Core's own sharded state dicts say which part of which global tensor each rank holds; the optimizer's come in
+the ``fully_reshardable`` format, where every state has its parameter's shape, so a checkpoint of one layout can be
+resumed in another. :func:`take_snapshot` copies what this rank must write to the host, which is all that training waits
+for; writing the copies is somebody else's work. :func:`restore` is stock ``dist_checkpointing.load``.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from dcpo_megatron.mcore import compat  # noqa: F401 - settles what differs betw
 from dcpo_megatron.mcore.other_layers import ask_as_saved, configure_anew, settings_of_any_adam
 from dcpo_megatron.mcore.step import PolicyModel
 
-# `chained_optim_avoid_prefix`: dense and expert parameters have optimizers of their own; their states are told apart by their parameters' names.
+# `chained_optim_avoid_prefix`: dense and expert parameters have optimizers of their own; their states are told apart by
+# their parameters' names.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 @dataclass
 class SnapshotTensor:
-    """A chunk of a global tensor: ``key``, its global ``shape``, the chunk's ``offsets`` in it, and a copy of its numbers on the host."""
+    """A chunk of a global tensor: ``key``, its global ``shape``, the chunk's ``offsets`` in it, and a copy of its
+    numbers on the host."""
 
     key: str
     shape: tuple[int, ...]
@@ -42,7 +45,8 @@ class SnapshotTensor:
 
 @dataclass
 class Snapshot:
-    """What one rank writes: ``tensors``, ``objects`` (key, serialized), and ``common``, the same plain values on every rank."""
+    """What one rank writes: ``tensors``, ``objects`` (key, serialized), and ``common``, the same plain values on every
+    rank."""
 
     tensors: list[SnapshotTensor]
     objects: list[tuple[str, bytes]]
@@ -56,11 +60,12 @@ class Snapshot:
 class HostMemory:
     """Memory on the host that snapshots are copied into, kept from one snapshot to the next.
 
-    New memory has to be given and zeroed by the system page by page, which takes five times as long as the copying itself; training waits for both.
+    New memory has to be given and zeroed by the system page by page, which takes five times as long as the copying
+    itself; training waits for both.
 
-    From a GPU (``device``) tensors go to pinned memory, one after the other without a stop: :meth:`wait` before anything is
-    read. PyTorch gives pinned memory in powers of two of bytes, so it may be up to twice what the tensors need; where the
-    system has none left, memory is plain, and copies are slow and right.
+    From a GPU (``device``) tensors go to pinned memory, one after the other without a stop: :meth:`wait` before
+    anything is read. PyTorch gives pinned memory in powers of two of bytes, so it may be up to twice what the tensors
+    need; where the system has none left, memory is plain, and copies are slow and right.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -126,8 +131,8 @@ def _has_state(optimizer) -> bool:
 def take_snapshot(policy: PolicyModel, memory: HostMemory | None = None) -> Snapshot:
     """Copies this rank's part of weights and optimizer to the host.
 
-    A tensor that several data-parallel ranks hold is in the snapshot of one of them; they share the work by size. ``memory``: where to copy; the snapshot that was
-    taken into it before must have been written.
+    A tensor that several data-parallel ranks hold is in the snapshot of one of them; they share the work by size.
+    ``memory``: where to copy; the snapshot that was taken into it before must have been written.
     """
     memory = memory or HostMemory(policy.platform.device)
     memory.reset()
@@ -161,8 +166,8 @@ def take_snapshot(policy: PolicyModel, memory: HostMemory | None = None) -> Snap
 def _share(tensors: Iterable[ShardedTensor]) -> set[int]:
     """Identities of the tensors that this rank writes.
 
-    The last number of a replica id is the rank in the (expert-)data-parallel group, whose ranks hold the same tensors in the same order: the largest tensor first,
-    each goes to the rank that has the least so far.
+    The last number of a replica id is the rank in the (expert-)data-parallel group, whose ranks hold the same tensors
+    in the same order: the largest tensor first, each goes to the rank that has the least so far.
     """
     mine: set[int] = set()
     groups: dict[bool, list[ShardedTensor]] = {False: [], True: []}
@@ -183,10 +188,12 @@ def _share(tensors: Iterable[ShardedTensor]) -> set[int]:
 
 
 def restore(policy: PolicyModel, folder: str | os.PathLike) -> None:
-    """Loads weights and optimizer from a checkpoint of any layout, saved with Transformer Engine or without. Collective.
+    """Loads weights and optimizer from a checkpoint of any layout, saved with Transformer Engine or without.
+    Collective.
 
     Raises:
-        megatron.core.dist_checkpointing.core.CheckpointingException, KeyError: the checkpoint lacks a tensor, or holds another shape.
+        megatron.core.dist_checkpointing.core.CheckpointingException, KeyError: the checkpoint lacks a tensor, or holds
+            another shape.
     """
     _prepare(policy.optimizer)
     loaded = dist_checkpointing.load(ask_as_saved(_sharded(policy, is_loading=True), folder), str(folder))
@@ -206,7 +213,8 @@ def restore(policy: PolicyModel, folder: str | os.PathLike) -> None:
 
 
 def _prepare(optimizer) -> None:
-    """Every Adam makes its state in its first step, but a checkpoint holds it from the start; PyTorch's has the step in it. Plain SGD has none."""
+    """Every Adam makes its state in its first step, but a checkpoint holds it from the start; PyTorch's has the step in
+    it. Plain SGD has none."""
     for part in _parts(optimizer):
         inner = part.optimizer
         if part.config.optimizer == "sgd":
@@ -220,7 +228,8 @@ def _prepare(optimizer) -> None:
 
 
 def _own_steps(optimizer) -> None:
-    """Megatron-Core gives all parameters of PyTorch's Adam one and the same step tensor, which each of them would then count up."""
+    """Megatron-Core gives all parameters of PyTorch's Adam one and the same step tensor, which each of them would then
+    count up."""
     for part in _parts(optimizer):
         for state in part.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):

@@ -1,12 +1,13 @@
-"""``dcpo compare PLAN.yaml``: several methods on equal terms, several seeds each, and what that says about the paper's claims.
+"""``dcpo compare PLAN.yaml``: several methods on equal terms, several seeds each, and what that says about the paper's
+claims.
 
     starts (one a seed)      --> runs (one a method and seed, processes side by side)        --> report
     task: prompts and model      dcpo train, resumed from its own checkpoints where killed       HTML, Markdown, CSV
 
 The same command goes on after a stop: what is finished is kept, what is not goes on.
 
-Exit codes: 0 all runs are there and the report is written; 1 some runs failed (the report is of the others); 2 the plan cannot be used; 75 stopped when asked to: the
-same command goes on.
+Exit codes: 0 all runs are there and the report is written; 1 some runs failed (the report is of the others); 2 the plan
+cannot be used; 75 stopped when asked to: the same command goes on.
 """
 
 from __future__ import annotations

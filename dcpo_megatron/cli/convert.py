@@ -2,9 +2,11 @@
 
     hf-to-megatron SRC DST      megatron-to-hf SRC DST      reshard SRC DST      inspect PATH      verify CHECKPOINT
 
-No GPU, no process group, and one layer's tensor in memory at a time. An interrupted conversion goes on when the same command is given again.
+No GPU, no process group, and one layer's tensor in memory at a time. An interrupted conversion goes on when the same
+command is given again.
 
-Exit codes: 0 done; 1 ``verify`` found another model; 2 what was given cannot be used (one clear sentence on standard error); 130 interrupted.
+Exit codes: 0 done; 1 ``verify`` found another model; 2 what was given cannot be used (one clear sentence on standard
+error); 130 interrupted.
 """
 
 from __future__ import annotations
@@ -151,7 +153,7 @@ def _with_flags(text: str) -> str:
     )
 
 
-# -- the three conversions ----------------------------------------------------------------------------------------------------------------------
+# -- the three conversions -------------------------------------------------------------------------
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -239,7 +241,7 @@ def _next(args: argparse.Namespace) -> str:
     return f"dcpo convert verify {args.destination}" + (f" --against {args.config_from}" if weights else "")
 
 
-# -- looking ------------------------------------------------------------------------------------------------------------------------------------
+# -- looking ---------------------------------------------------------------------------------------
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -303,7 +305,7 @@ def _random_ids(count: int, shape) -> list[int]:
     return [chosen.randrange(shape.vocab) for _ in range(min(count, shape.max_positions))]
 
 
-# -- values of options --------------------------------------------------------------------------------------------------------------------------
+# -- values of options -----------------------------------------------------------------------------
 
 
 def _positive(text: str) -> int:

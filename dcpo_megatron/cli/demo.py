@@ -1,8 +1,9 @@
 """``dcpo demo``: from nothing to a better model on a CPU, in minutes.
 
-A small Qwen2-shaped model is warmed up by supervised steps on additions until it is right about a third of the time; then DCPO trains it, on two ranks of real
-Megatron-Core, with prompts that come back several times so that SAS has a history. With ``--servers N`` real SGLang servers sample, and take new weights after each step.
-With ``--pretrained MODEL`` a real model takes the place of the small one: :mod:`dcpo_megatron.cli.demo_pretrained`.
+A small Qwen2-shaped model is warmed up by supervised steps on additions until it is right about a third of the time;
+then DCPO trains it, on two ranks of real Megatron-Core, with prompts that come back several times so that SAS has a
+history. With ``--servers N`` real SGLang servers sample, and take new weights after each step. With ``--pretrained
+MODEL`` a real model takes the place of the small one: :mod:`dcpo_megatron.cli.demo_pretrained`.
 """
 
 from __future__ import annotations

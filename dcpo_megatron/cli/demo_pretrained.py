@@ -1,6 +1,8 @@
-"""``dcpo demo --pretrained MODEL``: a real model instead of one made here. What differs from the demo's other half, :mod:`dcpo_megatron.cli.demo`:
+"""``dcpo demo --pretrained MODEL``: a real model instead of one made here. What differs from the demo's other half,
+:mod:`dcpo_megatron.cli.demo`:
 
-MODEL (GGUF file or Hugging Face folder) --> start/ --> megatron/ --> and back: every tensor bit for bit; logits of both compared
+MODEL (GGUF file or Hugging Face folder) --> start/ --> megatron/ --> and back: every tensor bit for bit; logits of both
+compared
 word problems, or GSM8K of --data        --> train.jsonl, held_out.jsonl: conversations with a worked example
 dcpo train                               --> from megatron/, with the model's own chat template
 dcpo eval of start/ and model/           --> responses.html: the same problems before and after
@@ -22,7 +24,8 @@ ERRORS = 2.0  # standard errors by which the last ones must be above the first
 SHOWN = 12  # problems on the page
 TRAIN, HELD_OUT = 300, 40
 GSM8K = {"train": "gsm8k_train.jsonl", "held_out": "gsm8k_test.jsonl"}
-# Before each problem, as a turn of the conversation: told in words alone, a model of this size does not keep to the form.
+# Before each problem, as a turn of the conversation: told in words alone, a model of this size does not keep to the
+# form.
 EXAMPLE = (
     {"role": "system", "content": "Solve the problem."},
     {"role": "user", "content": "Tim has 3 pens and buys 4 more. How many pens does he have?"},
@@ -57,7 +60,8 @@ def check_model(model: str) -> None:
 
 
 def prepare(folder: Path, model: str, seed: int, data: str | None) -> None:
-    """Writes ``start`` and ``megatron``, the model in both forms, after the way there and back has been compared; ``train.jsonl`` and ``held_out.jsonl``.
+    """Writes ``start`` and ``megatron``, the model in both forms, after the way there and back has been compared;
+    ``train.jsonl`` and ``held_out.jsonl``.
 
     Raises DemoError: a conversion was refused, or did not give the same model. DataError: of the files in ``data``.
     """
@@ -115,7 +119,8 @@ def _problems(split: str, seed: int, data: str | None) -> list[dict]:
 
 
 def compare_weights(one: Path, other: Path) -> tuple[int, int]:
-    """How many tensors and numbers of the model two Hugging Face folders hold, all of them equal bit for bit. Raises DemoError: the first that differs.
+    """How many tensors and numbers of the model two Hugging Face folders hold, all of them equal bit for bit. Raises
+    DemoError: the first that differs.
 
     What belongs to no part of the model (a copy of a tied embedding, old rotary frequencies) is not looked at.
     """
@@ -140,7 +145,8 @@ def compare_weights(one: Path, other: Path) -> tuple[int, int]:
 
 
 def tell(folder: Path, config) -> bool:
-    """Writes ``responses.html`` and says whether the reward rose; returns that. Raises DemoError where an evaluation fails."""
+    """Writes ``responses.html`` and says whether the reward rose; returns that. Raises DemoError where an evaluation
+    fails."""
     from dcpo_megatron.files import read_rows
 
     _write_page(folder, config)
@@ -157,7 +163,8 @@ def tell(folder: Path, config) -> bool:
 
 
 def rise(rewards: list[float]) -> tuple[float, float, float]:
-    """Means of the first and the last :data:`WINDOW` steps, and the standard error of their difference: sqrt(s1^2 / n + s2^2 / n), s^2 a window's sample variance.
+    """Means of the first and the last :data:`WINDOW` steps, and the standard error of their difference: sqrt(s1^2 / n +
+    s2^2 / n), s^2 a window's sample variance.
 
     A trend within a window counts as spread, so the error is rather too large.
     """

@@ -1,6 +1,7 @@
 """``dcpo eval MODEL FILE ...``: Avg@1, Avg@k and pass@k of a model on files of problems, every response kept.
 
-Exit codes: 0 done; 2 what was given cannot be used (one clear sentence on standard error); 75 out of time, the same command goes on; 130 interrupted, likewise.
+Exit codes: 0 done; 2 what was given cannot be used (one clear sentence on standard error); 75 out of time, the same
+command goes on; 130 interrupted, likewise.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""``dcpo status RUN``: how far a run is, how fast, and whether its ranks are well. It reads files only and disturbs nothing.
+"""``dcpo status RUN``: how far a run is, how fast, and whether its ranks are well. It reads files only and disturbs
+nothing.
 
-Exit codes: 0 running, finished or stopped when asked to; 1 it ended before it was finished; 2 there is no run in the folder.
+Exit codes: 0 running, finished or stopped when asked to; 1 it ended before it was finished; 2 there is no run in the
+folder.
 """
 
 from __future__ import annotations

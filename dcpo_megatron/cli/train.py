@@ -1,7 +1,9 @@
-"""``dcpo train``: one rank of a training run. Start several with torchrun, or ``--ranks N`` for N ranks on this machine.
+"""``dcpo train``: one rank of a training run. Start several with torchrun, or ``--ranks N`` for N ranks on this
+machine.
 
-Exit codes: 0 done; 2 the configuration, the data or the model cannot be used (one clear sentence on standard error); 75 asked to stop: the
-run is saved, start it again to go on; 70 this rank or another stood still for too long; 130 interrupted; 1 anything else.
+Exit codes: 0 done; 2 the configuration, the data or the model cannot be used (one clear sentence on standard error); 75
+asked to stop: the run is saved, start it again to go on; 70 this rank or another stood still for too long; 130
+interrupted; 1 anything else.
 """
 
 from __future__ import annotations
@@ -199,7 +201,8 @@ def _place(args) -> Place:
 
 
 def _say_plan(run, gpu_memory: float | None, server_gpus: int | None) -> None:
-    """Prints what the run needs. Raises ConfigError where that does not fit into ``gpu_memory`` GB, or into this machine's GPU."""
+    """Prints what the run needs. Raises ConfigError where that does not fit into ``gpu_memory`` GB, or into this
+    machine's GPU."""
     from dcpo_megatron.config.schema import ConfigError
     from dcpo_megatron.memory.plan import GB, memory_problems, memory_text, plan_memory
     from dcpo_megatron.memory.step_estimate import estimate_step, estimate_text
@@ -219,7 +222,8 @@ def _say_plan(run, gpu_memory: float | None, server_gpus: int | None) -> None:
 
 
 def is_bad_input(error: Exception) -> bool:
-    """Whether ``error`` is about what the user gave (its message is the sentence to show) and not a fault of the program."""
+    """Whether ``error`` is about what the user gave (its message is the sentence to show) and not a fault of the
+    program."""
     from dcpo_megatron.config.schema import ConfigError
     from dcpo_megatron.data import DataError
     from dcpo_megatron.mcore.hf_config import ModelConfigError
@@ -230,7 +234,8 @@ def is_bad_input(error: Exception) -> bool:
 
 
 def explains_itself(error: BaseException) -> bool:
-    """Whether ``error`` ends a run that had begun, or whose ranks did not meet, with a message that is the sentence to show."""
+    """Whether ``error`` ends a run that had begun, or whose ranks did not meet, with a message that is the sentence to
+    show."""
     from dcpo_megatron.checkpoint.model_copy import UnsavedModelError
     from dcpo_megatron.mcore.meeting import MeetingError
     from dcpo_megatron.monitor.bad_steps import BadStepsError
@@ -241,7 +246,8 @@ def explains_itself(error: BaseException) -> bool:
 
 
 def refuse(error: Exception, code: int = BAD_INPUT) -> int:
-    """Says what is wrong and gives back the exit code: the first local rank at once, the others after a moment, if they are still there."""
+    """Says what is wrong and gives back the exit code: the first local rank at once, the others after a moment, if they
+    are still there."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank:
         # Where all ranks fail alike, the launcher ends this one while it waits, and the sentence is said once.
@@ -253,7 +259,8 @@ def refuse(error: Exception, code: int = BAD_INPUT) -> int:
 
 
 def start_ranks(count: int, argv: list[str], grace_seconds: float | None = None, place: Place | None = None) -> int:
-    """Starts ``count`` ranks of ``dcpo train argv`` on this machine (of ``place``, where there are several) and waits for them; returns the exit code of the first that failed."""
+    """Starts ``count`` ranks of ``dcpo train argv`` on this machine (of ``place``, where there are several) and waits
+    for them; returns the exit code of the first that failed."""
     if count < 1:
         print(f"dcpo: error: --ranks {count} must be at least 1", file=sys.stderr)
         return BAD_INPUT

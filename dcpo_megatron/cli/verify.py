@@ -1,4 +1,5 @@
-"""``dcpo verify``: does every parallel layout give the gradient of one process? Starts its own ranks and prints a table.
+"""``dcpo verify``: does every parallel layout give the gradient of one process? Starts its own ranks and prints a
+table.
 
 Exit codes: 0 every layout passed; 1 one failed; 2 the command line is wrong.
 """
@@ -107,7 +108,8 @@ def _check(args: argparse.Namespace, layouts: list) -> None:
 
 
 def _transformer_engine(args: argparse.Namespace) -> str:
-    """ "on" or "off", as a run of this dtype on this device has it. Raises ValueError where it is asked for and refused."""
+    """ "on" or "off", as a run of this dtype on this device has it. Raises ValueError where it is asked for and
+    refused."""
     from dcpo_megatron.mcore.platform import select_platform, use_transformer_engine
 
     return "on" if use_transformer_engine(args.transformer_engine, args.dtype, select_platform(args.device)) else "off"

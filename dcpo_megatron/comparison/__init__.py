@@ -1,1 +1,2 @@
-"""Comparing methods on equal terms: the plan, its starts, what its runs measured, statistics over seeds, the paper's claims, the report."""
+"""Comparing methods on equal terms: the plan, its starts, what its runs measured, statistics over seeds, the paper's
+claims, the report."""

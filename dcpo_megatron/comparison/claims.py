@@ -1,4 +1,5 @@
-"""The claims of the DCPO paper (arXiv 2509.02333), each held against the runs: reproduced, not reproduced, or undecided at this number of seeds.
+"""The claims of the DCPO paper (arXiv 2509.02333), each held against the runs: reproduced, not reproduced, or undecided
+at this number of seeds.
 
 A claim has one or more parts, each an interval over seeds and a limit:
 
@@ -6,10 +7,12 @@ A claim has one or more parts, each an interval over seeds and a limit:
     not reproduced  the whole interval is on the other side
     undecided       the limit lies within it, or there is no interval (one seed)
 
-A claim of several parts is reproduced where all are, and not reproduced where one is not. Asking for all parts at the same confidence needs no
-correction for their number; the claims among each other are not corrected either, so one in twenty may be off by chance.
+A claim of several parts is reproduced where all are, and not reproduced where one is not. Asking for all parts at the
+same confidence needs no correction for their number; the claims among each other are not corrected either, so one in
+twenty may be off by chance.
 
-The paper gives single numbers of single runs. Where it says "about ten times" or "3 to 5 times" the limit is stated beside the claim.
+The paper gives single numbers of single runs. Where it says "about ten times" or "3 to 5 times" the limit is stated
+beside the claim.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ Values = Mapping[int, float]
 
 @dataclass(frozen=True)
 class Part:
-    """One comparison: ``label`` says of what; ``unit`` how to show it: "points" and "percent" are hundredths, "times" a plain factor; ``note`` says why there
-    is no interval."""
+    """One comparison: ``label`` says of what; ``unit`` how to show it: "points" and "percent" are hundredths, "times" a
+    plain factor; ``note`` says why there is no interval."""
 
     label: str
     interval: Interval | None

@@ -25,7 +25,8 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Job:
-    """``command``: arguments of this Python. ``share``: how much of it is done, 0 to 1. ``needs``: the name of the job that must have succeeded."""
+    """``command``: arguments of this Python. ``share``: how much of it is done, 0 to 1. ``needs``: the name of the job
+    that must have succeeded."""
 
     name: str
     command: list[str]

@@ -1,4 +1,5 @@
-"""The plan of a comparison: one YAML that names methods, seeds and budget, and turns into one recipe of ``dcpo train`` a run.
+"""The plan of a comparison: one YAML that names methods, seeds and budget, and turns into one recipe of ``dcpo train``
+a run.
 
     seeds: [0, 1]
     methods:
@@ -122,7 +123,7 @@ class Plan(_Section):
             raise ValueError("train.objective.preset is what methods differ in: leave it out")
         return self
 
-    # -- what follows from it ---------------------------------------------------------------------------------------------------------------
+    # -- what follows from it ----------------------------------------------------------------------
 
     @property
     def folder(self) -> Path:
@@ -155,7 +156,8 @@ class Plan(_Section):
 
 
 def load_plan(file: str | Path, output: str | None = None) -> Plan:
-    """Reads and checks a plan (a file, or ``compare``, the study's), every method's recipe included. Raises PlanError."""
+    """Reads and checks a plan (a file, or ``compare``, the study's), every method's recipe included. Raises
+    PlanError."""
     try:
         file = find_recipe(file)
         content = yaml.safe_load(file.read_text(encoding="utf-8"))

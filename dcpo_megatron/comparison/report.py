@@ -116,7 +116,7 @@ def _introduction(plan: Plan, runs: Sequence[Run], seeds: Sequence[int], total: 
     return text
 
 
-# -- tables ---------------------------------------------------------------------------------------------------------------------------------------
+# -- tables ----------------------------------------------------------------------------------------
 
 
 def show(found: Interval | None, form: str) -> str:
@@ -176,7 +176,7 @@ def _objectives_table(plan: Plan) -> Table:
     return Table(["", *objectives], [[name, *(str(o[name]) for o in objectives.values())] for name in names])
 
 
-# -- numbers --------------------------------------------------------------------------------------------------------------------------------------
+# -- numbers ---------------------------------------------------------------------------------------
 
 
 def _figures(run: Run) -> dict:

@@ -1,7 +1,8 @@
-"""What the runs of a comparison measured, read back from their folders: one :class:`Run` a method and seed, and one number a run for each figure.
+"""What the runs of a comparison measured, read back from their folders: one :class:`Run` a method and seed, and one
+number a run for each figure.
 
-The first visit of every prompt is over once as many responses were generated as all prompts have in one round: dynamic sampling gets there in fewer steps.
-Seconds are those of the training steps, evaluations left out.
+The first visit of every prompt is over once as many responses were generated as all prompts have in one round: dynamic
+sampling gets there in fewer steps. Seconds are those of the training steps, evaluations left out.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from dcpo_megatron.files import read_rows
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run. ``steps``: its rows of ``metrics.jsonl`` in order; ``evaluations``: step -> eval_* values; ``responses`` and ``seconds``: sums up to
-    and with each step, from step 0 on."""
+    """A finished run. ``steps``: its rows of ``metrics.jsonl`` in order; ``evaluations``: step -> eval_* values;
+    ``responses`` and ``seconds``: sums up to and with each step, from step 0 on."""
 
     method: str
     seed: int

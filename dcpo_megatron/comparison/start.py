@@ -1,8 +1,10 @@
-"""What all methods of one seed begin with: prompts to train on, held-out prompts, and a small model warmed up on other problems of the same task.
+"""What all methods of one seed begin with: prompts to train on, held-out prompts, and a small model warmed up on other
+problems of the same task.
 
     FOLDER/train.jsonl  held_out.jsonl  start/ (a Hugging Face folder)  made.json (what it was made from; written last)
 
-The warm-up sees a mix of responses, with worked steps and without: the model can do both, is right more often with them, and has to find that out.
+The warm-up sees a mix of responses, with worked steps and without: the model can do both, is right more often with
+them, and has to find that out.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     difference  the same, of a_seed - b_seed          what a seed's start and prompts do to both methods cancels
     ratio       exp of the same, of log(a_seed / b_seed): a geometric mean, where all values are above 0
 
-With five seeds t is 2.78, where a bootstrap of five values would act as if it were some 1.7: its intervals are too narrow at such numbers.
-One seed gives no interval.
+With five seeds t is 2.78, where a bootstrap of five values would act as if it were some 1.7: its intervals are too
+narrow at such numbers. One seed gives no interval.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def paired_difference(
 
 
 def paired_ratio(a: Mapping[int, float], b: Mapping[int, float], confidence: float = CONFIDENCE) -> Interval | None:
-    """a / b over the seeds that both have, as a geometric mean; None without such a seed, or where a value is not above 0."""
+    """a / b over the seeds that both have, as a geometric mean; None without such a seed, or where a value is not above
+    0."""
     seeds = sorted(a.keys() & b.keys())
     if any(values[seed] <= 0 for seed in seeds for values in (a, b)):
         return None

@@ -1,8 +1,8 @@
 """The configuration of a run: typed, one YAML per recipe, ``key.sub=value`` on the command line.
 
-An unknown key is an error that names the nearest known one. :func:`load_config` merges files from left to right, then the overrides, and checks types;
-:func:`check_run` holds the result against the model, the files and the number of ranks. Both raise :class:`ConfigError` with every reason they found, before
-the first GPU second.
+An unknown key is an error that names the nearest known one. :func:`load_config` merges files from left to right, then
+the overrides, and checks types; :func:`check_run` holds the result against the model, the files and the number of
+ranks. Both raise :class:`ConfigError` with every reason they found, before the first GPU second.
 """
 
 from __future__ import annotations
@@ -372,7 +372,8 @@ def known_keys() -> list[str]:
 
 
 def _unknown_key(key: str, known: Sequence[str]) -> str:
-    # A key below one that has a plain value; one given without its section, or under the wrong one; else a misspelt one.
+    # A key below one that has a plain value; one given without its section, or under the wrong one; else a misspelt
+    # one.
     sections = {name.split(".")[0] for name in known if "." in name}
     nearest = [name for name in known if "." not in name and name not in sections and key.startswith(f"{name}.")]
     nearest = nearest or [name for name in known if name.split(".")[-1] == key.split(".")[-1]][:1]
@@ -381,10 +382,12 @@ def _unknown_key(key: str, known: Sequence[str]) -> str:
 
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
-    """Reads YAML files or recipes by name (later ones win key by key), then ``key.sub=value`` overrides (values are YAML).
+    """Reads YAML files or recipes by name (later ones win key by key), then ``key.sub=value`` overrides (values are
+    YAML).
 
     Raises:
-        ConfigError: a file that is missing or not YAML, an override without ``=``, an unknown key, a value of the wrong type.
+        ConfigError: a file that is missing or not YAML, an override without ``=``, an unknown key, a value of the wrong
+            type.
     """
     merged: dict[str, Any] = {}
     for file in files:

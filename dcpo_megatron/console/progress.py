@@ -1,4 +1,5 @@
-"""How far a long job is: a bar with rate and time left on a terminal, a plain line now and then elsewhere, on standard error."""
+"""How far a long job is: a bar with rate and time left on a terminal, a plain line now and then elsewhere, on standard
+error."""
 
 from __future__ import annotations
 

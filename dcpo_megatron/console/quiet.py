@@ -24,7 +24,8 @@ def quiet_libraries() -> None:
 
 
 def write_any_letter() -> None:
-    """A letter that the console's encoding lacks is printed as its escape: nothing ends for a prompt in another script."""
+    """A letter that the console's encoding lacks is printed as its escape: nothing ends for a prompt in another
+    script."""
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="backslashreplace")

@@ -6,7 +6,8 @@ class DataError(ValueError):
 
 
 def is_unicode(text: str) -> bool:
-    """Whether ``text`` can be written: half of a surrogate pair (``"\\ud835"`` in JSON, a file name of other bytes) cannot."""
+    """Whether ``text`` can be written: half of a surrogate pair (``"\\ud835"`` in JSON, a file name of other bytes)
+    cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -6,13 +6,14 @@
 | jsonl (also as parquet) | prompt, question or problem | answer or ground_truth | id | data_source |
 | gsm8k | question | answer, after ``####``, without commas | id, else content | data_source, else "gsm8k" |
 
-The full id is "data source/id", so that files do not collide by accident. A row without a data source takes the name of its
-file, without folder and suffix: the id stays while the file moves, and changes when it is renamed. An id by content is the
-first 16 hex digits of the SHA-256 of the question (all messages but the system's): it stays while the words do.
+The full id is "data source/id", so that files do not collide by accident. A row without a data source takes the name of
+its file, without folder and suffix: the id stays while the file moves, and changes when it is renamed. An id by content
+is the first 16 hex digits of the SHA-256 of the question (all messages but the system's): it stays while the words do.
 
-Nothing is a ground truth that only stands for a missing one: null, NaN (also in JSON), a time that is none. Numbers are texts as
-a person writes them: 2.0 is "2", 1e16 has all its digits, 1e-7 is "0.0000001"; a timestamp at midnight is a date. The TEXT "nan"
-stays, since somebody wrote it, and is counted aloud. A prompt that is the JSON text of messages is those messages.
+Nothing is a ground truth that only stands for a missing one: null, NaN (also in JSON), a time that is none. Numbers are
+texts as a person writes them: 2.0 is "2", 1e16 has all its digits, 1e-7 is "0.0000001"; a timestamp at midnight is a
+date. The TEXT "nan" stays, since somebody wrote it, and is counted aloud. A prompt that is the JSON text of messages is
+those messages.
 """
 
 import hashlib
@@ -74,7 +75,8 @@ def wanted_columns(*keys: str | None) -> set[str]:
 
 
 def find_schema(table: Table, name: str, prompt_key: str | None, answer_key: str | None, id_key: str | None) -> Schema:
-    """The schema of a file: the named one, or for "auto" the one that its first row with an answer fits; the keys given override it.
+    """The schema of a file: the named one, or for "auto" the one that its first row with an answer fits; the keys given
+    override it.
 
     Raises DataError if the file has none of the columns for the prompt, the answer or the id.
     """
@@ -127,7 +129,8 @@ def understand(row: dict, schema: Schema, file_stem: str, notes: Counter[str] | 
 
 
 def content_id(messages: list[dict[str, str]]) -> str:
-    """16 hex digits that depend on the words of the question alone: not on the file, the answer or the system prompt."""
+    """16 hex digits that depend on the words of the question alone: not on the file, the answer or the system
+    prompt."""
     text = "\n\n".join(message["content"].strip() for message in messages if message["role"] != "system")
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
@@ -154,7 +157,8 @@ def _first(row: dict, paths: tuple[str, ...] | list[str]) -> object:
 
 
 def _written_messages(text: str) -> list | None:
-    """The messages whose JSON text a prompt is; None for a prompt. Raises BadRow for what begins like messages and is no JSON."""
+    """The messages whose JSON text a prompt is; None for a prompt. Raises BadRow for what begins like messages and is
+    no JSON."""
     if not _LIKE_MESSAGES.match(text):
         return None
     try:

@@ -1,24 +1,29 @@
 """Lays the responses of one minibatch out into micro-batches: a pure function of their lengths.
 
-    packed: responses --(balance by attention cost)--> data-parallel ranks --(token budget, then balance again)--> micro-batches
-    padded: responses --(sorted, cut where the longest changes)--> micro-batches of alike lengths --(balance)--> data-parallel ranks
+    packed: responses --(balance by attention cost)--> data-parallel ranks --(token budget, then balance again)-->
+        micro-batches
+    padded: responses --(sorted, cut where the longest changes)--> micro-batches of alike lengths --(balance)-->
+        data-parallel ranks
 
-A rank waits for the busiest rank, and a pipeline stage for the costliest micro-batch, so both are balanced by :func:`cost`: longest first to the
-least loaded, then responses change places between the most loaded and the least loaded for as long as that lowers the peak. Only alignment pads a
-packed row; padded rows hold neighbours in length.
+A rank waits for the busiest rank, and a pipeline stage for the costliest micro-batch, so both are balanced by
+:func:`cost`: longest first to the least loaded, then responses change places between the most loaded and the least
+loaded for as long as that lowers the peak. Only alignment pads a packed row; padded rows hold neighbours in length.
 
 Invariants of :func:`plan_micro_batches`, for any input:
 
 - every index appears exactly once;
-- every rank has the same number of micro-batches (pipeline stages and collectives would hang otherwise), a multiple of ``multiple_of``;
+- every rank has the same number of micro-batches (pipeline stages and collectives would hang otherwise), a multiple of
+  ``multiple_of``;
 - a micro-batch is within the budget unless it holds a single response that is longer than the budget;
 - no micro-batch is empty while another one of its rank holds two responses;
-- the micro-batches of a rank come costliest first, so that ranks that meet inside a micro-batch (expert parallelism) meet at their likes;
+- the micro-batches of a rank come costliest first, so that ranks that meet inside a micro-batch (expert parallelism)
+  meet at their likes;
 - the plan depends on the arguments only, in whole numbers: every rank computes the same one.
 
-Packed: no rank costs more than the mean over ranks plus the largest single response; the number of micro-batches is what the fullest rank needs by
-best fit, longest first (below 2 x its tokens / budget + 1), rounded up to ``multiple_of``. Padded: the number is the smallest that the budget allows, and
-with that number no cut of the sorted responses has a cheaper costliest micro-batch (rows x cost of the longest).
+Packed: no rank costs more than the mean over ranks plus the largest single response; the number of micro-batches is
+what the fullest rank needs by best fit, longest first (below 2 x its tokens / budget + 1), rounded up to
+``multiple_of``. Padded: the number is the smallest that the budget allows, and with that number no cut of the sorted
+responses has a cheaper costliest micro-batch (rows x cost of the longest).
 """
 
 from __future__ import annotations
@@ -36,9 +41,10 @@ _NEAR = 1e-3
 
 @dataclass(frozen=True)
 class PackingOptions:
-    """``max_tokens``: budget of a micro-batch in tokens (padding included). ``packed``: sequences end to end in one row; otherwise one a row, so that a
-    micro-batch costs rows x longest. ``align``: every length is rounded up to a multiple of it. ``attention_length``: tokens at which a sequence's attention
-    costs as much as the rest of its layers (about 6 x hidden width). ``row_align``: a row, of whatever it consists, is rounded up to a multiple of it."""
+    """``max_tokens``: budget of a micro-batch in tokens (padding included). ``packed``: sequences end to end in one
+    row; otherwise one a row, so that a micro-batch costs rows x longest. ``align``: every length is rounded up to a
+    multiple of it. ``attention_length``: tokens at which a sequence's attention costs as much as the rest of its layers
+    (about 6 x hidden width). ``row_align``: a row, of whatever it consists, is rounded up to a multiple of it."""
 
     max_tokens: int
     packed: bool = True
@@ -64,7 +70,8 @@ class PackingOptions:
 def plan_micro_batches(
     lengths: Sequence[int], data_parallel_size: int, options: PackingOptions, multiple_of: int = 1
 ) -> list[list[list[int]]]:
-    """``plan[rank][micro_batch]`` = indices into ``lengths`` (tokens of prompt + response). See the module's text for what always holds.
+    """``plan[rank][micro_batch]`` = indices into ``lengths`` (tokens of prompt + response). See the module's text for
+    what always holds.
 
     Raises:
         ValueError: a length below 1, or a size below 1.
@@ -91,15 +98,17 @@ def plan_micro_batches(
 
 
 def cost(length: int, options: PackingOptions) -> float:
-    """Relative compute of one sequence of ``length`` tokens: linear layers plus attention, ``length * (1 + length / attention_length)``."""
+    """Relative compute of one sequence of ``length`` tokens: linear layers plus attention, ``length * (1 + length /
+    attention_length)``."""
     return length * (1.0 + length / options.attention_length)
 
 
-# -- balance --------------------------------------------------------------------------------------------------------------------------------
+# -- balance ---------------------------------------------------------------------------------------
 
 
 def _least_loaded(order: list[int], costs: list[int], count: int) -> list[list[int]]:
-    """Each of ``order`` goes to the group with the least cost so far (the longest-processing-time rule where ``order`` is longest first)."""
+    """Each of ``order`` goes to the group with the least cost so far (the longest-processing-time rule where ``order``
+    is longest first)."""
     heap, groups = [(0, group) for group in range(count)], [[] for _ in range(count)]
     for index in order:
         load, group = heap[0]
@@ -109,9 +118,11 @@ def _least_loaded(order: list[int], costs: list[int], count: int) -> list[list[i
 
 
 def _exchange(groups: list[list[int]], costs: list[int], sizes: list[int] | None = None, capacity: int = 0) -> None:
-    """Lowers the costliest group in place: one response moves to, or changes places with one of, a lightly loaded group, until no such step helps.
+    """Lowers the costliest group in place: one response moves to, or changes places with one of, a lightly loaded
+    group, until no such step helps.
 
-    With ``sizes`` no group may come to hold more than ``capacity``. The highest load never rises, and no group is emptied.
+    With ``sizes`` no group may come to hold more than ``capacity``. The highest load never rises, and no group is
+    emptied.
     """
     loads = [sum(costs[i] for i in members) for members in groups]
     held = [sum(sizes[i] for i in members) for members in groups] if sizes else None
@@ -145,7 +156,8 @@ def _exchange(groups: list[list[int]], costs: list[int], sizes: list[int] | None
 def _best_swap(
     heavy: list[int], light: list[int], gap: int, costs: list[int], sizes: list[int] | None, room: int
 ) -> tuple[int, int | None] | None:
-    """What ``heavy`` should give and take (None: nothing) so that the loads, ``gap`` apart, come nearest to each other; None where nothing helps."""
+    """What ``heavy`` should give and take (None: nothing) so that the loads, ``gap`` apart, come nearest to each other;
+    None where nothing helps."""
     takes = [(0, -1), *sorted((costs[i], i) for i in light)]
     best, off = None, gap
     for given in heavy:
@@ -161,7 +173,7 @@ def _best_swap(
     return best
 
 
-# -- packed rows: the micro-batches of one rank, from members that come longest first ------------------------------------------------------------------------------------
+# -- packed rows: the micro-batches of one rank, from members that come longest first --------------
 
 
 def _best_fit(members: list[int], sizes: list[int], capacity: int) -> list[list[int]]:
@@ -196,7 +208,8 @@ def _split(
 def _least_loaded_with_room(
     members: list[int], count: int, sizes: list[int], costs: list[int], capacity: int
 ) -> list[list[int]] | None:
-    """As :func:`_least_loaded`, into a group that has room; None where none of the few least loaded has any: then nearly all are full."""
+    """As :func:`_least_loaded`, into a group that has room; None where none of the few least loaded has any: then
+    nearly all are full."""
     heap, groups = [(0, 0, group) for group in range(count)], [[] for _ in range(count)]
     for index in members:
         full = []
@@ -224,13 +237,14 @@ def _halve(groups: list[list[int]], count: int, costs: list[int]) -> None:
         groups.append(half)
 
 
-# -- padded rows ------------------------------------------------------------------------------------------------------------------------------
+# -- padded rows -----------------------------------------------------------------------------------
 
 
 def _plan_padded(
     order: list[int], ranks: int, multiple_of: int, sizes: list[int], costs: list[int], capacity: int
 ) -> list[list[list[int]]]:
-    """Cuts ``order`` (longest first) into runs of neighbours in length, cheapest peak first, and deals the runs to the ranks."""
+    """Cuts ``order`` (longest first) into runs of neighbours in length, cheapest peak first, and deals the runs to the
+    ranks."""
     count = -(-max(1, len(_runs(order, sizes, costs, capacity))) // ranks)
     count = -(-count // multiple_of) * multiple_of
     # The lowest ceiling on rows x cost of the longest with which the runs are no more than there are places.
@@ -256,7 +270,8 @@ def _plan_padded(
 
 
 def _runs(order: list[int], sizes: list[int], costs: list[int], capacity: int, ceiling: int = 0) -> list[list[int]]:
-    """From the longest on, as many rows as the budget takes and, where it is given, a ``ceiling`` on rows x cost of the longest; at least one."""
+    """From the longest on, as many rows as the budget takes and, where it is given, a ``ceiling`` on rows x cost of the
+    longest; at least one."""
     runs, start = [], 0
     while start < len(order):
         longest = order[start]

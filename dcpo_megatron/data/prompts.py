@@ -34,11 +34,12 @@ class PromptOptions:
     """How to read prompts.
 
     ``format``: "auto" (by the first row), "verl-parquet", "jsonl" or "gsm8k", see ``formats.py``. ``prompt_key``,
-    ``answer_key``, ``id_key``: dotted paths such as ``reward_model.ground_truth``, None for the format's own; the id key
-    "content" derives ids from the prompts' text. ``template``, ``system_prompt``: see ``templates.py``; an empty system
-    prompt removes the row's. ``max_prompt_tokens``: longer prompts are bad rows. ``on_bad_row``: "error", or "skip" to leave
-    it out and count it. ``on_duplicate_id``: "error", or "first" to keep the first copy and count the others; rows that
-    share an id but not the question and the answer are an error always. ``limit``: stop after so many prompts.
+    ``answer_key``, ``id_key``: dotted paths such as ``reward_model.ground_truth``, None for the format's own; the id
+    key "content" derives ids from the prompts' text. ``template``, ``system_prompt``: see ``templates.py``; an empty
+    system prompt removes the row's. ``max_prompt_tokens``: longer prompts are bad rows. ``on_bad_row``: "error", or
+    "skip" to leave it out and count it. ``on_duplicate_id``: "error", or "first" to keep the first copy and count the
+    others; rows that share an id but not the question and the answer are an error always. ``limit``: stop after so many
+    prompts.
 
     Raises DataError for a value out of range.
     """
@@ -73,7 +74,8 @@ class PromptOptions:
 
 @dataclass
 class PromptSet:
-    """Prompts in the order of the files; ``rows`` were looked at, and ``skipped`` of them left out, by reason; ``notes``: what was kept, and is worth a look."""
+    """Prompts in the order of the files; ``rows`` were looked at, and ``skipped`` of them left out, by reason;
+    ``notes``: what was kept, and is worth a look."""
 
     prompts: list[Prompt] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
@@ -85,7 +87,8 @@ class PromptSet:
         return len(self.prompts)
 
     def summary(self) -> str:
-        """One sentence for the log, such as "40 prompts from 1,280 rows of 1 file; left out 1,240: 1,240 copies ..."."""
+        """One sentence for the log, such as "40 prompts from 1,280 rows of 1 file; left out 1,240: 1,240 copies
+        ..."."""
         text = f"{_count(len(self.prompts), 'prompt')} from {_count(self.rows, 'row')} of {_count(self.files, 'file')}"
         if self.skipped:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.most_common())
@@ -105,8 +108,8 @@ class PromptSet:
 def load_prompts(files: Sequence[str | Path], tokenizer, options: PromptOptions | None = None) -> PromptSet:
     """Reads, templates and tokenises the prompts of some files, with a Hugging Face tokenizer.
 
-    Raises DataError, one sentence: a file that cannot be read, a column that is missing, a bad row or a duplicate id that
-    the options do not allow, or no prompt left.
+    Raises DataError, one sentence: a file that cannot be read, a column that is missing, a bad row or a duplicate id
+    that the options do not allow, or no prompt left.
     """
     options = options or PromptOptions()
     files = [files] if isinstance(files, (str, Path)) else list(files)

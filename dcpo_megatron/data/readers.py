@@ -26,7 +26,8 @@ def read_table(path: str | Path, wanted: Collection[str]) -> Table:
     """Reads a ``.parquet`` or ``.jsonl`` (also ``.json``, ``.ndjson``: one object a line) file.
 
     ``wanted``: the top-level columns of a parquet file that are needed, as far as it has them; the others are not read.
-    Raises DataError if the file is missing, a directory, of another kind, truncated or malformed, or has a name that is not Unicode.
+    Raises DataError if the file is missing, a directory, of another kind, truncated or malformed, or has a name that is
+    not Unicode.
     """
     path = Path(path)
     if not is_unicode(str(path)):

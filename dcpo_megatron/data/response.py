@@ -1,8 +1,8 @@
 """One response on its way through a step, and its form on the wire.
 
-A ``Response`` is made by the rollout and then grows: the text is decoded, the reward and whether it is right are judged, the
-advantage is computed. ``encode_responses`` packs a list of them into bytes for a gather over ranks: token data as flat
-safetensors tensors with lengths, strings as JSON. Nothing in it can run code, unlike pickle.
+A ``Response`` is made by the rollout and then grows: the text is decoded, the reward and whether it is right are
+judged, the advantage is computed. ``encode_responses`` packs a list of them into bytes for a gather over ranks: token
+data as flat safetensors tensors with lengths, strings as JSON. Nothing in it can run code, unlike pickle.
 """
 
 import array
@@ -29,10 +29,10 @@ _NUMBERS = ("reward", "raw_reward", "advantage")  # float or None; NaN on the wi
 class Response:
     """One sampled response. ``T`` = its number of tokens, at least 0 (an aborted one may have none).
 
-    ``sample_index``: 0..G-1 within the prompt. ``rollout_logprobs`` [T]: natural logs by the engine; kept to the precision of
-    fp32, so that what is computed here and after the wire agrees. ``weight_versions`` [T]: the version that sampled each
-    token. ``finish_reason``: "stop", "length" (cut at the limit) or "abort". ``raw_reward``: the reward before any shaping
-    (None: not shaped). ``correct``: whether the raw reward means a right answer.
+    ``sample_index``: 0..G-1 within the prompt. ``rollout_logprobs`` [T]: natural logs by the engine; kept to the
+    precision of fp32, so that what is computed here and after the wire agrees. ``weight_versions`` [T]: the version
+    that sampled each token. ``finish_reason``: "stop", "length" (cut at the limit) or "abort". ``raw_reward``: the
+    reward before any shaping (None: not shaped). ``correct``: whether the raw reward means a right answer.
 
     Raises DataError if lengths disagree or a value is out of range.
     """
@@ -82,7 +82,8 @@ class Response:
 
 
 def encode_responses(responses: Sequence[Response]) -> bytes:
-    """The responses as bytes for ``decode_responses``; every field comes back equal. Raises DataError as ``validate``."""
+    """The responses as bytes for ``decode_responses``; every field comes back equal. Raises DataError as
+    ``validate``."""
     for response in responses:
         response.validate()
     strings = {name: [getattr(response, name) for response in responses] for name in _STRINGS}

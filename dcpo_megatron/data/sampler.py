@@ -54,7 +54,8 @@ class PromptSampler:
         }
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Goes on exactly where the state was taken. Raises ValueError if it was taken with other prompts or another seed."""
+        """Goes on exactly where the state was taken. Raises ValueError if it was taken with other prompts or another
+        seed."""
         for name, mine in (("prompts_count", self._count), ("seed", self._seed)):
             if state[name] != mine:
                 raise ValueError(f"the sampler's state was saved with {name} = {state[name]}, and this run has {mine}")

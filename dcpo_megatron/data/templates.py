@@ -6,8 +6,8 @@ r"""Chat messages to the text that the model continues.
 | qwen-math | ChatML with "Please reason step by step, and put your final answer within \boxed{}." | no: ChatML's are in it |
 | plain | the contents of the messages, a blank line between two | before the text: a model that begins with a BOS token gets it, once |
 
-A system prompt given in the options replaces that of the row. ``qwen-math`` is rendered here, so that it is the same for a
-base model whose tokenizer has another chat template or none.
+A system prompt given in the options replaces that of the row. ``qwen-math`` is rendered here, so that it is the same
+for a base model whose tokenizer has another chat template or none.
 """
 
 from dcpo_megatron.data.errors import DataError
@@ -31,7 +31,8 @@ def choose_template(name: str, tokenizer) -> str:
 
 
 def tokenise(text: str, template: str, tokenizer) -> list[int]:
-    """The tokens of a rendered prompt. A special token that the tokenizer would add is not added twice, and none behind the text: the model goes on from there."""
+    """The tokens of a rendered prompt. A special token that the tokenizer would add is not added twice, and none behind
+    the text: the model goes on from there."""
     if template != "plain":
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     found = tokenizer(text, return_special_tokens_mask=True)
@@ -44,13 +45,15 @@ def tokenise(text: str, template: str, tokenizer) -> list[int]:
 
 
 def turn_end(template: str, tokenizer) -> int | None:
-    """The token with which the template ends the assistant's turn: the first special one behind its text. None where there is none to be seen."""
+    """The token with which the template ends the assistant's turn: the first special one behind its text. None where
+    there is none to be seen."""
     if template == "plain":
         return None
     ask, said = {"role": "user", "content": "A question?"}, "The whole answer."
     turns = [ask, {"role": "assistant", "content": said}]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    # The end of a conversation first: a template may end its earlier turns otherwise, or end a turn by the opening of the next one alone.
+    # The end of a conversation first: a template may end its earlier turns otherwise, or end a turn by the opening of
+    # the next one alone.
     for messages in (turns, [*turns, ask]):
         try:
             _, found, behind = render(messages, template, tokenizer, answer=False).rpartition(said)
@@ -65,7 +68,8 @@ def turn_end(template: str, tokenizer) -> int | None:
 def render(
     messages: list[dict[str, str]], template: str, tokenizer, system_prompt: str | None = None, answer: bool = True
 ) -> str:
-    """The text of one prompt, with the opening of an ``answer`` behind it. ``template`` comes from ``choose_template``. Raises BadRow if the chat template refuses it."""
+    """The text of one prompt, with the opening of an ``answer`` behind it. ``template`` comes from ``choose_template``.
+    Raises BadRow if the chat template refuses it."""
     if system_prompt is None and template == "qwen-math":
         system_prompt = QWEN_MATH_SYSTEM
     if system_prompt is not None:

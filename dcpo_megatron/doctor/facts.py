@@ -72,7 +72,8 @@ class Apex:
 
 @dataclass(frozen=True)
 class Host:
-    """The operating system's side; sizes in bytes, None where it does not tell. ``environment``: what is set. ``triton_lacks``: what its kernels cannot be built without."""
+    """The operating system's side; sizes in bytes, None where it does not tell. ``environment``: what is set.
+    ``triton_lacks``: what its kernels cannot be built without."""
 
     python: tuple[int, int, int]
     cores: float

@@ -28,8 +28,10 @@ def evaluate(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """``greedy``: share of prompts answered right at temperature 0; ``accuracy``: right answers over ``samples`` samples a prompt at ``temperature``;
-    ``response_length``: mean tokens of the sampled ones; ``reward_failures``: responses on which the reward function failed. Collective over the default group: prompts are dealt over all ranks, the numbers are the same on each.
+    """``greedy``: share of prompts answered right at temperature 0; ``accuracy``: right answers over ``samples``
+    samples a prompt at ``temperature``; ``response_length``: mean tokens of the sampled ones; ``reward_failures``:
+    responses on which the reward function failed. Collective over the default group: prompts are dealt over all ranks,
+    the numbers are the same on each.
     """
     jobs = [(prompt, sample) for prompt in prompts for sample in range(samples + 1)]
     jobs = share(jobs, dist.get_rank(), dist.get_world_size())

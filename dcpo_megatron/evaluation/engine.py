@@ -1,4 +1,5 @@
-"""The engine of an evaluation: a Hugging Face folder in this process, or SGLang servers that serve the model already."""
+"""The engine of an evaluation: a Hugging Face folder in this process, or SGLang servers that serve the model
+already."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from dcpo_megatron.rollout.server_client import ServerClient
 
 
 class ServedFleet(Fleet):
-    """Servers with the weights that they were started with, or were given by others: their own tag is version 0, and any other is foreign."""
+    """Servers with the weights that they were started with, or were given by others: their own tag is version 0, and
+    any other is foreign."""
 
     def version_of(self, tag: str) -> int | None:
         return 0 if str(tag) == self.run_id else None
@@ -41,8 +43,8 @@ def make_engine(
     ``say`` takes what is found.
 
     Raises:
-        EvaluationError: no Hugging Face folder (a Megatron checkpoint is converted first), or servers that hold different
-            weights, or others than the folder's.
+        EvaluationError: no Hugging Face folder (a Megatron checkpoint is converted first), or servers that hold
+            different weights, or others than the folder's.
         RolloutError: a server that does not answer.
     """
     check_folder(folder)

@@ -5,8 +5,9 @@ r"""What an evaluation says, from which answers were right. Pure functions, no t
     pass@m   mean over problems of 1 - C(k - c, m) / C(k, m), with c of the problem's k samples right: the unbiased estimate of "at least one of m is right"
              (Chen et al., arXiv 2107.03374, eq. 1)
 
-Intervals are percentile bootstraps over problems: problems are drawn with replacement, each with all its samples. The average over sets is the plain mean of the sets'
-values, and its interval draws within every set. They say how much the problems matter, not how much a training run's seed does.
+Intervals are percentile bootstraps over problems: problems are drawn with replacement, each with all its samples. The
+average over sets is the plain mean of the sets' values, and its interval draws within every set. They say how much the
+problems matter, not how much a training run's seed does.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def pass_at(right: int, samples: int, m: int) -> float:
 
 
 def measures(problems: Sequence[Answers]) -> dict[str, list[float]]:
-    """The value of each measure for each problem: "avg@1", "avg@k" and "pass@m" for m = 2, 4, 8, ... and k. All problems must have the same number of samples.
+    """The value of each measure for each problem: "avg@1", "avg@k" and "pass@m" for m = 2, 4, 8, ... and k. All
+    problems must have the same number of samples.
 
     Raises ValueError where they do not.
     """

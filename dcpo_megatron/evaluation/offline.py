@@ -1,9 +1,12 @@
-"""Evaluating a model on files of problems with any rollout engine: sets of distinct problems, their responses, the result.
+"""Evaluating a model on files of problems with any rollout engine: sets of distinct problems, their responses, the
+result.
 
-    files -> sets (each problem once) -> batches of requests not answered yet -> engine -> reward -> responses.jsonl -> numbers
+    files -> sets (each problem once) -> batches of requests not answered yet -> engine -> reward -> responses.jsonl ->
+    numbers
 
-Files that hold 32 copies of a problem, as the official ones of AMC and AIME do, are read as the problems they are: one greedy response and k samples for each
-distinct problem, whatever the copies. A copy is a row with an id already read, or with the same prompt and ground truth.
+Files that hold 32 copies of a problem, as the official ones of AMC and AIME do, are read as the problems they are: one
+greedy response and k samples for each distinct problem, whatever the copies. A copy is a row with an id already read,
+or with the same prompt and ground truth.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from dcpo_megatron.weights.hf_folder import companions
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """The distinct problems of one file; ``rows`` were read, ``copies`` of them were copies, ``left_out`` could not be used; ``notes``: see PromptSet."""
+    """The distinct problems of one file; ``rows`` were read, ``copies`` of them were copies, ``left_out`` could not be
+    used; ``notes``: see PromptSet."""
 
     name: str
     prompts: list[Prompt]
@@ -37,7 +41,8 @@ class ProblemSet:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How problems are answered. ``samples``: a problem, at ``temperature``, beside the greedy response where ``greedy``."""
+    """How problems are answered. ``samples``: a problem, at ``temperature``, beside the greedy response where
+    ``greedy``."""
 
     samples: int
     greedy: bool
@@ -80,7 +85,8 @@ def file_fingerprint(file: str) -> str:
 
 
 def model_fingerprint(folder: str | Path) -> str:
-    """16 hex digits: names, sizes and both ends of the weight files, and the whole of the small files beside and below them (configuration, tokenizer)."""
+    """16 hex digits: names, sizes and both ends of the weight files, and the whole of the small files beside and below
+    them (configuration, tokenizer)."""
     digest, folder = hashlib.sha256(), Path(folder)
     suffixes = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bin")
     files = {file for file in folder.iterdir() if file.is_file()} | {folder / path for path in companions(folder)}
@@ -115,7 +121,8 @@ def answer(
 ) -> None:
     """Fills ``store`` with every response that it lacks, ``batch`` at a time.
 
-    Every response has a random stream of its own, so an evaluation that was stopped and goes on gives what one without a stop gives (with engines that follow seeds).
+    Every response has a random stream of its own, so an evaluation that was stopped and goes on gives what one without
+    a stop gives (with engines that follow seeds).
 
     Args:
         deadline: on ``time.monotonic``'s clock; asked before each batch.

@@ -1,4 +1,5 @@
-"""The responses of an evaluation on disk: one JSON object a line, appended when a batch is judged, and the settings they were made with.
+"""The responses of an evaluation on disk: one JSON object a line, appended when a batch is judged, and the settings
+they were made with.
 
     OUTPUT/settings.json      what must be the same when the evaluation goes on; written first
     OUTPUT/responses.jsonl    every response, to be read; its lines are what is done
@@ -25,7 +26,8 @@ class EvaluationError(ValueError):
 class ResponseStore:
     """What an evaluation in ``folder`` has, and where it adds to.
 
-    Raises EvaluationError: the folder holds an evaluation with other settings, something else, or one that is under way; or it cannot be written.
+    Raises EvaluationError: the folder holds an evaluation with other settings, something else, or one that is under
+    way; or it cannot be written.
     """
 
     def __init__(self, folder: Path, settings: dict):

@@ -1,11 +1,13 @@
 """Starts the ranks of a run on this machine, all of them or this host's, waits for them, and gives back one exit code.
 
-    terminal or scheduler -- SIGTERM, SIGINT, SIGUSR1 --> launcher -- the same, once --> rank 0 .. N-1, each a process group of its own
+    terminal or scheduler -- SIGTERM, SIGINT, SIGUSR1 --> launcher -- the same, once --> rank 0 .. N-1, each a process
+    group of its own
     a rank fails           --> it is named; the others get SIGTERM, and SIGKILL where they stay
     the launcher is killed --> the kernel kills the ranks (on Linux)
 
-Ranks find each other through the variables that torchrun sets too: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT. On several
-hosts each has a launcher of its own; they do not speak to each other: ranks name who is missing (:mod:`dcpo_megatron.mcore.meeting`).
+Ranks find each other through the variables that torchrun sets too: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE,
+MASTER_ADDR, MASTER_PORT. On several hosts each has a launcher of its own; they do not speak to each other: ranks name
+who is missing (:mod:`dcpo_megatron.mcore.meeting`).
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Place:
-    """This host among those of a run: it is number ``node`` of ``nodes``; ranks meet at ``master``:``port`` (None: a free one)."""
+    """This host among those of a run: it is number ``node`` of ``nodes``; ranks meet at ``master``:``port`` (None: a
+    free one)."""
 
     nodes: int = 1
     node: int = 0
@@ -53,14 +56,16 @@ def run_ranks(
     grace_seconds: float | None = None,
     place: Place | None = None,
 ) -> int:
-    """Runs ``python COMMAND`` as ``count`` ranks, of ``place`` where several hosts have as many, and waits for all of them. Call it from the main thread.
+    """Runs ``python COMMAND`` as ``count`` ranks, of ``place`` where several hosts have as many, and waits for all of
+    them. Call it from the main thread.
 
-    A rank that fails is named on standard error, but for bad input, whose sentence it has said itself. SIGTERM, SIGINT and SIGUSR1 are passed on to every rank, each
-    once; the ranks then have ``grace_seconds`` (default: DCPO_GRACE_SECONDS, else 600; after SIGINT 30 at most) until they are killed. A second SIGINT kills them.
+    A rank that fails is named on standard error, but for bad input, whose sentence it has said itself. SIGTERM, SIGINT
+    and SIGUSR1 are passed on to every rank, each once; the ranks then have ``grace_seconds`` (default:
+    DCPO_GRACE_SECONDS, else 600; after SIGINT 30 at most) until they are killed. A second SIGINT kills them.
 
     Returns:
-        0; the exit code of the first rank that failed, 128 + N where signal N ended it; 75 where ranks want to be started again and none failed; 2 where
-        DCPO_GRACE_SECONDS is no number above 0.
+        0; the exit code of the first rank that failed, 128 + N where signal N ended it; 75 where ranks want to be
+        started again and none failed; 2 where DCPO_GRACE_SECONDS is no number above 0.
     """
     if grace_seconds is None:
         try:
@@ -89,7 +94,8 @@ def _grace() -> float:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on, below those that the kernel gives to outgoing connections: it is still free a little later."""
+    """A port of the loopback interface that nobody listens on, below those that the kernel gives to outgoing
+    connections: it is still free a little later."""
     for port in random.sample(range(20000, 30000), 200):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
@@ -157,8 +163,9 @@ class _Ranks:
             self._command,
             env=env,
             stdin=subprocess.DEVNULL,
-            # The terminal's interrupt is for the launcher alone: it passes it on. Not a session each: Linux shares processor time out among sessions first, and a
-            # thread of one rank that should give way would not give way to the other ranks.
+            # The terminal's interrupt is for the launcher alone: it passes it on. Not a session each: Linux shares
+            # processor time out among sessions first, and a thread of one rank that should give way would not give way
+            # to the other ranks.
             process_group=0,
             preexec_fn=die_with_parent(os.getpid()),
         )

@@ -1,7 +1,8 @@
-"""Asked to stop: SIGTERM (schedulers, ``docker stop``, the launcher) and SIGUSR1 (a scheduler's warning that time runs out) are noted, and the run decides when.
+"""Asked to stop: SIGTERM (schedulers, ``docker stop``, the launcher) and SIGUSR1 (a scheduler's warning that time runs
+out) are noted, and the run decides when.
 
-A handler only sets a flag. The loop asks for it where a step ends, all ranks agree, a checkpoint is written, and every rank ends with exit code 75:
-"start me again", EX_TEMPFAIL of sysexits.h.
+A handler only sets a flag. The loop asks for it where a step ends, all ranks agree, a checkpoint is written, and every
+rank ends with exit code 75: "start me again", EX_TEMPFAIL of sysexits.h.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(Exception):
-    """The run was asked to stop while it waited for something that may not come; raised on every rank. ``finished``: the
-    responses there were, by place in the requests."""
+    """The run was asked to stop while it waited for something that may not come; raised on every rank. ``finished``:
+    the responses there were, by place in the requests."""
 
     def __init__(self, finished: dict | None = None):
         super().__init__("asked to stop")
@@ -27,8 +28,8 @@ class Stopped(Exception):
 class StopRequest:
     """Notes SIGTERM and SIGUSR1 from now until :meth:`restore`; a context manager too.
 
-    Python runs handlers in the main thread, between two of its instructions: a signal that comes while a collective waits is noted when that returns. Outside the
-    main thread no handler can be installed, and nothing is noted.
+    Python runs handlers in the main thread, between two of its instructions: a signal that comes while a collective
+    waits is noted when that returns. Outside the main thread no handler can be installed, and nothing is noted.
 
     Args:
         announce: say so on standard error when the first signal arrives. One rank's line is enough.

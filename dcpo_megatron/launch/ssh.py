@@ -6,7 +6,8 @@
       a host fails             --> it is named; the others are asked to end, and killed where they stay
       a line now and then      --> the launcher is there: hosts that hear nothing for long end their ranks
 
-Needs on every host: the checkout in the same folder with its environment, a login without a password, and the folder of the run on a shared file system.
+Needs on every host: the checkout in the same folder with its environment, a login without a password, and the folder of
+the run on a shared file system.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def read_hosts(names: str | None, file: Path | None) -> list[str]:
 
 
 def meeting_places(ssh: list[str], host: str) -> list[str]:
-    """Names and addresses of ``host`` for the others to try in this order: as it was given, as ssh's configuration has it, and the address that it has here."""
+    """Names and addresses of ``host`` for the others to try in this order: as it was given, as ssh's configuration has
+    it, and the address that it has here."""
     name = host.rpartition("@")[2]
     found = [name]
     if Path(ssh[0]).name == "ssh":  # what stands in for it may take other options
@@ -107,7 +109,8 @@ def line_for(args: argparse.Namespace, places: list[str], hosts: list[str], numb
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns 0, 2 for bad input, 75 where the run wants to be started again, or the code of the host that failed first."""
+    """Runs the command; returns 0, 2 for bad input, 75 where the run wants to be started again, or the code of the host
+    that failed first."""
     args = parser().parse_args(argv)
     try:
         hosts = read_hosts(args.hosts, args.hosts_file)

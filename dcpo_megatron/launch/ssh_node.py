@@ -1,10 +1,12 @@
-"""One host's part of a run that ``tools/launch_cluster.py`` starts: torchrun, whose exit code is the ranks' own and which takes orders on standard input.
+"""One host's part of a run that ``tools/launch_cluster.py`` starts: torchrun, whose exit code is the ranks' own and
+which takes orders on standard input.
 
     launcher == ssh ==> stdin: "TERM", "USR1", ...  -->  that signal to every rank of this host, once
                         end of stdin, or silence    -->  the launcher or the connection is gone: SIGTERM to the ranks, which save and end
     launcher <== ssh == stdout: READY, then what the ranks say;  exit code of the rank that failed first
 
-Plain torchrun gives its ranks 30 seconds after SIGTERM, dies of SIGUSR1, and ends with 1 whatever its ranks ended with: "start me again" would be lost.
+Plain torchrun gives its ranks 30 seconds after SIGTERM, dies of SIGUSR1, and ends with 1 whatever its ranks ended with:
+"start me again" would be lost.
 """
 
 from __future__ import annotations
@@ -20,13 +22,15 @@ import threading
 
 READY = "dcpo: this host is ready"
 BAD_INPUT = 2
-# The launcher writes an empty line so often. Where its host has lost its power nothing ends the connection: what has heard nothing for so long gives it up.
+# The launcher writes an empty line so often. Where its host has lost its power nothing ends the connection: what has
+# heard nothing for so long gives it up.
 SIGN_OF_LIFE_SECONDS = 15.0
 GIVEN_UP_SECONDS = 180.0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Starts the ranks of this host and waits for them; returns 0, or the exit code of the first that failed (128 + N where signal N ended it)."""
+    """Starts the ranks of this host and waits for them; returns 0, or the exit code of the first that failed (128 + N
+    where signal N ended it)."""
     parser = argparse.ArgumentParser(prog="python -m dcpo_megatron.launch.ssh_node", allow_abbrev=False)
     for name in ("nnodes", "node-rank", "nproc-per-node", "master-port"):
         parser.add_argument(f"--{name}", type=int, required=True)
@@ -64,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def choose_address(places: list[str]) -> str | None:
-    """The first of ``places`` that resolves here to more than this host's loopback; else the first that resolves; None where none does."""
+    """The first of ``places`` that resolves here to more than this host's loopback; else the first that resolves; None
+    where none does."""
     known = {}
     for place in places:
         try:

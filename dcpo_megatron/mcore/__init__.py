@@ -1,6 +1,8 @@
-"""Everything that touches Megatron-Core. Call :func:`dcpo_megatron.mcore.platform.start` (or ``prepare``) before building anything.
+"""Everything that touches Megatron-Core. Call :func:`dcpo_megatron.mcore.platform.start` (or ``prepare``) before
+building anything.
 
-The names below are the loss plugin, usable in any trainer on Megatron-Core; see :mod:`dcpo_megatron.mcore.loss` for the ten lines that use it.
+The names below are the loss plugin, usable in any trainer on Megatron-Core; see :mod:`dcpo_megatron.mcore.loss` for the
+ten lines that use it.
 """
 
 _PLUGIN = {

@@ -1,14 +1,16 @@
 """Causal core attention for packed rows and context parallelism, on PyTorch's scaled-dot-product attention.
 
-Megatron-Core's local ``DotProductAttention`` refuses both. Here a micro-batch is a set of *query blocks*: block ``(start, offset, length)`` holds ``length``
-queries of one sequence, the first of which stands at position ``offset`` of that sequence, and may see keys ``0 .. offset + its own place``.
+Megatron-Core's local ``DotProductAttention`` refuses both. Here a micro-batch is a set of *query blocks*: block
+``(start, offset, length)`` holds ``length`` queries of one sequence, the first of which stands at position ``offset``
+of that sequence, and may see keys ``0 .. offset + its own place``.
 
     no context parallelism    one block a sequence: (start, 0, L)
     context parallelism       two blocks a sequence and rank, the zigzag order: of 2*cp chunks rank r holds chunk r and chunk 2*cp-1-r, so that
                               every rank has the same number of (query, key) pairs; keys and values are gathered over the group
 
-Blocks of similar size share one attention call: they are padded to the largest of their group on the right, where causality keeps the padding out of
-every real query's sight. The grouping is computed once a micro-batch (:class:`AttentionPlan`) and used by every layer.
+Blocks of similar size share one attention call: they are padded to the largest of their group on the right, where
+causality keeps the padding out of every real query's sight. The grouping is computed once a micro-batch
+(:class:`AttentionPlan`) and used by every layer.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ MAX_PADDING = 0.35
 
 
 class Block(NamedTuple):
-    """``query_start``: place in the local packed row; ``key_start``: place of the sequence in the gathered row; both in tokens."""
+    """``query_start``: place in the local packed row; ``key_start``: place of the sequence in the gathered row; both in
+    tokens."""
 
     query_start: int
     key_start: int
@@ -41,7 +44,8 @@ class Block(NamedTuple):
 
 @dataclass
 class Group:
-    """Index tensors of one attention call over ``n`` blocks: queries ``[n, Q]``, keys ``[n, K]``, real outputs ``[sum of lengths]``."""
+    """Index tensors of one attention call over ``n`` blocks: queries ``[n, Q]``, keys ``[n, K]``, real outputs ``[sum
+    of lengths]``."""
 
     query_index: torch.Tensor
     key_index: torch.Tensor
@@ -61,7 +65,8 @@ class Group:
 class AttentionPlan:
     """How one packed row is computed: built on the host once a micro-batch from the (padded) sequence lengths.
 
-    ``lengths`` are full sequence lengths in tokens; with context parallelism each must be a multiple of ``2 * context_size``.
+    ``lengths`` are full sequence lengths in tokens; with context parallelism each must be a multiple of ``2 *
+    context_size``.
     """
 
     lengths: list[int]
@@ -124,7 +129,8 @@ class AttentionPlan:
 
 
 def group_blocks(blocks: list[Block]) -> list[list[Block]]:
-    """Groups blocks so that in each group padding stays below ``MAX_PADDING`` of the padded (query x key) area. Deterministic."""
+    """Groups blocks so that in each group padding stays below ``MAX_PADDING`` of the padded (query x key) area.
+    Deterministic."""
     groups: list[list[Block]] = []
     area = longest_q = longest_k = 0
     for block in sorted(blocks, key=lambda b: (-b.keys, -b.length, b.query_start)):
@@ -142,7 +148,8 @@ def group_blocks(blocks: list[Block]) -> list[list[Block]]:
 
 
 def zigzag_slices(length: int, context_size: int, context_rank: int) -> tuple[slice, slice]:
-    """The two slices of a sequence of ``length`` tokens that ``context_rank`` holds, in the order in which it holds them."""
+    """The two slices of a sequence of ``length`` tokens that ``context_rank`` holds, in the order in which it holds
+    them."""
     chunk = length // (2 * context_size)
     mirror = 2 * context_size - 1 - context_rank
     return slice(context_rank * chunk, (context_rank + 1) * chunk), slice(mirror * chunk, (mirror + 1) * chunk)
@@ -165,11 +172,13 @@ def zigzag_inverse(lengths: list[int], context_size: int) -> torch.Tensor:
 
 
 class PackedRow(PackedSeqParams):
-    """Megatron-Core's packed-sequence parameters plus the attention plan. Boundaries ``cu_seqlens`` are over FULL sequences, in tokens.
+    """Megatron-Core's packed-sequence parameters plus the attention plan. Boundaries ``cu_seqlens`` are over FULL
+    sequences, in tokens.
 
-    ``positions``: ``[T]``, the place of each of this rank's tokens in its sequence. Given them, Megatron-Core is told of one
-    plain row (``sbhd``): it turns queries and keys by these positions (:mod:`~dcpo_megatron.mcore.rotary`), and only
-    :class:`CausalCoreAttention` knows the sequences. Transformer Engine's attention reads the boundaries: its rows have none.
+    ``positions``: ``[T]``, the place of each of this rank's tokens in its sequence. Given them, Megatron-Core is told
+    of one plain row (``sbhd``): it turns queries and keys by these positions (:mod:`~dcpo_megatron.mcore.rotary`), and
+    only :class:`CausalCoreAttention` knows the sequences. Transformer Engine's attention reads the boundaries: its rows
+    have none.
     """
 
     def __init__(self, plan: AttentionPlan, device: torch.device, positions: torch.Tensor | None = None):
@@ -187,11 +196,12 @@ class PackedRow(PackedSeqParams):
 
 
 class CausalCoreAttention(torch.nn.Module):
-    """Drop-in ``core_attention`` of Megatron-Core's ``SelfAttention``: causal, grouped queries, packed (THD) and padded rows, context parallelism.
+    """Drop-in ``core_attention`` of Megatron-Core's ``SelfAttention``: causal, grouped queries, packed (THD) and padded
+    rows, context parallelism.
 
-    Shapes: padded rows take query ``[S, B, heads, d]`` and give ``[S, B, heads * d]``; packed rows take ``[T, heads, d]`` and
-    give ``[T, heads * d]``, or with a dimension of one between (all divided by the tensor- and context-parallel sizes as
-    Megatron-Core does).
+    Shapes: padded rows take query ``[S, B, heads, d]`` and give ``[S, B, heads * d]``; packed rows take ``[T, heads,
+    d]`` and give ``[T, heads * d]``, or with a dimension of one between (all divided by the tensor- and
+    context-parallel sizes as Megatron-Core does).
     """
 
     def __init__(
@@ -264,7 +274,8 @@ class CausalCoreAttention(torch.nn.Module):
         """``[n, heads, Q, d]``, ``[n, groups, K, d]`` x 2 -> ``[n, heads, Q, d]``."""
         grouped = query.shape[1] != key.shape[1]
         if grouped and (mask is not None or query.dtype == torch.float32):
-            # The fast GPU kernels take grouped queries only in half precision without a mask: keys and values are repeated for the others.
+            # The fast GPU kernels take grouped queries only in half precision without a mask: keys and values are
+            # repeated for the others.
             repeats = query.shape[1] // key.shape[1]
             key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
             grouped = False

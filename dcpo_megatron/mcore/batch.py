@@ -1,8 +1,9 @@
 """Micro-batches as tensors: what one forward step of a Megatron model takes.
 
-A :class:`Sequence` is prompt and response tokens plus what the loss needs per response token. :func:`make_micro_batch` lays a few of them out, either
-packed end to end in one row (THD) or one a row, padded on the right; with context parallelism each rank gets its zigzag part. The position that predicts
-response token t is the one before it, so a response of n tokens always has n predicting positions.
+A :class:`Sequence` is prompt and response tokens plus what the loss needs per response token. :func:`make_micro_batch`
+lays a few of them out, either packed end to end in one row (THD) or one a row, padded on the right; with context
+parallelism each rank gets its zigzag part. The position that predicts response token t is the one before it, so a
+response of n tokens always has n predicting positions.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from dcpo_megatron.mcore.attention import AttentionPlan, PackedRow
 
 @dataclass
 class Sequence:
-    """One response to train on. Per-token tensors have shape ``[len(response_ids)]``, fp32; ``weight`` is the same for every token of it.
+    """One response to train on. Per-token tensors have shape ``[len(response_ids)]``, fp32; ``weight`` is the same for
+    every token of it.
 
     ``number`` is the caller's own index of the response; log-probs come back under it.
     """
@@ -40,10 +42,12 @@ class Sequence:
 
 @dataclass
 class MicroBatch:
-    """Tensors of one forward step on this rank. ``n`` counts the response tokens predicted here (a context-parallel rank's share).
+    """Tensors of one forward step on this rank. ``n`` counts the response tokens predicted here (a context-parallel
+    rank's share).
 
-    ``input_ids``, ``position_ids``: ``[B, S]``; ``positions``: ``[n]`` into the row-major tokens; ``targets``: ``[n]``; ``response``: ``[n]`` index into
-    ``numbers`` / ``response_lengths``; ``token``: ``[n]`` place inside its response. Loss inputs are ``[n]`` fp32 or None.
+    ``input_ids``, ``position_ids``: ``[B, S]``; ``positions``: ``[n]`` into the row-major tokens; ``targets``: ``[n]``;
+    ``response``: ``[n]`` index into ``numbers`` / ``response_lengths``; ``token``: ``[n]`` place inside its response.
+    Loss inputs are ``[n]`` fp32 or None.
     """
 
     input_ids: torch.Tensor
@@ -76,14 +80,15 @@ def make_micro_batch(
 ) -> MicroBatch:
     """Lays ``sequences`` out as one micro-batch on this context-parallel rank.
 
-    An empty list gives a micro-batch of padding alone (a rank that has fewer responses than its peers still takes part in every collective).
+    An empty list gives a micro-batch of padding alone (a rank that has fewer responses than its peers still takes part
+    in every collective).
 
     Args:
         packed: one row, sequences end to end, no token attends outside its own; otherwise one sequence a row.
         align: every sequence (packed) or the row (padded) is padded to a multiple of this.
         row_align: the row is, too; a multiple of ``align`` (the last of packed sequences takes the padding).
-        by_position: a packed row carries its tokens' positions (:class:`~dcpo_megatron.mcore.attention.PackedRow`); not for
-            Transformer Engine's attention.
+        by_position: a packed row carries its tokens' positions (:class:`~dcpo_megatron.mcore.attention.PackedRow`); not
+            for Transformer Engine's attention.
 
     Raises:
         ValueError: a sequence without prompt tokens (nothing predicts its first response token).
@@ -100,7 +105,8 @@ def make_micro_batch(
     else:
         lengths[-1] += -sum(lengths) % row_align
 
-    # Whole arrays, since a micro-batch may hold hundreds of short sequences. First as if one rank held everything: T tokens.
+    # Whole arrays, since a micro-batch may hold hundreds of short sequences. First as if one rank held everything: T
+    # tokens.
     sizes = np.array(lengths)
     owner = np.repeat(np.arange(len(sizes)), sizes)
     begin = np.cumsum(sizes) - sizes
@@ -160,7 +166,8 @@ def make_micro_batch(
 
 
 def _zigzag(sizes: np.ndarray, begin: np.ndarray, context_size: int, context_rank: int) -> np.ndarray:
-    """Where this rank's tokens lie among all: of each sequence chunk r and chunk 2 x cp - 1 - r, as :func:`~dcpo_megatron.mcore.attention.zigzag_slices`."""
+    """Where this rank's tokens lie among all: of each sequence chunk r and chunk 2 x cp - 1 - r, as
+    :func:`~dcpo_megatron.mcore.attention.zigzag_slices`."""
     chunk = sizes // (2 * context_size)
     owner = np.repeat(np.arange(len(sizes)), 2 * chunk)
     step = np.arange(len(owner)) - (np.cumsum(2 * chunk) - 2 * chunk)[owner]

@@ -1,11 +1,13 @@
 """Lets stock Megatron-Core run on a machine without a GPU.
 
-Megatron-Core names CUDA in a few fixed ways: ``torch.cuda.current_device()`` as the device of a factory call, ``device="cuda"``,
-``Tensor.cuda()``, ``Tensor.type()`` compared with ``"torch.cuda.FloatTensor"``, CUDA streams and CUDA random generators. Each of them is answered
-here with its CPU meaning, from outside the package; nothing in Megatron-Core is copied or changed on disk. This is the only module of the
-project that knows of it: everything else asks :mod:`dcpo_megatron.mcore.platform` and writes device-neutral code.
+Megatron-Core names CUDA in a few fixed ways: ``torch.cuda.current_device()`` as the device of a factory call,
+``device="cuda"``, ``Tensor.cuda()``, ``Tensor.type()`` compared with ``"torch.cuda.FloatTensor"``, CUDA streams and
+CUDA random generators. Each of them is answered here with its CPU meaning, from outside the package; nothing in
+Megatron-Core is copied or changed on disk. This is the only module of the project that knows of it: everything else
+asks :mod:`dcpo_megatron.mcore.platform` and writes device-neutral code.
 
-Only attributes are replaced (no ``TorchFunctionMode``), so an ordinary operator costs what it costs without this module.
+Only attributes are replaced (no ``TorchFunctionMode``), so an ordinary operator costs what it costs without this
+module.
 """
 
 from __future__ import annotations
@@ -107,7 +109,8 @@ def _reduce_scatter_of_any_sizes(reduce_scatter):
 
 
 def _from_each(collective, part: torch.Tensor, rank: int, group) -> None:
-    """Runs a rooted collective on ``part`` with ``rank`` of ``group`` as its root; a view that is not contiguous travels as a copy."""
+    """Runs a rooted collective on ``part`` with ``rank`` of ``group`` as its root; a view that is not contiguous
+    travels as a copy."""
     if part.numel() == 0:
         return
     root = rank if group is None else torch.distributed.get_global_rank(group, rank)
@@ -119,9 +122,11 @@ def _from_each(collective, part: torch.Tensor, rank: int, group) -> None:
 
 @contextlib.contextmanager
 def _uncompiled():
-    """Megatron-Core compiles its small functions (``jit_fuser``: torch.compile, taken as it is imported), for the memory traffic of a GPU.
+    """Megatron-Core compiles its small functions (``jit_fuser``: torch.compile, taken as it is imported), for the
+    memory traffic of a GPU.
 
-    On a CPU that is a C++ compiler at work in every rank, and seconds of imports before that: they run as they are written.
+    On a CPU that is a C++ compiler at work in every rank, and seconds of imports before that: they run as they are
+    written.
     """
     compile_ = torch.compile
     torch.compile = lambda function=None, **options: function if function else lambda function: function
@@ -136,7 +141,8 @@ def _no_gpu(device=None):
 
 
 def install() -> None:
-    """Redirects CUDA requests of this process to the CPU; from then on there is no GPU for it. Calling it again does nothing.
+    """Redirects CUDA requests of this process to the CPU; from then on there is no GPU for it. Calling it again does
+    nothing.
 
     Raises:
         RuntimeError: a CUDA device is in use already; redirecting it would silently move work off the GPU.
@@ -151,8 +157,8 @@ def install() -> None:
         )
     _installed = True
 
-    # torch.device(...) as a context (transformers builds models under "meta" with it) knows the factories by identity, from a set that is made at
-    # its first use: it must hold the originals, which the stand-ins call.
+    # torch.device(...) as a context (transformers builds models under "meta" with it) knows the factories by identity,
+    # from a set that is made at its first use: it must hold the originals, which the stand-ins call.
     from torch.utils._device import _device_constructors
 
     _device_constructors()
@@ -183,7 +189,8 @@ def install() -> None:
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
 
     cuda = torch.cuda
-    # On a host with a GPU too: torch.compile, for one, asks the driver about every device that there is, in code that never leaves the CPU.
+    # On a host with a GPU too: torch.compile, for one, asks the driver about every device that there is, in code that
+    # never leaves the CPU.
     cuda.is_available = lambda: False
     cuda.device_count = lambda: 0
     cuda.get_device_properties = _no_gpu

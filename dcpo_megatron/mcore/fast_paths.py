@@ -1,4 +1,5 @@
-"""Megatron-Core's and Transformer Engine's faster ways of doing the same, each asked for as ``auto``, ``on`` or ``off``.
+"""Megatron-Core's and Transformer Engine's faster ways of doing the same, each asked for as ``auto``, ``on`` or
+``off``.
 
     key                                  what it does                                     auto takes it
     model.bias_activation_fusion         a feed-forward layer's activation in one kernel  on a GPU where Triton compiles
@@ -8,8 +9,8 @@
     parallel.overlap_grad_reduce         gradients travel beside the backward pass        on a GPU
     parallel.overlap_param_gather        weights travel beside the next forward pass      with the line above, and Adam
 
-(TE: Transformer Engine.) ``on`` where it cannot be had is refused with the reason. Nothing here imports Megatron-Core: the
-configuration is checked with it before a rank starts.
+(TE: Transformer Engine.) ``on`` where it cannot be had is refused with the reason. Nothing here imports Megatron-Core:
+the configuration is checked with it before a rank starts.
 """
 
 from __future__ import annotations
@@ -123,10 +124,11 @@ def choose_overlap(
 
 
 def finish_gathering(chunks) -> None:
-    """Parameters are whole and new when this returns; collective where weights travel beside the forward pass, else nothing.
+    """Parameters are whole and new when this returns; collective where weights travel beside the forward pass, else
+    nothing.
 
-    Megatron-Core then gathers a bucket when a module that needs it is called. Whoever reads weights otherwise (to publish
-    or save them) calls this first.
+    Megatron-Core then gathers a bucket when a module that needs it is called. Whoever reads weights otherwise (to
+    publish or save them) calls this first.
     """
     for chunk in chunks:
         if not getattr(chunk, "use_forward_hook", False):

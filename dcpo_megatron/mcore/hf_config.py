@@ -1,7 +1,7 @@
 """Reads a Hugging Face ``config.json`` into the few facts a Megatron model is built from. Nobody types a rotary base.
 
-:class:`ModelShape` is what the rest of the project sees. What the families have in common is read here; what differs beyond numbers is said by each family's
-file in :mod:`dcpo_megatron.mcore.families`, found by ``model_type``:
+:class:`ModelShape` is what the rest of the project sees. What the families have in common is read here; what differs
+beyond numbers is said by each family's file in :mod:`dcpo_megatron.mcore.families`, found by ``model_type``:
 
     config.json -> model_type -> FAMILIES[model_type] -> its problems, its experts' fields -> ModelShape
 """
@@ -30,9 +30,11 @@ class ModelConfigError(ValueError):
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a model in tokens-free units: heads, layers, widths. ``inverse_frequencies`` has ``head_dim / 2`` rotary frequencies.
+    """Sizes of a model in tokens-free units: heads, layers, widths. ``inverse_frequencies`` has ``head_dim / 2`` rotary
+    frequencies.
 
-    ``max_positions``: the longest sequence, in tokens, that the layers here compute as the model does: its positions, or its sliding window where that is less.
+    ``max_positions``: the longest sequence, in tokens, that the layers here compute as the model does: its positions,
+    or its sliding window where that is less.
     """
 
     model_type: str
@@ -60,7 +62,8 @@ def read_config(folder: str | os.PathLike):
     """Loads the folder's ``config.json`` through transformers. Local folders only: nothing is fetched.
 
     Raises:
-        ModelConfigError: no such folder, no config.json, a size that is no whole number above 0, or not readable as a Hugging Face configuration.
+        ModelConfigError: no such folder, no config.json, a size that is no whole number above 0, or not readable as a
+            Hugging Face configuration.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -104,7 +107,8 @@ def _bad_counts(content: dict, experts: ExpertFields | None) -> list[str]:
 
 
 def read_shape(folder: str | os.PathLike) -> ModelShape:
-    """Reads ``folder/config.json`` into a :class:`ModelShape`. Raises :class:`ModelConfigError` as :func:`read_config` does."""
+    """Reads ``folder/config.json`` into a :class:`ModelShape`. Raises :class:`ModelConfigError` as :func:`read_config`
+    does."""
     return shape_of(read_config(folder))
 
 
@@ -112,8 +116,9 @@ def shape_of(config) -> ModelShape:
     """Turns a transformers configuration into a :class:`ModelShape`.
 
     Raises:
-        ModelConfigError: an unknown family, a feature that the layers here do not have (every problem that the family's file finds), key-value heads that do
-            not divide the heads, heads that do not divide the width, a rotary scheme that also scales the attention.
+        ModelConfigError: an unknown family, a feature that the layers here do not have (every problem that the family's
+            file finds), key-value heads that do not divide the heads, heads that do not divide the width, a rotary
+            scheme that also scales the attention.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -158,7 +163,8 @@ def shape_of(config) -> ModelShape:
 
 
 def _positions(config) -> int:
-    """A window of W tokens hides nothing from a sequence of up to W. Qwen says beside it whether it is in use; elsewhere it is wherever it is set."""
+    """A window of W tokens hides nothing from a sequence of up to W. Qwen says beside it whether it is in use;
+    elsewhere it is wherever it is set."""
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return min(config.max_position_embeddings, window or config.max_position_embeddings)
 
@@ -181,7 +187,8 @@ def _expert_numbers(config, fields: ExpertFields | None) -> dict:
 
 
 def rotary_frequencies(config) -> tuple[tuple[float, ...], float]:
-    """Inverse rotary frequencies ``[head_dim / 2]`` and the attention scaling, by transformers' own rule for this configuration.
+    """Inverse rotary frequencies ``[head_dim / 2]`` and the attention scaling, by transformers' own rule for this
+    configuration.
 
     Computed by the library that defines the checkpoint, so that Llama 3's scaling (and any other it knows) is exact.
     """

@@ -1,7 +1,8 @@
 """The parallel layout of a run and its process groups.
 
-``world = tensor x pipeline x context x data``; experts take their ranks from the same world. :meth:`ParallelLayout.problems` knows everything that
-can be wrong before a process group exists; :func:`make_groups` then asks Megatron-Core for the groups.
+``world = tensor x pipeline x context x data``; experts take their ranks from the same world.
+:meth:`ParallelLayout.problems` knows everything that can be wrong before a process group exists; :func:`make_groups`
+then asks Megatron-Core for the groups.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from dcpo_megatron.mcore.hf_config import ModelShape
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """Sizes of each parallel dimension, in ranks. ``virtual_pipeline`` is the number of model chunks a pipeline rank holds (None: one).
+    """Sizes of each parallel dimension, in ranks. ``virtual_pipeline`` is the number of model chunks a pipeline rank
+    holds (None: one).
 
-    ``first_stage_layers`` and ``last_stage_layers``: layers of the first and the last pipeline stage, whose embedding and output layer are work too; the other
-    stages share the rest evenly. None: as many as the others.
+    ``first_stage_layers`` and ``last_stage_layers``: layers of the first and the last pipeline stage, whose embedding
+    and output layer are work too; the other stages share the rest evenly. None: as many as the others.
     """
 
     tensor: int = 1
@@ -47,9 +49,11 @@ class ParallelLayout:
         return world_size // self.model_ranks
 
     def stage_layers(self, layers: int) -> list[list[range]]:
-        """The global layers, counted from 0, that each chunk of each pipeline rank holds: ``stage_layers(layers)[rank][chunk]``.
+        """The global layers, counted from 0, that each chunk of each pipeline rank holds:
+        ``stage_layers(layers)[rank][chunk]``.
 
-        Chunks go round the ranks, as Megatron-Core deals them; 6 layers over ``pipeline=2, virtual_pipeline=2, first_stage_layers=2`` give
+        Chunks go round the ranks, as Megatron-Core deals them; 6 layers over ``pipeline=2, virtual_pipeline=2,
+        first_stage_layers=2`` give
 
             rank 0   chunk 0: 0      chunk 1: 3
             rank 1   chunk 0: 1, 2   chunk 1: 4, 5
@@ -85,7 +89,8 @@ class ParallelLayout:
         return sizes
 
     def _stage_problems(self, layers: int) -> list[str]:
-        """Why ``layers`` cannot be cut into this layout's stages and chunks. Megatron-Core's own checks let negative remainders through."""
+        """Why ``layers`` cannot be cut into this layout's stages and chunks. Megatron-Core's own checks let negative
+        remainders through."""
         given, chunks = self._given_stages(), self.virtual_pipeline or 1
         if self.pipeline == 1:
             wanted = {"virtual_pipeline": self.virtual_pipeline} if self.interleaved else {}
@@ -170,7 +175,8 @@ class ParallelLayout:
 
 
 def alignment(tensor_size: int, context_size: int, sequence_parallel: bool) -> int:
-    """Tokens that a row must be a multiple of: 2 x cp for the zigzag order, and tp more where the row is split over it."""
+    """Tokens that a row must be a multiple of: 2 x cp for the zigzag order, and tp more where the row is split over
+    it."""
     unit = sequence_alignment(context_size)
     return math.lcm(unit, unit * tensor_size) if sequence_parallel else unit
 
@@ -207,7 +213,8 @@ def make_groups(layout: ParallelLayout, timeout_minutes: int = 10) -> None:
 
 @dataclass(frozen=True)
 class RankPosition:
-    """Where this rank stands: coordinates and groups, taken once from Megatron-Core so that nothing reads globals later."""
+    """Where this rank stands: coordinates and groups, taken once from Megatron-Core so that nothing reads globals
+    later."""
 
     tensor_rank: int
     tensor_size: int

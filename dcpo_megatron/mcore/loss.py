@@ -10,13 +10,15 @@
             return output, None                                    # an earlier pipeline stage
         return output, make_loss(batch, "dcpo-paper", num_microbatches=M, data_parallel_size=DP)
 
-**One normaliser.** Every response token has a weight w_t computed on the host from the whole minibatch (``aggregation_weights``). In default mode the schedule
-multiplies by cp / num_microbatches and DistributedDataParallel averages over dp * cp, so the function returns
+**One normaliser.** Every response token has a weight w_t computed on the host from the whole minibatch
+(``aggregation_weights``). In default mode the schedule multiplies by cp / num_microbatches and DistributedDataParallel
+averages over dp * cp, so the function returns
 
     (sum over local tokens of w_t l_t) * num_microbatches * dp        l_t = c_t * policy_t + kl_coef * k3_t - entropy_coef * H_t
 
-and the gradient becomes the sum over all ranks of w_t dl_t. ``dp`` is the pure data-parallel size, ``num_microbatches`` the number really given to the
-schedule. The function returns a 2-tuple, so ``calculate_per_token_loss`` must stay False (with it nothing would divide the gradient).
+and the gradient becomes the sum over all ranks of w_t dl_t. ``dp`` is the pure data-parallel size, ``num_microbatches``
+the number really given to the schedule. The function returns a 2-tuple, so ``calculate_per_token_loss`` must stay False
+(with it nothing would divide the gradient).
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ from dcpo_megatron.objectives import (
     vacuous_upper_bound,
 )
 
-# Sums over response tokens, in the order of the metrics tensor; every ratio below has one of the last rows as its declared denominator.
+# Sums over response tokens, in the order of the metrics tensor; every ratio below has one of the last rows as its
+# declared denominator.
 SUM_NAMES = (
     "loss",  # sum of w_t l_t: the minibatch loss itself
     "policy_loss",  # sum of w_t c_t policy_t
@@ -64,7 +67,8 @@ MAX_NAMES = ("mismatch_abs_max", "ratio_deviation_max")
 
 
 def can_fuse(objective: Objective) -> bool:
-    """Whether a token's gradient is known once its own log-prob and entropy are: every objective but those with one ratio for the whole response."""
+    """Whether a token's gradient is known once its own log-prob and entropy are: every objective but those with one
+    ratio for the whole response."""
     return objective.ratio_level == "token"
 
 
@@ -80,15 +84,18 @@ def make_loss(
     """The loss function of one micro-batch; see the module's text for the contract.
 
     Args:
-        batch: with ``old_logprobs`` filled in; ``reference_logprobs`` where ``kl_coef`` is not 0, ``rollout_logprobs`` where a correction is on.
+        batch: with ``old_logprobs`` filled in; ``reference_logprobs`` where ``kl_coef`` is not 0, ``rollout_logprobs``
+            where a correction is on.
         objective: an :class:`Objective` or a preset's name.
         context_group: the context-parallel group; only a sequence-level ratio needs it.
-        fused: the function is also given to ``response_head(fused_loss=...)``, which forms the gradients with it in the forward pass.
+        fused: the function is also given to ``response_head(fused_loss=...)``, which forms the gradients with it in the
+            forward pass.
 
     Returns:
-        ``f(output) -> (scaled loss, {"sums": [len(SUM_NAMES)] float64, "maxima": [len(MAX_NAMES)] float64})``, with ``output`` what ``response_head`` gave:
-        ``[n, 2]``, or ``[n + 1, 2]`` fused. The metrics are local and unscaled, so their sum over micro-batches, data- and context-parallel ranks is the
-        minibatch's; they are the same fused or not.
+        ``f(output) -> (scaled loss, {"sums": [len(SUM_NAMES)] float64, "maxima": [len(MAX_NAMES)] float64})``, with
+        ``output`` what ``response_head`` gave: ``[n, 2]``, or ``[n + 1, 2]`` fused. The metrics are local and unscaled,
+        so their sum over micro-batches, data- and context-parallel ranks is the minibatch's; they are the same fused or
+        not.
 
     Raises:
         ValueError: log-probs that the objective needs are missing, or it cannot be fused.
@@ -112,7 +119,8 @@ def make_loss(
 
 @dataclass(frozen=True, eq=False)
 class MicroBatchLoss:
-    """The loss of one micro-batch: a function of what the head gave, made by :func:`make_loss`. ``scale`` is num_microbatches * dp."""
+    """The loss of one micro-batch: a function of what the head gave, made by :func:`make_loss`. ``scale`` is
+    num_microbatches * dp."""
 
     batch: MicroBatch
     objective: Objective
@@ -132,7 +140,8 @@ class MicroBatchLoss:
         return loss * self.scale, _metrics(self.batch, self.objective, terms, values[:, 1])
 
     def token_loss(self, logprobs: torch.Tensor, entropy: torch.Tensor, part: slice) -> torch.Tensor:
-        """The unscaled loss of the tokens ``part`` of this micro-batch, from their log-probs and entropies ``[c]``; carries the gradient."""
+        """The unscaled loss of the tokens ``part`` of this micro-batch, from their log-probs and entropies ``[c]``;
+        carries the gradient."""
         return self._terms(logprobs, entropy, part).loss
 
     def _terms(self, logprobs: torch.Tensor, entropy: torch.Tensor, part: slice = slice(None)) -> _Terms:

@@ -1,4 +1,5 @@
-"""The first meeting of the ranks, at a store beside rank 0, before any collective: so that who did not come can be named.
+"""The first meeting of the ranks, at a store beside rank 0, before any collective: so that who did not come can be
+named.
 
     rank 0        opens the store at MASTER_PORT          (under torchrun its agent has)
     every rank    rank-R = its host, network, address     came += 1
@@ -51,7 +52,8 @@ class MeetingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Meeting:
-    """``store`` is everybody's, for process groups; ``interface`` leads to the other hosts, None where it is not known; ``one_network``: it is the loopback, which all share."""
+    """``store`` is everybody's, for process groups; ``interface`` leads to the other hosts, None where it is not known;
+    ``one_network``: it is the loopback, which all share."""
 
     store: dist.Store
     rank: int
@@ -88,11 +90,12 @@ def meet(
 ) -> Meeting:
     """Waits for all ranks of torchrun's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), ``seconds`` at most.
 
-    ``variables``: those that name an interface and will be looked at, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME. ``tick`` is called while waiting; what it raises
-    ends the wait.
+    ``variables``: those that name an interface and will be looked at, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME.
+    ``tick`` is called while waiting; what it raises ends the wait.
 
     Raises:
-        MeetingError: ranks that did not come, a store that is not found or was lost, a rank that is there twice, an interface that does not exist.
+        MeetingError: ranks that did not come, a store that is not found or was lost, a rank that is there twice, an
+            interface that does not exist.
     """
     guest = _Guest(seconds, variables)
     over: Future = Future()
@@ -249,7 +252,8 @@ class _Guest:
         )
 
     def _wait(self, key: str, seconds: float | None = None):
-        """What ``key`` says, once it is there. The verdict's deadline is the meeting's; others' is ``seconds``. Raises MeetingError."""
+        """What ``key`` says, once it is there. The verdict's deadline is the meeting's; others' is ``seconds``. Raises
+        MeetingError."""
         pause = min(0.5, max(0.02, self.world / 1000))
         until = None if seconds is None else time.monotonic() + seconds
         while not self.store.check([key]):
@@ -270,7 +274,8 @@ class _Guest:
         return json.loads(self.store.get(key))
 
     def _knock(self, leaders: list[int], interface: str | None) -> str | None:
-        """Who does not reach whom where gloo will listen, in a sentence on every rank. Each of ``leaders``, a rank of each host, tries the next."""
+        """Who does not reach whom where gloo will listen, in a sentence on every rank. Each of ``leaders``, a rank of
+        each host, tries the next."""
         if self.rank in leaders:
             uses = (network.named_by_user(network.GLOO) or interface or "").split(",")[0]
             address = network.interfaces().get(uses, [None])[0]

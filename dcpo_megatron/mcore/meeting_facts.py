@@ -1,4 +1,5 @@
-"""What ranks tell one another when they first meet, and what follows from it: who is missing, which interface leads to the others. No store, nothing that waits for long.
+"""What ranks tell one another when they first meet, and what follows from it: who is missing, which interface leads to
+the others. No store, nothing that waits for long.
 
 cards   {"host": "h1", "stack": ..., "address": "10.0.0.1", ...} of every rank   -->   verdict {"failed": None, "alone": False, "leaders": [0, 8], "peer": "10.0.0.2"}
 """
@@ -19,8 +20,8 @@ NAMED_HOSTS = 8  # in a sentence
 
 
 def settle(cards: Sequence[dict]) -> dict:
-    """The verdict once all ranks are here: "failed" (a sentence or None), "alone" (all share one loopback), "peer" (an address of a host that is not the store's),
-    "leaders" (the first rank of each host)."""
+    """The verdict once all ranks are here: "failed" (a sentence or None), "alone" (all share one loopback), "peer" (an
+    address of a host that is not the store's), "leaders" (the first rank of each host)."""
     wrong = dict.fromkeys(sentence for card in cards for sentence in card["wrong"])
     failed = (
         f"the run has not started: {'; '.join(list(wrong)[:NAMED_HOSTS])}: correct it there, or unset it"
@@ -64,7 +65,8 @@ def present(cards: Mapping[int, dict]) -> str:
 
 
 def named(ranks: Sequence[int], world: int, local: int) -> str:
-    """ "ranks 2-3 of 4 (node 1: h2)": nodes where every host has ``local`` ranks (0: not known), names where the launcher tells them in DCPO_HOSTS."""
+    """ "ranks 2-3 of 4 (node 1: h2)": nodes where every host has ``local`` ranks (0: not known), names where the
+    launcher tells them in DCPO_HOSTS."""
     text = f"{ranks_text(ranks)} of {world}"
     if not 0 < local < world:
         return text

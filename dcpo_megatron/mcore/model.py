@@ -1,8 +1,9 @@
-"""Builds stock Megatron-Core models from a Hugging Face configuration: GPTModel chunks, DistributedDataParallel around them, and the optimizer.
+"""Builds stock Megatron-Core models from a Hugging Face configuration: GPTModel chunks, DistributedDataParallel around
+them, and the optimizer.
 
-Layers come from Transformer Engine for bfloat16 where it imports on a GPU, otherwise from Megatron-Core's local spec with two parts of ours put in
-(:mod:`~dcpo_megatron.mcore.norm`, :mod:`~dcpo_megatron.mcore.attention`), since the stock ones refuse sequence parallelism, packed rows and context
-parallelism.
+Layers come from Transformer Engine for bfloat16 where it imports on a GPU, otherwise from Megatron-Core's local spec
+with two parts of ours put in (:mod:`~dcpo_megatron.mcore.norm`, :mod:`~dcpo_megatron.mcore.attention`), since the stock
+ones refuse sequence parallelism, packed rows and context parallelism.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How the model is built beyond its shape. ``recompute``: "none" or "full" (activations of each layer recomputed in the backward pass)."""
+    """How the model is built beyond its shape. ``recompute``: "none" or "full" (activations of each layer recomputed in
+    the backward pass)."""
 
     dtype: str = "float32"
     transformer_engine: str = "auto"  # auto | on | off
@@ -61,7 +63,8 @@ def uses_transformer_engine(options: ModelOptions, platform: Platform) -> bool:
 def model_paths(
     shape: ModelShape, layout: ParallelLayout, options: ModelOptions, platform: Platform
 ) -> tuple[bool, FastPaths]:
-    """``(layers from Transformer Engine, the faster ways that are taken)``. Raises ValueError for what is demanded and cannot be had."""
+    """``(layers from Transformer Engine, the faster ways that are taken)``. Raises ValueError for what is demanded and
+    cannot be had."""
     transformer_engine = uses_transformer_engine(options, platform)
     paths, problems = choose_model_paths(options, platform, transformer_engine, shape.experts)
     problems += dispatcher_problems(options.token_dispatcher, layout, shape.experts, platform)
@@ -73,7 +76,8 @@ def model_paths(
 def transformer_config(
     shape: ModelShape, layout: ParallelLayout, options: ModelOptions, platform: Platform
 ) -> TransformerConfig:
-    """Megatron-Core's configuration of ``shape`` under ``layout``. Dropout is 0 everywhere (Megatron-Core's own default is 0.1)."""
+    """Megatron-Core's configuration of ``shape`` under ``layout``. Dropout is 0 everywhere (Megatron-Core's own default
+    is 0.1)."""
     dtype = DTYPES[options.dtype]
     pipelined = layout.pipeline > 1
     interleaved = layout.interleaved
@@ -168,7 +172,8 @@ def layer_spec(shape: ModelShape, config: TransformerConfig, transformer_engine:
     if shape.qk_norm:
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm
-    # Given per layer, Megatron-Core takes the final norm from here too (a bare layer spec would bring its own, which refuses sequence parallelism).
+    # Given per layer, Megatron-Core takes the final norm from here too (a bare layer spec would bring its own, which
+    # refuses sequence parallelism).
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
     return TransformerBlockSubmodules(
@@ -184,7 +189,8 @@ def build_model(
     position: RankPosition,
     seed: int = 0,
 ):
-    """GPTModel chunks of this rank (one, or ``virtual_pipeline`` of them), with uninitialised weights, on the platform's device.
+    """GPTModel chunks of this rank (one, or ``virtual_pipeline`` of them), with uninitialised weights, on the
+    platform's device.
 
     Load weights before use: nothing is initialised at random here.
     """
@@ -227,10 +233,11 @@ def build_model(
 def mark_tensor_parallel(chunk: GPTModel) -> None:
     """Marks the parameters that are split over tensor ranks.
 
-    Megatron-Core marks them while it initialises weights. Without the mark the gradient norm counts a split parameter on tensor rank 0 only, and clipping is
-    silently wrong.
+    Megatron-Core marks them while it initialises weights. Without the mark the gradient norm counts a split parameter
+    on tensor rank 0 only, and clipping is silently wrong.
     """
-    # Transformer Engine takes the grouped experts' weights for whole ones: Megatron-Core splits them without telling it.
+    # Transformer Engine takes the grouped experts' weights for whole ones: Megatron-Core splits them without telling
+    # it.
     for name, parameter in chunk.named_parameters():
         dim = grouped_dim(name)
         if dim is not None:
@@ -278,7 +285,8 @@ class OptimizerOptions:
 def build_trainable(chunks, options: OptimizerOptions, platform: Platform, fuse_gradient_accumulation: bool = False):
     """Wraps ``chunks`` in DistributedDataParallel and makes Megatron-Core's (distributed) optimizer for them.
 
-    Returns ``(wrapped chunks, optimizer)``. Weights must be loaded already: the optimizer copies its fp32 main weights from them.
+    Returns ``(wrapped chunks, optimizer)``. Weights must be loaded already: the optimizer copies its fp32 main weights
+    from them.
 
     Raises:
         ValueError: an overlap that is demanded and cannot be had.
@@ -329,7 +337,8 @@ def build_trainable(chunks, options: OptimizerOptions, platform: Platform, fuse_
         wrapped,
         use_gloo_process_groups=False,
     )
-    # Norms and biases are not decayed. Megatron-Core only notes that (wd_mult); its own training loop's scheduler applies it, and there is none here.
+    # Norms and biases are not decayed. Megatron-Core only notes that (wd_mult); its own training loop's scheduler
+    # applies it, and there is none here.
     for group in optimizer.param_groups:
         group["weight_decay"] = options.weight_decay * group.get("wd_mult", 1.0)
     config.grad_scale_func = optimizer.scale_loss

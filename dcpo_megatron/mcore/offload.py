@@ -5,7 +5,8 @@
     gradients, fp32        4                                  freed; each update begins with zeros
     main weights, moments  4 + 8, over the ranks' shards      on the host, in memory that is kept
 
-Megatron-Core's own ``offload_to_cpu`` takes fp32 parameters off the buffer of weights that they are views of; here they stay.
+Megatron-Core's own ``offload_to_cpu`` takes fp32 parameters off the buffer of weights that they are views of; here they
+stay.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from dcpo_megatron.mcore.step import PolicyModel
 
 
 class OptimizerOffload:
-    """Optimizer state and gradients of ``policy``, on its device until :meth:`to_host` and again from :meth:`to_device` on. Both are harmless when called again.
+    """Optimizer state and gradients of ``policy``, on its device until :meth:`to_host` and again from :meth:`to_device`
+    on. Both are harmless when called again.
 
     While they are away a checkpoint can be taken, and a forward pass be run.
     """
@@ -29,7 +31,8 @@ class OptimizerOffload:
         self._kept: list[torch.Tensor] = []
 
     def to_host(self) -> None:
-        """Frees their memory on the device, as far as the allocator's cache: ``torch.cuda.empty_cache`` gives it to others."""
+        """Frees their memory on the device, as far as the allocator's cache: ``torch.cuda.empty_cache`` gives it to
+        others."""
         if self.away:
             return
         # The shards' gradients are views of the buffers, or copies of them.

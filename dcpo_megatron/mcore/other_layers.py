@@ -23,9 +23,11 @@ _NAMES = [pair for fused, plain in FUSED_NORMS.items() for pair in ((fused, plai
 
 
 def ask_as_saved(request: dict, folder: str | os.PathLike) -> dict:
-    """Asks for what the checkpoint in ``folder`` has: a norm under the name that it was saved under, and no empty state that it lacks.
+    """Asks for what the checkpoint in ``folder`` has: a norm under the name that it was saved under, and no empty state
+    that it lacks.
 
-    ``request`` is a sharded state dict for loading, its factories applied or not; it is changed in place and given back.
+    ``request`` is a sharded state dict for loading, its factories applied or not; it is changed in place and given
+    back.
     """
     saved = load_sharded_metadata(str(folder)).keys()
 
@@ -54,8 +56,8 @@ _KIND = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 
 
 def configure_anew(settings: dict, groups: list[dict]) -> None:
-    """Gives an optimizer's saved ``settings`` the numbers (learning rate, decay, betas, ...) of the ``groups`` that this
-    run has made; changed in place. What is counted stays as it was saved.
+    """Gives an optimizer's saved ``settings`` the numbers (learning rate, decay, betas, ...) of the ``groups`` that
+    this run has made; changed in place. What is counted stays as it was saved.
 
     Without it a changed number would be without effect, or, from Megatron-Core 0.19 on, which tells groups apart by
     their learning rates, a KeyError.

@@ -1,7 +1,7 @@
 """Where the training runs: ``cuda`` with nccl, or ``cpu`` with gloo. One code path serves both.
 
-:func:`select_platform` decides, :func:`start` makes the process group with a deadline, and everything else takes the device from the
-:class:`Platform` it is handed. No other module asks whether there is a GPU.
+:func:`select_platform` decides, :func:`start` makes the process group with a deadline, and everything else takes the
+device from the :class:`Platform` it is handed. No other module asks whether there is a GPU.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def prepare(platform: Platform) -> None:
     if platform.is_cpu:
         from dcpo_megatron.mcore import cpu_standins
 
-        # "No CUDA runtime is found": a CUDA build of torch beside nvcc says so for each rank, and it is what was asked for.
+        # "No CUDA runtime is found": a CUDA build of torch beside nvcc says so for each rank, and it is what was asked
+        # for.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         cpu_standins.install()
     else:
@@ -84,7 +85,8 @@ def prepare(platform: Platform) -> None:
 
 
 def find_apex() -> str:
-    """Tells "nvidia", "none", or "impostor": PyPI's `apex` is an unrelated web toolkit that Megatron-Core would try to import."""
+    """Tells "nvidia", "none", or "impostor": PyPI's `apex` is an unrelated web toolkit that Megatron-Core would try to
+    import."""
     if importlib.util.find_spec("apex") is None:
         return "none"
     return "nvidia" if importlib.util.find_spec("amp_C") is not None else "impostor"
@@ -104,9 +106,9 @@ def has_transformer_engine() -> bool:
 def use_transformer_engine(wanted: str, dtype: str, platform: Platform) -> bool:
     """Whether layers come from Transformer Engine, and the optimizer's kernels with them.
 
-    Its kernels multiply float32 numbers in TF32, 10 bits of mantissa, whatever torch is told, and it has no float32 attention with context
-    parallelism (Transformer Engine 2.20). So float32 keeps the local layers, and on a GPU the two together are refused: what was asked for would not
-    be what is computed.
+    Its kernels multiply float32 numbers in TF32, 10 bits of mantissa, whatever torch is told, and it has no float32
+    attention with context parallelism (Transformer Engine 2.20). So float32 keeps the local layers, and on a GPU the
+    two together are refused: what was asked for would not be what is computed.
 
     Args:
         wanted: "auto" (on a GPU, for bfloat16, where it imports), "on" (wherever it imports) or "off".
@@ -141,8 +143,8 @@ def start(
     gloo and nccl are told the interface that leads to the other hosts, where the user has not named one. Beside nccl's
     group it makes a gloo group of all ranks (:mod:`dcpo_megatron.distributed`). Every later collective raises after
     ``timeout_seconds`` instead of waiting for ever. The first meeting of the ranks (:mod:`dcpo_megatron.mcore.meeting`)
-    has ``meeting_seconds``, by default ten minutes at least: they import at the pace of machine and file system; ``tick``
-    is called meanwhile, and may raise.
+    has ``meeting_seconds``, by default ten minutes at least: they import at the pace of machine and file system;
+    ``tick`` is called meanwhile, and may raise.
 
     Raises:
         MeetingError: ranks that did not come to the first meeting, or do not reach one another.

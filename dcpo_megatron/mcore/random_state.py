@@ -1,4 +1,5 @@
-"""Every random generator of a rank, as plain JSON values: Python, NumPy, PyTorch (CPU and GPU), and Megatron-Core's tracker of named streams."""
+"""Every random generator of a rank, as plain JSON values: Python, NumPy, PyTorch (CPU and GPU), and Megatron-Core's
+tracker of named streams."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def random_state(platform: Platform) -> dict:
 
 
 def set_random_state(state: dict, platform: Platform) -> None:
-    """Puts the generators where :func:`random_state` found them. Raises KeyError, TypeError or ValueError for anything else."""
+    """Puts the generators where :func:`random_state` found them. Raises KeyError, TypeError or ValueError for anything
+    else."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]

@@ -5,7 +5,8 @@
     their angles                      0  w  2w 0  w  2w 3w 0     here: one outer product, the row turned at once
 
 The number of operators of a layer then does not depend on how many sequences a row holds, and a context-parallel rank's
-zigzag order is in its positions already. Transformer Engine's layers keep the table: their kernel reads it by sequence itself.
+zigzag order is in its positions already. Transformer Engine's layers keep the table: their kernel reads it by sequence
+itself.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from dcpo_megatron.mcore.attention import PackedRow
 
 
 class PositionRotary(RotaryEmbedding):
-    """Megatron-Core's rotary embedding; for a packed row with ``positions``, the angles of its tokens, ``[T, 1, 1, head_dim]``."""
+    """Megatron-Core's rotary embedding; for a packed row with ``positions``, the angles of its tokens, ``[T, 1, 1,
+    head_dim]``."""
 
     def get_rotary_seq_len(
         self, inference_context, transformer, transformer_input, config, packed_seq_params=None, **others

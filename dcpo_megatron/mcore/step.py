@@ -1,9 +1,9 @@
 """Forward passes and updates through Megatron-Core's own schedule.
 
-:class:`PolicyModel` holds the chunks, the optimizer and the layout of one rank; :meth:`PolicyModel.logprobs` is the forward-only pass (old and reference
-log-probs), :meth:`PolicyModel.update` one optimizer step over a minibatch. Both take lists of lists of :class:`~dcpo_megatron.mcore.batch.Sequence`: the
-micro-batches of THIS data-parallel rank, the same number on every rank. All tensor-, pipeline- and context-parallel ranks of a data-parallel rank get the
-same lists.
+:class:`PolicyModel` holds the chunks, the optimizer and the layout of one rank; :meth:`PolicyModel.logprobs` is the
+forward-only pass (old and reference log-probs), :meth:`PolicyModel.update` one optimizer step over a minibatch. Both
+take lists of lists of :class:`~dcpo_megatron.mcore.batch.Sequence`: the micro-batches of THIS data-parallel rank, the
+same number on every rank. All tensor-, pipeline- and context-parallel ranks of a data-parallel rank get the same lists.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ from dcpo_megatron.objectives import Objective
 
 @dataclass
 class UpdateResult:
-    """One optimizer step. ``sums`` and ``maxima`` are over ALL ranks and equal on each (see ``SUM_NAMES``, ``MAX_NAMES``)."""
+    """One optimizer step. ``sums`` and ``maxima`` are over ALL ranks and equal on each (see ``SUM_NAMES``,
+    ``MAX_NAMES``)."""
 
     sums: dict[str, float]
     maxima: dict[str, float]
@@ -52,7 +53,8 @@ class UpdateResult:
 
 @dataclass
 class PolicyModel:
-    """The trained policy on this rank. Build with :meth:`create`, load weights into ``chunks``, then call :meth:`make_trainable`."""
+    """The trained policy on this rank. Build with :meth:`create`, load weights into ``chunks``, then call
+    :meth:`make_trainable`."""
 
     shape: ModelShape
     layout: ParallelLayout
@@ -73,7 +75,8 @@ class PolicyModel:
 
     @classmethod
     def create(cls, shape, layout, options, platform, position, *, seed: int = 0, **settings) -> PolicyModel:
-        """Builds the chunks of this rank with uninitialised weights. Raises ValueError for a head that is not known or cannot be had here."""
+        """Builds the chunks of this rank with uninitialised weights. Raises ValueError for a head that is not known or
+        cannot be had here."""
         model = cls(shape, layout, options, platform, position, **settings)
         head_blocks(model.head, platform.device.type)
         if model.fused_head_loss not in ("auto", "on", "off"):
@@ -100,7 +103,7 @@ class PolicyModel:
         """The bare GPTModel chunks."""
         return [unwrap(chunk) for chunk in self.chunks]
 
-    # -- batches ----------------------------------------------------------------------------------------------------------------------------
+    # -- batches -----------------------------------------------------------------------------------
 
     def _batch(self, sequences: Seq[Sequence]) -> MicroBatch:
         return make_micro_batch(
@@ -123,9 +126,11 @@ class PolicyModel:
         return alignment(self.layout.tensor, self.layout.context, self.layout.sequence_parallel)
 
     def _run(self, micro_batches: Seq[Seq[Sequence]], loss_of, *, forward_only: bool, fused: bool = False):
-        """Runs the schedule; returns the list of what the loss functions gave (on the last pipeline stage; empty elsewhere).
+        """Runs the schedule; returns the list of what the loss functions gave (on the last pipeline stage; empty
+        elsewhere).
 
-        Tensors of a micro-batch are made when its turn comes, and kept only until every model chunk of this rank has had it.
+        Tensors of a micro-batch are made when its turn comes, and kept only until every model chunk of this rank has
+        had it.
         """
         made: dict[int, tuple[MicroBatch, int]] = {}
 
@@ -174,15 +179,18 @@ class PolicyModel:
             forward_only=forward_only,
         )
 
-    # -- forward only -----------------------------------------------------------------------------------------------------------------------
+    # -- forward only ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def logprobs(self, micro_batches: Seq[Seq[Sequence]], *, entropy: bool = False) -> dict[int, torch.Tensor]:
-        """Log-probs (or, with ``entropy``, entropies) of every response token under the current weights, no gradient state.
+        """Log-probs (or, with ``entropy``, entropies) of every response token under the current weights, no gradient
+        state.
 
         Returns:
-            on the last pipeline stage ``{sequence.number: [len(response_ids)] fp32}`` on the CPU; with context parallelism places held by other
-            ranks are NaN: a later update must use the same micro-batches, so that this rank holds the same places again. Empty on earlier stages.
+            on the last pipeline stage ``{sequence.number: [len(response_ids)] fp32}`` on the CPU; with context
+            parallelism places held by other
+            ranks are NaN: a later update must use the same micro-batches, so that this rank holds the same places
+                again. Empty on earlier stages.
         """
         lengths = {s.number: len(s.response_ids) for batch in micro_batches for s in batch}
         found: dict[int, torch.Tensor] = {}
@@ -213,7 +221,7 @@ class PolicyModel:
             for chunk in self.chunks:
                 chunk.train()
 
-    # -- update -----------------------------------------------------------------------------------------------------------------------------
+    # -- update ------------------------------------------------------------------------------------
 
     def _fuses(self, objective: Objective) -> bool:
         """Whether the head forms the objective's gradients in its forward pass; the same on every rank."""
@@ -225,7 +233,8 @@ class PolicyModel:
     def gradients(
         self, micro_batches: Seq[Seq[Sequence]], objective: Objective
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """Forward and backward over a minibatch; gradients stay in the buffers. Returns the all-reduced ``(sums, maxima)``."""
+        """Forward and backward over a minibatch; gradients stay in the buffers. Returns the all-reduced ``(sums,
+        maxima)``."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -252,7 +261,8 @@ class PolicyModel:
         return self._reduce(results)
 
     def update(self, micro_batches: Seq[Seq[Sequence]], objective: Objective, lr: float) -> UpdateResult:
-        """One optimizer step on one minibatch with learning rate ``lr``. A step whose gradient is not finite is left out and says so."""
+        """One optimizer step on one minibatch with learning rate ``lr``. A step whose gradient is not finite is left
+        out and says so."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with self.span("forward_backward"):
@@ -264,11 +274,13 @@ class PolicyModel:
         return UpdateResult(sums, maxima, float(norm if norm is not None else math.nan), bool(stepped), lr)
 
     def _gradients_are_finite(self) -> bool:
-        """The same answer on every rank. Megatron-Core itself looks for NaN only where it scales the loss (fp16), and would step into it."""
+        """The same answer on every rank. Megatron-Core itself looks for NaN only where it scales the loss (fp16), and
+        would step into it."""
         buffers = [b for chunk in self.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         finite = torch.ones(1, device=self.platform.device)
         for buffer in buffers:
-            # A sum is not finite where a term is not; large finite gradients would overflow it only near the end of fp32's range.
+            # A sum is not finite where a term is not; large finite gradients would overflow it only near the end of
+            # fp32's range.
             finite = finite * torch.isfinite(buffer.grad_data.sum(dtype=torch.float32))
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         return bool(finite.item())

@@ -194,8 +194,8 @@ def final_bytes(shape: ModelShape, layout: ParallelLayout, compute: Compute, tok
 
 def head_bytes(shape: ModelShape, layout: ParallelLayout, compute: Compute, response_tokens: int) -> int:
     """What the head needs beyond :func:`final_bytes` while it works: the larger of its forward and backward pass, as
-    the table of :mod:`dcpo_megatron.mcore.head.response_head` has it, and the gradients that it returns (n H w, and V H w where the
-    fused head has not counted them).
+    the table of :mod:`dcpo_megatron.mcore.head.response_head` has it, and the gradients that it returns (n H w, and V H
+    w where the fused head has not counted them).
 
     ``response_tokens``: n, whose hidden states every tensor-parallel rank has in whole. With sequence parallelism all
     tokens are gathered first, once each way.

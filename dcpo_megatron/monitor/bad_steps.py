@@ -1,6 +1,8 @@
-"""Steps that teach nothing: an update whose gradient is not finite is left out, and where that goes on the run stops, with the batch kept for study.
+"""Steps that teach nothing: an update whose gradient is not finite is left out, and where that goes on the run stops,
+with the batch kept for study.
 
-One such update happens; weights and optimizer are untouched by it. Step after step it is a fault, and every further hour is lost.
+One such update happens; weights and optimizer are untouched by it. Step after step it is a fault, and every further
+hour is lost.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class BadSteps:
         self.in_a_row = 0
 
     def note(self, step: int, responses: Sequence[Response], updates: Sequence[UpdateResult]) -> None:
-        """Takes in one step: all its responses and the results of its updates, the same on every rank. A step without updates changes nothing.
+        """Takes in one step: all its responses and the results of its updates, the same on every rank. A step without
+        updates changes nothing.
 
         Raises:
             BadStepsError: the limit is reached; on every rank.

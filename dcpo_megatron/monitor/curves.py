@@ -1,4 +1,5 @@
-"""One picture of a run: reward, accuracy, entropy, RUR, TCR and response length against steps, from ``metrics.jsonl``."""
+"""One picture of a run: reward, accuracy, entropy, RUR, TCR and response length against steps, from
+``metrics.jsonl``."""
 
 from __future__ import annotations
 

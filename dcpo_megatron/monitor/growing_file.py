@@ -66,9 +66,11 @@ class GrowingFile:
 
 
 class BoardFile:
-    """Scalars for TensorBoard: an event file in ``folder``. The package's own writer ends the run, from a thread, where the disk is full.
+    """Scalars for TensorBoard: an event file in ``folder``. The package's own writer ends the run, from a thread, where
+    the disk is full.
 
-    ``purge_step``: what TensorBoard knows of this step and later ones, from earlier files, is forgotten. Raises OSError: the file cannot be made.
+    ``purge_step``: what TensorBoard knows of this step and later ones, from earlier files, is forgotten. Raises
+    OSError: the file cannot be made.
     """
 
     def __init__(self, folder: Path, announce: Callable[[str], None], purge_step: int | None = None):

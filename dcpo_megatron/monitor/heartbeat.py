@@ -5,7 +5,8 @@
     health/rank-00000.traceback  where a collective of it failed for want of another rank
     health/verdict            the sentence with which a watchdog ended the run
 
-All ranks go through the same phases in the same order, so the one with the lowest sequence number is the one the others wait for. Pure file work.
+All ranks go through the same phases in the same order, so the one with the lowest sequence number is the one the others
+wait for. Pure file work.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ VERDICT = "verdict"
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """One rank's last word. ``since`` (when the phase began), ``moved`` (its last progress) and ``written`` are Unix times in seconds; ``sequence`` counts
-    phases; ``period`` is the longest time between two writings while the process lives."""
+    """One rank's last word. ``since`` (when the phase began), ``moved`` (its last progress) and ``written`` are Unix
+    times in seconds; ``sequence`` counts phases; ``period`` is the longest time between two writings while the process
+    lives."""
 
     rank: int
     host: str
@@ -38,7 +40,8 @@ class Heartbeat:
     period: float
 
     def state(self, now: float) -> str:
-        """``"gone"`` (its process has ended), ``"stopped"`` (SIGSTOP), ``"silent"`` (no sign of life for long) or ``"alive"``."""
+        """``"gone"`` (its process has ended), ``"stopped"`` (SIGSTOP), ``"silent"`` (no sign of life for long) or
+        ``"alive"``."""
         state = process_state(self.pid) if self.host == socket.gethostname() else "alive"
         return "silent" if state == "alive" and now - self.written > 4 * self.period else state
 
@@ -82,7 +85,8 @@ def unreadable(health: Path) -> str | None:
 
 
 def most_behind(beats: Iterable[Heartbeat], now: float) -> Heartbeat:
-    """The rank that the others wait for: one that cannot run, else the one that came least far, else one that is silent, else the one longest there."""
+    """The rank that the others wait for: one that cannot run, else the one that came least far, else one that is
+    silent, else the one longest there."""
     order = {"gone": 0, "stopped": 1, "silent": 2, "alive": 2}
 
     def key(beat: Heartbeat):
@@ -93,7 +97,8 @@ def most_behind(beats: Iterable[Heartbeat], now: float) -> Heartbeat:
 
 
 def describe_standstill(beats: dict[int, Heartbeat], world: int, deadline: float, now: float) -> str:
-    """One sentence: which rank of ``world`` is behind, where it stands, and where the others wait. ``beats`` holds at least one."""
+    """One sentence: which rank of ``world`` is behind, where it stands, and where the others wait. ``beats`` holds at
+    least one."""
     missing = [rank for rank in range(world) if rank not in beats]
     if missing:
         return f"{ranks_in_words(missing)} of {world} never began its first phase (deadline {deadline:g} s)"

@@ -1,7 +1,7 @@
 """Every metric of a training step, with its declared denominator; the same definition for every method.
 
-Numerators and denominators are all-reduced sums, so a value does not depend on the rank layout. ``METRICS`` is the whole list: a key that is not in it is not
-logged.
+Numerators and denominators are all-reduced sums, so a value does not depend on the rank layout. ``METRICS`` is the
+whole list: a key that is not in it is not logged.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ METRICS: dict[str, Metric] = {
 
 
 def update_metrics(updates: Sequence[UpdateResult]) -> dict[str, float]:
-    """The part of a step's metrics that its updates give. ``updates`` hold sums over all ranks; an empty list gives no token metrics."""
+    """The part of a step's metrics that its updates give. ``updates`` hold sums over all ranks; an empty list gives no
+    token metrics."""
     done = sum(update.stepped for update in updates)
     metrics: dict[str, float] = {"updates": done, "updates_skipped": len(updates) - done}
     if not updates:
@@ -147,7 +148,8 @@ def update_metrics(updates: Sequence[UpdateResult]) -> dict[str, float]:
 
 
 def seconds_metrics(seconds: dict[str, float]) -> dict[str, float]:
-    """``seconds`` of one step by span, nested spans taken out, as metrics: they add up to ``"seconds"``. The outermost span, ``"step"``, gives the rest."""
+    """``seconds`` of one step by span, nested spans taken out, as metrics: they add up to ``"seconds"``. The outermost
+    span, ``"step"``, gives the rest."""
     parts = dict.fromkeys(STEP_PARTS, 0.0) | seconds
     rest = parts.pop("step")
     return (

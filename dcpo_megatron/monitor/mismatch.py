@@ -1,9 +1,11 @@
-"""Two engines, one model: how far the log-probs of training and rollout lie apart, looked at before a batch is trained on.
+"""Two engines, one model: how far the log-probs of training and rollout lie apart, looked at before a batch is trained
+on.
 
     |log p_train(token) - log p_rollout(token)|       mean over the batch's tokens that the rollout engine sampled under the weights of now
 
-Rounding makes it 1e-6 (fp32) to some 1e-2 (bf16). Far above that the rollout engine does not serve this model: other weights, another temperature, another dtype or a
-broken kernel; the ratios of every update would be wrong without a message. Tokens of older weights differ rightly: they are counted, and left out where there are others.
+Rounding makes it 1e-6 (fp32) to some 1e-2 (bf16). Far above that the rollout engine does not serve this model: other
+weights, another temperature, another dtype or a broken kernel; the ratios of every update would be wrong without a
+message. Tokens of older weights differ rightly: they are counted, and left out where there are others.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from dcpo_megatron.mcore.batch import Sequence as TrainingSequence
 
 
 class MismatchError(RuntimeError):
-    """Training and rollout engine disagree beyond ``rollout.max_mismatch``; the message says by how much and what to look at."""
+    """Training and rollout engine disagree beyond ``rollout.max_mismatch``; the message says by how much and what to
+    look at."""
 
 
 def stale_tokens(responses: Iterable[Response], version: int) -> int:
@@ -44,7 +47,8 @@ def check_mismatch(
     """Compares old with rollout log-probs of the step, before its first update. Collective over all ranks.
 
     Args:
-        sequences: this rank's, with ``old_logprobs`` where it has them (NaN at places that another context-parallel rank holds).
+        sequences: this rank's, with ``old_logprobs`` where it has them (NaN at places that another context-parallel
+            rank holds).
         version: of the weights that old log-probs were computed with.
         limit: largest mean difference (nats).
         counts_here: whether this rank's tokens are to be counted (one rank of each set of tensor-parallel peers).
@@ -60,7 +64,8 @@ def check_mismatch(
                 continue
             difference = (sequence.old_logprobs - sequence.rollout_logprobs).abs().double()
             old = bisect_left(responses[sequence.number].weight_versions, version)
-            # A place that another rank holds is NaN here; a log-prob that is NaN by fault stops the run by its gradient.
+            # A place that another rank holds is NaN here; a log-prob that is NaN by fault stops the run by its
+            # gradient.
             held = ~sequence.old_logprobs.isnan()
             for place, part in ((0, slice(old, None)), (2, slice(0, old))):
                 sums[place] += difference[part][held[part]].sum()

@@ -1,6 +1,8 @@
-"""The last metrics of a run for Prometheus: text at http://127.0.0.1:PORT/metrics, from a daemon thread of rank 0. Off unless ``logging.prometheus_port`` is set.
+"""The last metrics of a run for Prometheus: text at http://127.0.0.1:PORT/metrics, from a daemon thread of rank 0. Off
+unless ``logging.prometheus_port`` is set.
 
-It binds to the loopback interface only and has no other page. Every metric is a gauge ``dcpo_NAME``; those of evaluations are ``dcpo_eval_NAME``.
+It binds to the loopback interface only and has no other page. Every metric is a gauge ``dcpo_NAME``; those of
+evaluations are ``dcpo_eval_NAME``.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""``dcpo report``: a run as one HTML file that needs nothing else and fits a phone: curves, single responses token by token, prompts over their visits.
+"""``dcpo report``: a run as one HTML file that needs nothing else and fits a phone: curves, single responses token by
+token, prompts over their visits.
 
     metrics.jsonl   -> curves                              every run has it
     samples.jsonl   -> responses, visits of prompts        runs with logging.samples; see samples.py
     config.yaml     -> what it was, in a line
 
-Pictures are SVG inside the page. Without scripts everything can be read but the numbers of a token, which a tap shows (a pointer shows them without).
+Pictures are SVG inside the page. Without scripts everything can be read but the numbers of a token, which a tap shows
+(a pointer shows them without).
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """What a run keeps of single responses for ``dcpo report``: a bounded file that costs next to nothing.
 
-    OUTPUT/samples.jsonl, one JSON object a line
-    {"kind": "response", "step", "prompt_id", "correct", "reward", "advantage", "length", "minibatch", "tokens": [[text, old log-prob, ratio, lower, upper, clipped], ...]}
-    {"kind": "visit", "step", "prompt_id", "rewards": [G], "advantages": [G], "visits", "mean", "std"}
+    OUTPUT/samples.jsonl, one JSON object a line {"kind": "response", "step", "prompt_id", "correct", "reward",
+    "advantage", "length", "minibatch", "tokens": [[text, old log-prob, ratio, lower, upper, clipped], ...]} {"kind":
+    "visit", "step", "prompt_id", "rewards": [G], "advantages": [G], "visits", "mean", "std"}
 
-Responses: every ``logging.samples`` steps the first ones of the LAST minibatch, whose policy is furthest from the old one, with the ratios that its update is about
-to see: one forward pass of the first micro-batch. ``clipped`` is "", "upper", "lower" or "cap". Visits: of a few prompts each one, with what SAS knows after it
-(null without SAS). What is kept: the first sampled step and the newest, and so many visits of a prompt; the file stays under some megabytes however long the run.
+Responses: every ``logging.samples`` steps the first ones of the LAST minibatch, whose policy is furthest from the old
+one, with the ratios that its update is about to see: one forward pass of the first micro-batch. ``clipped`` is "",
+"upper", "lower" or "cap". Visits: of a few prompts each one, with what SAS knows after it (null without SAS). What is
+kept: the first sampled step and the newest, and so many visits of a prompt; the file stays under some megabytes however
+long the run.
 """
 
 from __future__ import annotations
@@ -31,9 +33,11 @@ PROMPTS, VISITS = 6, 100
 
 
 class SampleLog:
-    """Writes the file on the one rank that has the numbers: last pipeline stage, first of every other group. Calls are for all ranks.
+    """Writes the file on the one rank that has the numbers: last pipeline stage, first of every other group. Calls are
+    for all ranks.
 
-    ``every``: steps; 0: nothing is kept. ``resumed_at``: rows of later steps are dropped; None: a new run. A file that cannot be written is said once, and costs no step.
+    ``every``: steps; 0: nothing is kept. ``resumed_at``: rows of later steps are dropped; None: a new run. A file that
+    cannot be written is said once, and costs no step.
     """
 
     def __init__(
@@ -92,7 +96,8 @@ class SampleLog:
         objective: Objective,
         text_of: Callable[[int], str],
     ) -> None:
-        """Keeps the first responses of the last minibatch; to be called right before its update. Collective over the model's ranks.
+        """Keeps the first responses of the last minibatch; to be called right before its update. Collective over the
+        model's ranks.
 
         ``logprobs_of``: :meth:`PolicyModel.logprobs`; ``text_of``: the text of a token.
         """

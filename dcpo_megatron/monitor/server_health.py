@@ -1,4 +1,5 @@
-"""What rank 0 knows of the rollout servers, in ``OUTPUT/health/servers.json``: for those who only look at the run's files.
+"""What rank 0 knows of the rollout servers, in ``OUTPUT/health/servers.json``: for those who only look at the run's
+files.
 
     {"written": 1764000000.0, "version": 12, "servers": [{"url": "http://a:30000", "version": 12, "reason": null}, ...]}
 

@@ -1,4 +1,5 @@
-"""Where metrics go: a console line, JSONL, TensorBoard, W&B. Rank 0 writes; the others hold a sink that does nothing."""
+"""Where metrics go: a console line, JSONL, TensorBoard, W&B. Rank 0 writes; the others hold a sink that does
+nothing."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from dcpo_megatron.monitor.prometheus import MetricsEndpoint
 class Sinks:
     """Writes one step's metrics everywhere they were asked for. ``metrics.jsonl`` is always written.
 
-    ``resumed_at``: rows of later steps, which a killed run wrote after its last checkpoint, are dropped; ``kept`` has those that stay. None: a new run.
-    Where the disk is full, rows wait in memory and are written when there is room.
+    ``resumed_at``: rows of later steps, which a killed run wrote after its last checkpoint, are dropped; ``kept`` has
+    those that stay. None: a new run. Where the disk is full, rows wait in memory and are written when there is room.
     """
 
     def __init__(self, config: Config, folder: Path, is_writer: bool, total_steps: int, resumed_at: int | None = None):

@@ -1,4 +1,5 @@
-"""How far a run is and whether it is well, from the files in its folder alone: while it runs, after it ended, after it was killed.
+"""How far a run is and whether it is well, from the files in its folder alone: while it runs, after it ended, after it
+was killed.
 
 config.yaml          how many steps it wants           checkpoints/latest   the newest complete checkpoint
 metrics.jsonl        steps done, seconds, reward       health/              heartbeats of the ranks, rollout servers, a watchdog's verdict
@@ -27,7 +28,8 @@ class StatusError(ValueError):
 
 @dataclass(frozen=True)
 class RankStatus:
-    """One rank: ``state`` is alive, silent, stopped, gone, or the last word it left ("finished", "stopped"); times in seconds."""
+    """One rank: ``state`` is alive, silent, stopped, gone, or the last word it left ("finished", "stopped"); times in
+    seconds."""
 
     rank: int
     host: str
@@ -41,7 +43,8 @@ class RankStatus:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """``state``: "running", "finished", "stopped" (saved and ended when asked to), "ended" (it runs no more and is not finished) or "not started"."""
+    """``state``: "running", "finished", "stopped" (saved and ended when asked to), "ended" (it runs no more and is not
+    finished) or "not started"."""
 
     folder: str
     state: str

@@ -6,9 +6,10 @@
     update                         |-------------------|
     packing                         |-|    |-|
 
-A span's seconds are its OWN: those of the spans inside it are theirs. So the seconds of all names add up to those of the outermost span exactly, and what no
-inner span covers (the outermost one's own) is the rest. A span costs about a microsecond and is always on; begin and end are kept only where ``events`` is set
-to a list, which :func:`chrome_trace` turns into a picture.
+A span's seconds are its OWN: those of the spans inside it are theirs. So the seconds of all names add up to those of
+the outermost span exactly, and what no inner span covers (the outermost one's own) is the rest. A span costs about a
+microsecond and is always on; begin and end are kept only where ``events`` is set to a list, which :func:`chrome_trace`
+turns into a picture.
 
 A span ends when the host leaves it. On a GPU, work that was only launched in it counts where the host waits for it.
 """
@@ -21,7 +22,8 @@ from typing import NamedTuple
 
 
 class Event(NamedTuple):
-    """``begin`` and ``end`` in seconds of ``time.perf_counter``, which processes of one Linux machine share; ``depth`` 0 is an outermost span."""
+    """``begin`` and ``end`` in seconds of ``time.perf_counter``, which processes of one Linux machine share; ``depth``
+    0 is an outermost span."""
 
     name: str
     begin: float
@@ -46,7 +48,8 @@ class Timeline:
         return _Span(self, name)
 
     def take(self) -> dict[str, float]:
-        """Seconds by name since the last call, nested spans taken out; forgets them. Raises RuntimeError inside a span."""
+        """Seconds by name since the last call, nested spans taken out; forgets them. Raises RuntimeError inside a
+        span."""
         if self._inside:
             raise RuntimeError("the timeline was read inside an open span: read it after the outermost one has ended")
         taken, self._seconds = self._seconds, {}
@@ -75,7 +78,8 @@ class _Span:
 
 
 def chrome_trace(events: Mapping[int, Sequence[Event]]) -> dict:
-    """``events`` by rank as trace-event JSON, which chrome://tracing and Perfetto open: one track a rank, times in microseconds from the first begin."""
+    """``events`` by rank as trace-event JSON, which chrome://tracing and Perfetto open: one track a rank, times in
+    microseconds from the first begin."""
     start = min((event.begin for found in events.values() for event in found), default=0.0)
     rows: list[dict] = [{"ph": "M", "name": "process_name", "pid": 0, "args": {"name": "training"}}]
     for rank, found in sorted(events.items()):

@@ -1,4 +1,5 @@
-"""Nothing hangs for ever: every rank says where it is, and ends the run with one clear sentence when it has stood still for too long.
+"""Nothing hangs for ever: every rank says where it is, and ends the run with one clear sentence when it has stood still
+for too long.
 
     main thread:       enter("rollout", 12) -> enter("reward") -> enter("exchange") -> ...        sets a few fields
     heartbeat thread:  writes them to OUTPUT/health/rank-R.json; in a shared folder that has gone away that may hang
@@ -60,7 +61,8 @@ _LOOKS_FOR, _WRITES_FOR = 4.0, 2.0
 
 
 def collective_timeout(timeout_seconds: float) -> float:
-    """The deadline of collectives beside a watchdog of ``timeout_seconds``: a little later, so that the watchdog, who can tell the reason, speaks first."""
+    """The deadline of collectives beside a watchdog of ``timeout_seconds``: a little later, so that the watchdog, who
+    can tell the reason, speaks first."""
     return timeout_seconds + 3 * _looks(timeout_seconds)
 
 
@@ -111,7 +113,8 @@ class Watchdog:
         self._host, self._pid = socket.gethostname(), os.getpid()
 
     def start(self) -> None:
-        """Begins to write and to watch. What an earlier run left is removed: this rank's by this rank, the rest by rank 0. Raises OSError."""
+        """Begins to write and to watch. What an earlier run left is removed: this rank's by this rank, the rest by rank
+        0. Raises OSError."""
         self.health.mkdir(parents=True, exist_ok=True)
         if self._rank == 0:
             kinds = ("rank-*", "said-*", "meeting-*")
@@ -128,7 +131,8 @@ class Watchdog:
             self._threads[-1].start()
 
     def enter(self, phase: str, step: int | None = None, timeout_seconds: float | None = None) -> None:
-        """This rank begins ``phase`` of ``step`` (None: the same step), which may last ``timeout_seconds`` (None: the run's). Costs a microsecond."""
+        """This rank begins ``phase`` of ``step`` (None: the same step), which may last ``timeout_seconds`` (None: the
+        run's). Costs a microsecond."""
         last, _, _, sequence, _ = self._place
         now = time.time()
         deadline = self._timeout if timeout_seconds is None else timeout_seconds
@@ -177,7 +181,7 @@ class Watchdog:
 
         return within(_WRITES_FOR, write)
 
-    # -- the other threads ------------------------------------------------------------------------------------------------------------------
+    # -- the other threads -------------------------------------------------------------------------
 
     def _file(self, kind: str) -> Path:
         return beat_file(self.health, self._rank).with_suffix(kind)

@@ -10,8 +10,8 @@ token:
 so that rare tokens may move much further than frequent ones. The other rules are the ones it is compared with: fixed
 bounds (PPO, GRPO, DAPO), RIPO's `1 +- sqrt(delta/q)`, and none. Everything works on log q, because q itself underflows.
 
-The public functions check their numbers at each call; `dac`, `fixed` and `ripo` do not, so that an `Objective`, which was
-checked when it was made, can be compiled (`torch.compile(fullgraph=True)`).
+The public functions check their numbers at each call; `dac`, `fixed` and `ripo` do not, so that an `Objective`, which
+was checked when it was made, can be compiled (`torch.compile(fullgraph=True)`).
 """
 
 import math

@@ -9,9 +9,9 @@ w = p_train_old / p_rollout, detached, outside the surrogate:
     icepop  w 1[low <= w <= high]   masked on both sides
 
 The ratio r and DAC's q stay those of the training engine; w multiplies the policy term of the token's loss. With one
-ratio for the whole response (GSPO) w still differs from token to token: the gradient is sum_t w_t (-A s) dlog p_t, as in
-verl, and not the derivative of the reported value sum_t w_t (-A s), which would have the mean of w in place of each w_t
-(TRL, slime).
+ratio for the whole response (GSPO) w still differs from token to token: the gradient is sum_t w_t (-A s) dlog p_t, as
+in verl, and not the derivative of the reported value sum_t w_t (-A s), which would have the mean of w in place of each
+w_t (TRL, slime).
 """
 
 import torch

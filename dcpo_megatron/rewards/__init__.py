@@ -1,7 +1,7 @@
 r"""Verifiable rewards: one number for each response. No torch, no other room of the package.
 
-``math_reward`` is the paper's three-level reward; ``Rewarder`` scores batches by it or by a function of the user's, under a
-time limit that holds in any thread and any process.
+``math_reward`` is the paper's three-level reward; ``Rewarder`` scores batches by it or by a function of the user's,
+under a time limit that holds in any thread and any process.
 """
 
 from dcpo_megatron.rewards.function import RewardError, load_reward_function

@@ -1,6 +1,8 @@
-r"""A reward for models that first have to learn the form of an answer, as a function by dotted path: ``reward.function: dcpo_megatron.rewards.answer_at_end:reward``.
+r"""A reward for models that first have to learn the form of an answer, as a function by dotted path: ``reward.function:
+dcpo_megatron.rewards.answer_at_end:reward``.
 
-It rewards the FORM before the number: a small model that is hardly ever right still differs from response to response in whether it comes to an end with an answer.
+It rewards the FORM before the number: a small model that is hardly ever right still differs from response to response
+in whether it comes to an end with an answer.
 """
 
 import re
@@ -11,7 +13,8 @@ _LAST = re.compile(r"\bAnswer:\s{0,3}\$?(-?[\d.,]*\d)\Z")
 
 
 def reward(response: str, ground_truth: str) -> float:
-    """Three levels: +1 the response ends with ``Answer: N`` and N is ``ground_truth``; 0 it ends so with another number; -1 anything else.
+    """Three levels: +1 the response ends with ``Answer: N`` and N is ``ground_truth``; 0 it ends so with another
+    number; -1 anything else.
 
     "Ends" is meant: words after the number, and a response cut off before its answer, are -1.
     """

@@ -1,7 +1,8 @@
-"""Loading a reward function by its name: ``package.module:function``, ``package.module.function``, ``path/file.py:function``.
+"""Loading a reward function by its name: ``package.module:function``, ``package.module.function``,
+``path/file.py:function``.
 
-A reward function has the signature ``f(response: str, ground_truth: str) -> float`` and is called in a worker process (see
-``rewarder.py``), so it can import what it likes, and a hang or a crash in it costs one response.
+A reward function has the signature ``f(response: str, ground_truth: str) -> float`` and is called in a worker process
+(see ``rewarder.py``), so it can import what it likes, and a hang or a crash in it costs one response.
 """
 
 import hashlib
@@ -23,8 +24,8 @@ class RewardError(ValueError):
 def load_reward_function(dotted_path: str) -> RewardFunction:
     """The function that ``dotted_path`` names.
 
-    Raises RewardError if the module, file or attribute is missing, the module cannot be imported, or what is found cannot
-    be called with two arguments.
+    Raises RewardError if the module, file or attribute is missing, the module cannot be imported, or what is found
+    cannot be called with two arguments.
     """
     place, colon, attribute = dotted_path.rpartition(":")
     if not colon:

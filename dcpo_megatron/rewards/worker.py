@@ -1,10 +1,11 @@
-"""The process that runs a reward function: ``python -m dcpo_megatron.rewards.worker LIFELINE_FD``. See ``worker_client.py``.
+"""The process that runs a reward function: ``python -m dcpo_megatron.rewards.worker LIFELINE_FD``. See
+``worker_client.py``.
 
-It speaks one JSON object a line. First the client sends ``{"function", "memory_bytes"}`` and gets ``{"ready": true}`` or
-``{"refused": sentence}``; then every ``{"response", "ground_truth"}`` gets ``{"value": number}`` or ``{"failure", "detail"}``.
-The client kills this process when an answer takes too long. When the client itself dies, the kernel does: the lifeline is
-a pipe whose other end only the client holds, and its closing raises SIGIO, which ends the process (and any it forked)
-whatever it is doing, also inside a C function that never gives the interpreter back.
+It speaks one JSON object a line. First the client sends ``{"function", "memory_bytes"}`` and gets ``{"ready": true}``
+or ``{"refused": sentence}``; then every ``{"response", "ground_truth"}`` gets ``{"value": number}`` or ``{"failure",
+"detail"}``. The client kills this process when an answer takes too long. When the client itself dies, the kernel does:
+the lifeline is a pipe whose other end only the client holds, and its closing raises SIGIO, which ends the process (and
+any it forked) whatever it is doing, also inside a C function that never gives the interpreter back.
 """
 
 import fcntl
@@ -86,7 +87,8 @@ def _outlive_stop_signals() -> None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    # Handlers, not SIG_IGN and not the mask that came with the start: programs that the function starts would inherit those.
+    # Handlers, not SIG_IGN and not the mask that came with the start: programs that the function starts would inherit
+    # those.
     for number in FOR_THE_TRAINER:
         signal.signal(number, ignore)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FOR_THE_TRAINER)

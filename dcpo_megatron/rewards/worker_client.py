@@ -3,9 +3,9 @@
     caller --> Worker.call --(one JSON line)--> worker.py --> function(response, ground_truth)
                     |  no reply in time: SIGKILL, and the next call starts a new process
 
-It works from any thread (no signals), from daemonic processes (subprocess, not multiprocessing), in processes that hold a
-GPU (no fork of their memory), and after a fork: the child drops its copies of the pipes and starts a worker of its own.
-A worker starts on its first call, and dies with the process that started it, even when that is killed.
+It works from any thread (no signals), from daemonic processes (subprocess, not multiprocessing), in processes that hold
+a GPU (no fork of their memory), and after a fork: the child drops its copies of the pipes and starts a worker of its
+own. A worker starts on its first call, and dies with the process that started it, even when that is killed.
 """
 
 import atexit
@@ -29,7 +29,8 @@ from dcpo_megatron.rewards.function import RewardError
 START_TIMEOUT = 60.0  # seconds; importing math-verify takes one, a user's module may take many
 _START_ATTEMPTS = 2
 _REPLY_LIMIT = 1 << 20  # bytes
-# Asks a trainer to stop. A scheduler sends them to every process of a job, and the worker is needed until the step under way ends.
+# Asks a trainer to stop. A scheduler sends them to every process of a job, and the worker is needed until the step
+# under way ends.
 FOR_THE_TRAINER = (signal.SIGTERM, signal.SIGUSR1)
 
 

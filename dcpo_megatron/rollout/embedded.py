@@ -1,8 +1,10 @@
-"""The embedded engine: Hugging Face transformers inside the trainer's own process. The default where there is no server.
+"""The embedded engine: Hugging Face transformers inside the trainer's own process. The default where there is no
+server.
 
-Prompts are padded on the left, prefilled once per distinct prompt, and decoded together with a key-value cache; finished rows leave the batch. Every response draws
-from a random stream of its own (one uniform number a token, turned into a token by the inverse of the cumulative distribution), so that it depends on its seed
-and the weights only, not on the rank or the batch that it was sampled in.
+Prompts are padded on the left, prefilled once per distinct prompt, and decoded together with a key-value cache;
+finished rows leave the batch. Every response draws from a random stream of its own (one uniform number a token, turned
+into a token by the inverse of the cumulative distribution), so that it depends on its seed and the weights only, not on
+the rank or the batch that it was sampled in.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ class EmbeddedEngine:
     """Samples with a transformers model on ``device``.
 
     Args:
-        folder: Hugging Face folder; its ``config.json`` gives the architecture, and its weights are loaded where ``load`` is true.
+        folder: Hugging Face folder; its ``config.json`` gives the architecture, and its weights are loaded where
+            ``load`` is true.
         dtype: of the weights.
         max_batch: responses decoded together; bounds the cache's memory.
     """
@@ -48,7 +51,8 @@ class EmbeddedEngine:
         self._usable = load
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """See :class:`RolloutEngine`. Raises RolloutError for an unknown name, another shape, or a weight that did not come."""
+        """See :class:`RolloutEngine`. Raises RolloutError for an unknown name, another shape, or a weight that did not
+        come."""
         self._usable = False
         mine = self._places()
         # With tied embeddings lm_head.weight is the embedding itself and need not come.
@@ -78,7 +82,8 @@ class EmbeddedEngine:
         self._usable = True
 
     def _places(self) -> dict[str, torch.Tensor]:
-        """Checkpoint name -> the tensor to fill. transformers holds a layer's experts in one tensor; checkpoints name each expert, and transformers says how."""
+        """Checkpoint name -> the tensor to fill. transformers holds a layer's experts in one tensor; checkpoints name
+        each expert, and transformers says how."""
         from transformers.core_model_loading import revert_weight_conversion
 
         mine = {name: parameter.detach() for name, parameter in self.model.named_parameters(remove_duplicate=False)}
@@ -195,7 +200,8 @@ class EmbeddedEngine:
 def sample(logits: torch.Tensor, uniforms: torch.Tensor, sampling: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
     """One token a row: ``logits`` [n, V] fp32, ``uniforms`` [n] in [0, 1) -> ``(tokens [n], logprobs [n])``.
 
-    Log-probs are those of the whole distribution at the sampling temperature (at 1 for greedy), whatever top-p and top-k leave out.
+    Log-probs are those of the whole distribution at the sampling temperature (at 1 for greedy), whatever top-p and
+    top-k leave out.
     """
     if sampling.temperature == 0:
         logp = logits.log_softmax(-1)

@@ -6,7 +6,8 @@
                                           v
                                        outdated (7): not asked for samples until it is admitted with 8
 
-A server is given its weights under a tag that names the run and the version, so that another run's weights, or a restarted server's, are never taken for ours.
+A server is given its weights under a tag that names the run and the version, so that another run's weights, or a
+restarted server's, are never taken for ours.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ class Fleet:
             self._reasons.setdefault(server.url, reason)
 
     def admit(self, server: Server, version: int) -> None:
-        """``server`` holds the weights of ``version``, which becomes the version that is served: servers with another one are outdated."""
+        """``server`` holds the weights of ``version``, which becomes the version that is served: servers with another
+        one are outdated."""
         with self._lock:
             self._held[self._known(server)] = version
             self._reasons.pop(server.url, None)

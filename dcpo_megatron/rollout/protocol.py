@@ -3,7 +3,8 @@
     engine.load_weights(tensors, version)     full Hugging Face tensors, one at a time; all or nothing
     engine.generate(requests, sampling)       token ids and log-probs, in the order of the requests
 
-The embedded engine is one implementation; a client of a fleet of servers is another. An engine never re-tokenises and never drops a request.
+The embedded engine is one implementation; a client of a fleet of servers is another. An engine never re-tokenises and
+never drops a request.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class RolloutError(RuntimeError):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample. ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 keep the whole distribution. ``stop_token_ids`` end a response and belong to it.
+    """How to sample. ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 keep the whole distribution.
+    ``stop_token_ids`` end a response and belong to it.
 
     Raises:
         ValueError: a value out of range.
@@ -46,7 +48,8 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """One response to sample. With the same ``seed``, weights and prompt the response is the same, whichever rank samples it and in whatever company."""
+    """One response to sample. With the same ``seed``, weights and prompt the response is the same, whichever rank
+    samples it and in whatever company."""
 
     prompt_token_ids: tuple[int, ...]
     seed: int
@@ -60,8 +63,9 @@ class GenerateRequest:
 
 @dataclass
 class Generation:
-    """One sampled response of ``T`` tokens: ``token_ids`` [T], ``logprobs`` [T] (natural, of the distribution at the sampling temperature, before
-    top-p and top-k), ``finish_reason`` "stop" | "length" | "abort", ``weight_versions`` [T]."""
+    """One sampled response of ``T`` tokens: ``token_ids`` [T], ``logprobs`` [T] (natural, of the distribution at the
+    sampling temperature, before top-p and top-k), ``finish_reason`` "stop" | "length" | "abort", ``weight_versions``
+    [T]."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -83,7 +87,8 @@ class RolloutEngine(Protocol):
         """Samples one response a request, in their order. ``progress(finished, total)`` is called now and then."""
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Takes over all weights as one transaction. After an error the engine refuses to sample until a transaction succeeds."""
+        """Takes over all weights as one transaction. After an error the engine refuses to sample until a transaction
+        succeeds."""
 
     def close(self) -> None:
         """Frees what the engine holds."""

@@ -1,4 +1,5 @@
-"""One SGLang server, spoken to over HTTP: small control requests, one at a time from any thread. Sampling has a client of its own.
+"""One SGLang server, spoken to over HTTP: small control requests, one at a time from any thread. Sampling has a client
+of its own.
 
     Server(url).post("/pause_generation", {"mode": "retract"})      a dict, or ServerError: what happened, at which server, in which request, what to do
 
@@ -72,12 +73,14 @@ class Server:
         """The JSON answer to POST ``path`` ({} for an empty one, {"message": text} for plain text).
 
         Raises:
-            ServerError: no connection, no answer within ``timeout`` seconds, an HTTP error, or an answer with ``"success": false``.
+            ServerError: no connection, no answer within ``timeout`` seconds, an HTTP error, or an answer with
+                ``"success": false``.
         """
         return self._request("POST", path, body if body is not None else {}, timeout)
 
     def offers(self, path: str) -> bool:
-        """Whether this server's version has the request ``path``; read from ``/openapi.json`` once in a server's life. Raises ServerError."""
+        """Whether this server's version has the request ``path``; read from ``/openapi.json`` once in a server's life.
+        Raises ServerError."""
         with self._lock:
             paths = self._paths
         if paths is None:
@@ -87,7 +90,8 @@ class Server:
         return path in paths
 
     def alive(self, timeout: float = 5.0) -> bool:
-        """Whether the server's HTTP process answers, paused or not. (SGLang's own ``/health`` samples a token, and waits 20 s for it while paused.)"""
+        """Whether the server's HTTP process answers, paused or not. (SGLang's own ``/health`` samples a token, and
+        waits 20 s for it while paused.)"""
         try:
             self.get("/model_info", timeout=timeout)
         except ServerError:
@@ -95,8 +99,8 @@ class Server:
         return True
 
     def model(self, timeout: float | None = None) -> dict:
-        """What the server says of its model: ``model_path``, ``weight_version``, ... Raises ServerError, ``final`` where
-        no server of ours is there."""
+        """What the server says of its model: ``model_path``, ``weight_version``, ... Raises ServerError, ``final``
+        where no server of ours is there."""
         path = "/model_info"
         answer = self.get(path, timeout=timeout)
         if "weight_version" not in answer:
@@ -122,7 +126,8 @@ class Server:
         return str(self.model()["weight_version"])
 
     def pause(self, mode: str = "abort", timeout: float | None = None) -> None:
-        """Stops sampling: ``abort`` ends what is running, ``in_place`` keeps its cache, ``retract`` lets it recompute its cache on resuming. Raises ServerError."""
+        """Stops sampling: ``abort`` ends what is running, ``in_place`` keeps its cache, ``retract`` lets it recompute
+        its cache on resuming. Raises ServerError."""
         self.post("/pause_generation", {"mode": mode}, timeout=timeout)
 
     def resume(self, timeout: float | None = None) -> None:

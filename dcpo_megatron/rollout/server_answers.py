@@ -4,7 +4,8 @@ posted      one request for the G samples of a prompt: the server finds the shar
 answered    an event a sample, when it is finished: a server that dies later takes only the unfinished ones with it
 
 {"index": 3, "output_ids": [...], "meta_info": {"output_token_logprobs": [[logprob, token, null], ...],
- "finish_reason": {"type": "stop" | "length" | "abort"}, "weight_versions": [{"version": tag, "start": 0, "end": 9}, ...]}}
+ "finish_reason": {"type": "stop" | "length" | "abort"}, "weight_versions": [{"version": tag, "start": 0, "end": 9},
+ ...]}}
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 
 from dcpo_megatron.rollout.protocol import GenerateRequest, Generation, SamplingParams
 
-# Tokens between two events of a sample: more than any response has, so that a sample is sent once, whole (and once with its first token).
+# Tokens between two events of a sample: more than any response has, so that a sample is sent once, whole (and once with
+# its first token).
 _ONE_EVENT = 2**31 - 1
 _DATA = "data:"
 
@@ -47,7 +49,8 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one prompt that are posted together. ``places``: their positions among the caller's requests; ``attempts``: how often they were posted in vain."""
+    """Samples of one prompt that are posted together. ``places``: their positions among the caller's requests;
+    ``attempts``: how often they were posted in vain."""
 
     prompt_token_ids: tuple[int, ...]
     places: tuple[int, ...]
@@ -55,7 +58,8 @@ class Batch:
 
 
 def batches_of(requests: Sequence[GenerateRequest], together: bool = True) -> list[Batch]:
-    """One batch a distinct prompt, in the order in which the prompts come; one a request where they must not be posted ``together``."""
+    """One batch a distinct prompt, in the order in which the prompts come; one a request where they must not be posted
+    ``together``."""
     if not together:
         return [Batch(request.prompt_token_ids, (place,)) for place, request in enumerate(requests)]
     places: dict[tuple[int, ...], list[int]] = {}
@@ -72,8 +76,9 @@ def body(
     rids: Sequence[str],
     together: bool = True,
 ) -> dict:
-    """The JSON for ``/generate``. ``begun``: what is there already of some samples, by place; ``rids`` name the samples, for ``/abort_request``. Not ``together``: the form for
-    one sample, the only one that sglang-router takes."""
+    """The JSON for ``/generate``. ``begun``: what is there already of some samples, by place; ``rids`` name the
+    samples, for ``/abort_request``. Not ``together``: the form for one sample, the only one that sglang-router
+    takes."""
     common = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -141,7 +146,8 @@ def tags(event: dict) -> list[str]:
 def read(
     event: dict, version_of: Callable[[str], int | None], oldest: int, constant: bool
 ) -> tuple[int, Generation | None]:
-    """Which sample of the batch this event is of, and what ended it: "stop", "length", or "abort" before its time. None for one under way.
+    """Which sample of the batch this event is of, and what ended it: "stop", "length", or "abort" before its time. None
+    for one under way.
 
     Args:
         version_of: tag -> version, None where the weights are not ours.

@@ -3,8 +3,9 @@
     generations = client.generate(requests, sampling)          waits
     pending = client.start(requests, sampling); ...; generations = pending.finish()
 
-The samples of a prompt go to one server, prompts to whichever server has the least to do. HTTP in a thread of its own, one a call: no collectives, no device.
-Seeds are sent along; a server started with ``--enable-deterministic-inference`` follows them, any other draws as it likes.
+The samples of a prompt go to one server, prompts to whichever server has the least to do. HTTP in a thread of its own,
+one a call: no collectives, no device. Seeds are sent along; a server started with ``--enable-deterministic-inference``
+follows them, any other draws as it likes.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ class ServerClient:
     """This rank's way to the servers.
 
     Args:
-        fleet: who serves which weights. Servers that fail are evicted from it; only :meth:`Fleet.admit` brings them back.
+        fleet: who serves which weights. Servers that fail are evicted from it; only :meth:`Fleet.admit` brings them
+            back.
         rank, world: of the ranks that sample at the same time: each begins at another server.
-        request_timeout: seconds without a sign of work from a server until it is asked whether it still samples; one that does not is evicted.
+        request_timeout: seconds without a sign of work from a server until it is asked whether it still samples; one
+            that does not is evicted.
         attempts: how often a response is asked for before the batch fails.
         outstanding: responses that are under way at one server, at most.
-        router: address of an sglang-router that spreads the requests instead; weights still go to each server, and its answers are checked all the same.
+        router: address of an sglang-router that spreads the requests instead; weights still go to each server, and its
+            answers are checked all the same.
     """
 
     def __init__(
@@ -78,7 +82,8 @@ class ServerClient:
     def start(
         self, requests: Sequence[GenerateRequest], sampling: SamplingParams, *, oldest: int | None = None
     ) -> PendingGeneration:
-        """Begins to sample in the background; arguments as for :meth:`generate`. Weights may be published meanwhile: responses then continue under the new ones."""
+        """Begins to sample in the background; arguments as for :meth:`generate`. Weights may be published meanwhile:
+        responses then continue under the new ones."""
         version = self.fleet.version
         if version is None:
             raise RolloutError("no rollout server has weights of this run yet: publish them first")
@@ -129,8 +134,9 @@ class PendingGeneration:
         self._thread: threading.Thread | None = None
 
     def finish(self, progress: Callable[[int, int], None] | None = None) -> list[Generation]:
-        """Waits for all; ``progress(finished, total)`` is called in this thread, whenever some more are finished. Raises as :meth:`ServerClient.generate`, and
-        RolloutError after :meth:`cancel`. An interrupt (Ctrl-C) cancels."""
+        """Waits for all; ``progress(finished, total)`` is called in this thread, whenever some more are finished.
+        Raises as :meth:`ServerClient.generate`, and RolloutError after :meth:`cancel`. An interrupt (Ctrl-C)
+        cancels."""
         told = -1
         try:
             while True:
@@ -189,7 +195,8 @@ class PendingGeneration:
             self._error = error
         finally:
             with self._changed:
-                # Not the thread's own end: whoever is woken here would find it alive, and wait again with nobody left to wake it.
+                # Not the thread's own end: whoever is woken here would find it alive, and wait again with nobody left
+                # to wake it.
                 self._ended = True
                 self._changed.notify_all()
 

@@ -1,10 +1,12 @@
-"""One batch of requests on its way through the servers: who gets what, what comes back, and what is asked again elsewhere. asyncio, in one thread.
+"""One batch of requests on its way through the servers: who gets what, what comes back, and what is asked again
+elsewhere. asyncio, in one thread.
 
     waiting  --least loaded server-->  posted  --an event a sample-->  finished
        ^                                  |
        +---- the unfinished samples ------+   connection lost, 5xx, silent: the server is evicted
                                               foreign weights: thrown away, the server is evicted
-                                              ended by a pause for new weights: goes on, here or elsewhere, from its last token
+                                              ended by a pause for new weights: goes on, here or elsewhere, from its
+                                                  last token
 
 A batch of samples is asked for in vain a bounded number of times. What is finished stays finished.
 """
@@ -67,7 +69,8 @@ class Sampling:
         router: requests go there; None: straight to the servers of ``fleet``.
         first: index of the server that is asked first among equally loaded ones.
         oldest: the oldest weight version that tokens may be from.
-        seconds: of a server's silence until it is asked whether it still works (:class:`~dcpo_megatron.rollout.server_silence.Silence`).
+        seconds: of a server's silence until it is asked whether it still works
+            (:class:`~dcpo_megatron.rollout.server_silence.Silence`).
         attempts: how often a sample may be asked for in vain.
         outstanding: samples posted to one server at a time, at most; the others wait for whichever server has room.
     """
@@ -99,14 +102,16 @@ class Sampling:
         """Returns when every response is delivered.
 
         Raises:
-            NoServersLeft, GaveUp: some cannot be sampled (``finished`` is empty here: the caller has what was delivered).
+            NoServersLeft, GaveUp: some cannot be sampled (``finished`` is empty here: the caller has what was
+                delivered).
             ServerError: a server refused a request as wrong.
             RolloutError: a server cannot sample what is asked (a response cut short).
         """
         waiting = batches_of(self.requests, together=self.router is None)
         posted: set[asyncio.Task] = set()
         done: set[asyncio.Task] = set()
-        # No connection is kept: a server closes idle ones, and a request sent into a closing one would look like a dying server.
+        # No connection is kept: a server closes idle ones, and a request sent into a closing one would look like a
+        # dying server.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         timeout = httpx.Timeout(None, connect=_CONNECT_SECONDS)
         async with httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False) as http:
@@ -173,7 +178,8 @@ class Sampling:
     async def _stream(
         self, http: httpx.AsyncClient, server: Server, batch: Batch, waiting: dict[int, int]
     ) -> tuple[str, bool]:
-        """Delivers what comes and takes it out of ``waiting`` (index in the batch -> place). Returns why the rest did not come, and whether the server is to be evicted for it."""
+        """Delivers what comes and takes it out of ``waiting`` (index in the batch -> place). Returns why the rest did
+        not come, and whether the server is to be evicted for it."""
         rids = {index: uuid.uuid4().hex for index in waiting}
         posted = body(
             batch, self.requests, self.sampling, self._begun, list(rids.values()), together=self.router is None
@@ -264,7 +270,8 @@ class Sampling:
         return server.url not in self.fleet.evicted()
 
     async def _abort(self, http: httpx.AsyncClient, server: Server, rids: Sequence[str]) -> None:
-        """Tells the server that nobody waits for these. A server that does not take it will notice the closed connection."""
+        """Tells the server that nobody waits for these. A server that does not take it will notice the closed
+        connection."""
 
         async def one(rid: str) -> None:
             await http.post(f"{server.url}/abort_request", json={"rid": rid}, headers=headers(server.api_key))

@@ -1,12 +1,14 @@
-"""How long a server may be silent before those who wait for its responses give it up. The deadline counts from its last sign of work, not from when it was asked.
+"""How long a server may be silent before those who wait for its responses give it up. The deadline counts from its last
+sign of work, not from when it was asked.
 
     an event of any response              -> the deadline of all that are under way there moves
     none for ``seconds``: it is asked        GET /health_generate: does it sample, for anybody?       GET /v1/loads: does it still hold requests?
         yes                               -> the same
         no, for up to a minute            -> TimeoutError in all that are under way there
 
-How long a response waits in the server's queue depends on what all ranks together have asked for, and between its first token and its last it sends nothing: neither
-says that a server hangs. SGLang answers /health_generate after any step of its scheduler; a busy server samples nothing for it.
+How long a response waits in the server's queue depends on what all ranks together have asked for, and between its first
+token and its last it sends nothing: neither says that a server hangs. SGLang answers /health_generate after any step of
+its scheduler; a busy server samples nothing for it.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ r"""Chains of arithmetic such as "37+48-5=", with worked steps: a task of mixed 
     worked    37+48=85;85-5=80;\boxed{80}        one step an operation, from left to right
     direct    \boxed{80}                         all of it in the head
 
-A problem draws its number of terms and the digits of each operand, so one set holds problems from "3+5=" to whatever the
-largest draw gives: a model that is right on some is wrong on others. Longer chains have longer responses. More terms,
-more digits and ``*`` make it as hard as any model needs.
+A problem draws its number of terms and the digits of each operand, so one set holds problems from "3+5=" to whatever
+the largest draw gives: a model that is right on some is wrong on others. Longer chains have longer responses. More
+terms, more digits and ``*`` make it as hard as any model needs.
 
 The held-out tenth is decided by the problem alone, whatever the order of its terms: not by the seed, nor by how many
 problems are made.
@@ -48,7 +48,8 @@ class ChainTask:
 
 
 def make_chains(n: int, seed: int, task: ChainTask | None = None, split: str = "train") -> list[dict[str, str]]:
-    r"""``n`` distinct problems, drawn by ``seed``: rows ``{"id": "37+48-5", "prompt": "37+48-5=", "answer": "80", "worked": "37+48=85;85-5=80;\boxed{80}"}``.
+    r"""``n`` distinct problems, drawn by ``seed``: rows ``{"id": "37+48-5", "prompt": "37+48-5=", "answer": "80",
+    "worked": "37+48=85;85-5=80;\boxed{80}"}``.
 
     ``split`` is "train" or "held_out". Raises ValueError where the task has fewer problems, as far as drawing can tell.
     """

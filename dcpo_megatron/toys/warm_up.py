@@ -1,4 +1,5 @@
-"""A small Qwen2-shaped model made from nothing, and its supervised warm-up: the starting point of the demo, where a pretrained model would stand.
+"""A small Qwen2-shaped model made from nothing, and its supervised warm-up: the starting point of the demo, where a
+pretrained model would stand.
 
 Plain transformers and PyTorch, one process; the result is an ordinary Hugging Face folder.
 """
@@ -18,7 +19,8 @@ _CHARACTERS = "0123456789+=}"
 
 
 def make_tokenizer(characters: str = _CHARACTERS):
-    """A Qwen2 tokenizer (byte-level, as ``AutoTokenizer`` builds it for this architecture) that knows ``characters`` and ``\\boxed{...}``.
+    """A Qwen2 tokenizer (byte-level, as ``AutoTokenizer`` builds it for this architecture) that knows ``characters``
+    and ``\\boxed{...}``.
 
     One token a character, one for the opening of the box, and ``<|endoftext|>``, which ends a response.
     """
@@ -68,8 +70,8 @@ def warm_up(
     check_examples: int = 512,
     progress: Callable[[int, float, float], None] | None = None,
 ) -> tuple[int, float]:
-    """Supervised steps on ``(prompt, response)`` pairs until sampling at temperature 1 gives the very response ``target_accuracy`` of the time on ``unseen``
-    pairs, which are not trained on.
+    """Supervised steps on ``(prompt, response)`` pairs until sampling at temperature 1 gives the very response
+    ``target_accuracy`` of the time on ``unseen`` pairs, which are not trained on.
 
     ``progress(step, loss, accuracy)`` is called at every check. Returns ``(steps, accuracy at the last check)``.
 
@@ -118,7 +120,8 @@ def _collate(rows):
 
 @torch.no_grad()
 def _sampled_accuracy(model, rows, generator) -> float:
-    """Probability of the right response, token by token, turned into right or wrong by one draw each: sampling without decoding."""
+    """Probability of the right response, token by token, turned into right or wrong by one draw each: sampling without
+    decoding."""
     ids, labels = _collate(rows)
     logp = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
     wanted = labels[:, 1:]

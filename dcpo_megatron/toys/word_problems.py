@@ -1,6 +1,7 @@
 """Sums told as small stories, for a model that has learned to read: the additions of ``arithmetic.py`` in words.
 
-The numbers are drawn and split as there: a held-out problem's two numbers are never in a training problem, in either order.
+The numbers are drawn and split as there: a held-out problem's two numbers are never in a training problem, in either
+order.
 """
 
 import random

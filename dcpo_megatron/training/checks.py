@@ -1,4 +1,5 @@
-"""Everything that can be known wrong before the first GPU second: the configuration against the model, the machine and the number of ranks."""
+"""Everything that can be known wrong before the first GPU second: the configuration against the model, the machine and
+the number of ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from dcpo_megatron.weights.torch_dist import TorchDistFolder, find_checkpoint
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """What the checks have read: the run can be built from these. ``hf_folder``: configuration and tokenizer; ``weights``: a checkpoint of either kind."""
+    """What the checks have read: the run can be built from these. ``hf_folder``: configuration and tokenizer;
+    ``weights``: a checkpoint of either kind."""
 
     config: Config
     objective: Objective
@@ -54,7 +56,8 @@ class CheckedRun:
         return find_checkpoint(self.weights) is not None or any(self.weights.glob("*.safetensors"))
 
     def check_weights(self) -> None:
-        """Holds the files of a Hugging Face folder's weights, where there are any, against config.json, as every rank does when it loads them. Raises CheckpointError."""
+        """Holds the files of a Hugging Face folder's weights, where there are any, against config.json, as every rank
+        does when it loads them. Raises CheckpointError."""
         if self._has_weights and find_checkpoint(self.weights) is None:
             check_folder(SafetensorsFolder(self.weights), self.shape)
 

@@ -124,14 +124,16 @@ def _server_engine(run_: CheckedRun, policy, gatherer, prompts: PromptSet, annou
 
 
 def settle_nccl(config: Config, is_cpu: bool) -> str | None:
-    """Where weights will go to servers over NCCL: what must be the same there, set before NCCL's first call. A warning, or None."""
+    """Where weights will go to servers over NCCL: what must be the same there, set before NCCL's first call. A warning,
+    or None."""
     by_nccl = config.rollout.engine == "sglang" and config.publish.mode == "distributed" and not is_cpu
     return nccl.settle_cumem() if by_nccl else None
 
 
 def settle_interface(config: Config, is_cpu: bool) -> None:
-    """Where weights will go to servers over NCCL, and no interface is named yet, as for ranks of one host: the one that leads to the first server elsewhere that is
-    known by now. After the ranks' first meeting, and before NCCL's first call: it asks once."""
+    """Where weights will go to servers over NCCL, and no interface is named yet, as for ranks of one host: the one that
+    leads to the first server elsewhere that is known by now. After the ranks' first meeting, and before NCCL's first
+    call: it asks once."""
     if (
         is_cpu
         or config.rollout.engine != "sglang"
@@ -167,9 +169,11 @@ def publish_options(config: Config, is_cpu: bool) -> PublishOptions:
 
 
 def listed_servers(file: Path) -> dict[str, list[str] | None]:
-    """The servers in a file of ``dcpo serve`` (a JSON list), or in all ``*.json`` of a folder, in the order of their names; none while there are none.
+    """The servers in a file of ``dcpo serve`` (a JSON list), or in all ``*.json`` of a folder, in the order of their
+    names; none while there are none.
 
-    An entry is an address, or ``{"url": address, "gpus": [uuid, ...]}``: address -> uuids of its GPUs, None where the file does not tell.
+    An entry is an address, or ``{"url": address, "gpus": [uuid, ...]}``: address -> uuids of its GPUs, None where the
+    file does not tell.
     """
     found: dict[str, list[str] | None] = {}
     for part in sorted(file.glob("*.json")) if file.is_dir() else [file]:

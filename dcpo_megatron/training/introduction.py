@@ -1,4 +1,5 @@
-"""What a run says of its prompts and responses before the first step: whether they are what was meant, only the reader can know.
+"""What a run says of its prompts and responses before the first step: whether they are what was meant, only the reader
+can know.
 
 first prompt, gsm8k/06a1ee61a3f25ce6, 31 tokens:
   | <|im_start|>user
@@ -20,7 +21,8 @@ _HEAD, _TAIL = 2000, 1000  # characters shown of a long prompt
 
 
 def introduce(prompt: Prompt, tokenizer, stops: Sequence[int], template: str, stop_key: str) -> list[str]:
-    """The lines: ``prompt`` as the model reads it, the tokens ``stops`` that end a response, and what is odd about them.
+    """The lines: ``prompt`` as the model reads it, the tokens ``stops`` that end a response, and what is odd about
+    them.
 
     ``template``: as in ``data.template``; ``stop_key``: how a further token is given, with ``{}`` for its number.
     """

@@ -1,6 +1,7 @@
 """The training loop. One step, top to bottom:
 
-    prompts -> responses -> rewards -> advantages -> minibatches -> old log-probs -> updates -> new weights to the engine -> metrics
+    prompts -> responses -> rewards -> advantages -> minibatches -> old log-probs -> updates -> new weights to the
+    engine -> metrics
 
 :func:`~dcpo_megatron.training.build.build_trainer` makes every part once, and :meth:`Trainer.run` is the loop itself.
 """
@@ -112,18 +113,18 @@ class Trainer:
     def _layout(self) -> dict:
         return {**asdict(self.run_.layout), "ranks": dist.get_world_size(), "platform": self.run_.platform.name}
 
-    # -- the loop ---------------------------------------------------------------------------------------------------------------------------
+    # -- the loop ----------------------------------------------------------------------------------
 
     def run(self, stop_requested: Callable[[], bool] = lambda: False) -> dict | None:
         """Trains up to ``training.steps`` steps; returns (and writes) the summary.
 
-        ``stop_requested`` is asked at each step boundary: where any rank says yes, the run is saved and None is returned
-        (start it again to go on). An engine that waits for servers raises Stopped: then the run ends as at the boundary
-        before the step.
+        ``stop_requested`` is asked at each step boundary: where any rank says yes, the run is saved and None is
+        returned (start it again to go on). An engine that waits for servers raises Stopped: then the run ends as at the
+        boundary before the step.
 
         Raises:
-            UnsavedModelError: the trained model cannot be written at the end. Copies on the way that cannot be written are
-                announced.
+            UnsavedModelError: the trained model cannot be written at the end. Copies on the way that cannot be written
+                are announced.
         """
         config = self.run_.config
         last = config.training.steps
@@ -173,7 +174,8 @@ class Trainer:
         self.watchdog.close("stopped")
 
     def _checkpoint(self, step: int, stop: bool) -> bool:
-        """At a step boundary: completes the checkpoint under way, begins one where it is time. Returns whether the run must stop here."""
+        """At a step boundary: completes the checkpoint under way, begins one where it is time. Returns whether the run
+        must stop here."""
         settings, last = self.run_.config.checkpoint, step == self.run_.config.training.steps
         self.watchdog.enter("save", step, settings.timeout_seconds + self.run_.config.training.timeout_seconds)
         reports, stop = self.saver.poll(stop)
@@ -204,7 +206,8 @@ class Trainer:
                 self.sinks.warn(warning)
 
     def _extras(self, step: int) -> Callable[[Path], None]:
-        """What goes into a checkpoint beside weights and optimizer: copies are made now, and written by the function that is returned."""
+        """What goes into a checkpoint beside weights and optimizer: copies are made now, and written by the function
+        that is returned."""
         rank, writer = dist.get_rank(), dist.get_rank() == 0
         state = RunState(
             step=step,
@@ -278,7 +281,8 @@ class Trainer:
         return metrics | seconds | {"tokens_per_second": rollout.totals["tokens"] / seconds["seconds"]}
 
     def _take_back_visits(self, responses: list[Response], parts: list[list[int]], updates: list[UpdateResult]) -> None:
-        """A visit counts where it reached an update: those of an update that was left out are taken back. The same on every rank."""
+        """A visit counts where it reached an update: those of an update that was left out are taken back. The same on
+        every rank."""
         if self.phase.history is None:
             return
         for indices, update in zip(parts, updates, strict=True):
@@ -304,7 +308,8 @@ class Trainer:
         )
 
     def _fill_old_logprobs(self, minibatches) -> None:
-        """Old (and reference) log-probs of the whole rollout batch, before its first update, in the very micro-batches that the updates will use."""
+        """Old (and reference) log-probs of the whole rollout batch, before its first update, in the very micro-batches
+        that the updates will use."""
         everything = [micro_batch for micro_batches in minibatches for micro_batch in micro_batches]
         if not everything:
             return
@@ -322,7 +327,8 @@ class Trainer:
         return self.run_.config.optimizer.lr * share
 
     def _begin_next(self, step: int) -> None:
-        """Off-policy by one step: the prompts of the next step go to the engine, which samples while this step trains."""
+        """Off-policy by one step: the prompts of the next step go to the engine, which samples while this step
+        trains."""
         rollout = self.run_.config.rollout
         if rollout.max_staleness and step <= self.run_.config.training.steps:
             self.phase.begin([self.prompts.prompts[i] for i in self.sampler.next(rollout.prompts_per_step)], step)
@@ -363,7 +369,7 @@ class Trainer:
                 metrics["prompt_visits"] = sum(self.phase.history.visits(i) for i in ids) / len(ids)
         return metrics
 
-    # -- beside the loop --------------------------------------------------------------------------------------------------------------------
+    # -- beside the loop ---------------------------------------------------------------------------
 
     def _introduce(self) -> None:
         run_, world = self.run_, dist.get_world_size()
@@ -413,7 +419,8 @@ class Trainer:
         )
 
     def _save(self, name: str) -> str | None:
-        """The current weights as a Hugging Face folder ``output/name``; collective. A sentence on every rank where it could not be written."""
+        """The current weights as a Hugging Face folder ``output/name``; collective. A sentence on every rank where it
+        could not be written."""
         self.watchdog.enter("save", timeout_seconds=self.run_.config.checkpoint.timeout_seconds)
         return write_copy(self.gatherer.tensors(), self.folder / name, self.run_.hf_folder, self.sinks.warn)
 

@@ -1,7 +1,8 @@
 """From responses to minibatches of micro-batches: weights per token, and who trains on what.
 
-Every rank computes the whole plan from the same responses and keeps its data-parallel rank's part. A minibatch's weights come from the WHOLE minibatch
-(:func:`~dcpo_megatron.objectives.aggregation_weights`), so its loss does not depend on the plan.
+Every rank computes the whole plan from the same responses and keeps its data-parallel rank's part. A minibatch's
+weights come from the WHOLE minibatch (:func:`~dcpo_megatron.objectives.aggregation_weights`), so its loss does not
+depend on the plan.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from dcpo_megatron.objectives import Objective, aggregation_weights
 
 
 def split_minibatches(responses: Seq[Response], prompts: int) -> list[list[int]]:
-    """Indices of ``responses`` (which lie prompt by prompt), ``prompts`` prompts a minibatch; the last one may have fewer."""
+    """Indices of ``responses`` (which lie prompt by prompt), ``prompts`` prompts a minibatch; the last one may have
+    fewer."""
     order = list(dict.fromkeys(response.prompt_id for response in responses))
     place = {prompt_id: number // prompts for number, prompt_id in enumerate(order)}
     minibatches: list[list[int]] = [[] for _ in range(-(-len(order) // prompts))]
@@ -49,7 +51,8 @@ def plan_minibatch(
     data_size: int,
     multiple_of: int = 1,
 ) -> list[list[Sequence]]:
-    """The micro-batches of data-parallel rank ``data_rank``; ``Sequence.number`` is the index into ``responses``. Responses without tokens train nothing."""
+    """The micro-batches of data-parallel rank ``data_rank``; ``Sequence.number`` is the index into ``responses``.
+    Responses without tokens train nothing."""
     members = [responses[i] for i in indices]
     weights = token_weights(members, objective, max_response_tokens)
     trained = [(i, r, w) for i, r, w in zip(indices, members, weights, strict=True) if r.token_ids]

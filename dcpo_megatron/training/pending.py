@@ -35,8 +35,9 @@ class PendingHandle(Protocol):
 class PendingBatch:
     """This rank's share of the first round of ``step``.
 
-    ``jobs``: (prompt, sample index) of each response; ``known``: those that were finished before the engine was asked, by place in ``jobs``; ``asked``: the
-    places of the others, in the order of ``requests``. ``handle`` is None where the engine samples only when it is waited for.
+    ``jobs``: (prompt, sample index) of each response; ``known``: those that were finished before the engine was asked,
+    by place in ``jobs``; ``asked``: the places of the others, in the order of ``requests``. ``handle`` is None where
+    the engine samples only when it is waited for.
     """
 
     step: int
@@ -67,7 +68,8 @@ class PendingBatch:
 def read_pending(
     folder: Path, prompts: list[Prompt]
 ) -> tuple[int, list[Prompt], dict[tuple[str, int], Generation]] | None:
-    """What :meth:`PendingBatch.write` left in a checkpoint, of all ranks that wrote it: step, prompts, finished responses by (prompt id, sample index).
+    """What :meth:`PendingBatch.write` left in a checkpoint, of all ranks that wrote it: step, prompts, finished
+    responses by (prompt id, sample index).
 
     None where no batch was pending.
     """

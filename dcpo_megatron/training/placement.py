@@ -45,10 +45,11 @@ def this_host() -> tuple[str, str]:
 
 
 def misplaced(hosts: Sequence[tuple[str, str]], groups: dict[str, Collection[tuple[int, ...]]]) -> str | None:
-    """One sentence where a group of ``groups`` ("tensor", "context", "expert" ...: tuples of ranks) is on several hosts and need not be; None where all is well.
+    """One sentence where a group of ``groups`` ("tensor", "context", "expert" ...: tuples of ranks) is on several hosts
+    and need not be; None where all is well.
 
-    ``hosts``: name and identity of each rank's host. Tensor-parallel groups are always to be on one host; the others where they would be if each host had
-    consecutive ranks. The first kind that is not is said.
+    ``hosts``: name and identity of each rank's host. Tensor-parallel groups are always to be on one host; the others
+    where they would be if each host had consecutive ranks. The first kind that is not is said.
     """
     names, of = [name for name, _ in hosts], [identity for _, identity in hosts]
     counts = Counter(of)  # in the order of the hosts' first ranks

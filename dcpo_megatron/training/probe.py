@@ -1,4 +1,5 @@
-"""A few fixed token sequences under the training model: what a rollout server that holds the same weights must answer, to rounding."""
+"""A few fixed token sequences under the training model: what a rollout server that holds the same weights must answer,
+to rounding."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ class TrainingProbe:
         ]
 
     def logprobs(self) -> list[list[float]]:
-        """Per sequence, log p of every token but the first, at temperature 1. Collective over all ranks; the same on each."""
+        """Per sequence, log p of every token but the first, at temperature 1. Collective over all ranks; the same on
+        each."""
         ids = self.sequences()
         policy, position = self.policy, self.policy.position
         # The interleaved schedule wants a multiple of the pipeline size.

@@ -1,10 +1,11 @@
 """From prompts to responses with rewards and advantages: the first half of a step.
 
-The prompts_per_step x G samples are dealt over ALL ranks in one contiguous slice each, so a prompt's group may be split over ranks; rewards are judged where the response was
-sampled; advantages come from one all-reduce of statistics; then every rank gets every response that will be trained on.
+The prompts_per_step x G samples are dealt over ALL ranks in one contiguous slice each, so a prompt's group may be split
+over ranks; rewards are judged where the response was sampled; advantages come from one all-reduce of statistics; then
+every rank gets every response that will be trained on.
 
-With :meth:`RolloutPhase.begin` the first round of a later step is sampled while this one trains, by an engine with ``start`` and ``finish``; another engine samples it when
-:meth:`RolloutPhase.run` of that step takes it up.
+With :meth:`RolloutPhase.begin` the first round of a later step is sampled while this one trains, by an engine with
+``start`` and ``finish``; another engine samples it when :meth:`RolloutPhase.run` of that step takes it up.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from dcpo_megatron.training.pending import PendingBatch, response_of
 
 @dataclass
 class RolloutResult:
-    """The same on every rank. ``responses``: prompt by prompt in sampling order, advantages filled in. ``totals``: sums over all generated responses."""
+    """The same on every rank. ``responses``: prompt by prompt in sampling order, advantages filled in. ``totals``: sums
+    over all generated responses."""
 
     responses: list[Response]
     totals: dict[str, float]
@@ -39,8 +41,8 @@ class RolloutResult:
 
 @dataclass
 class RolloutPhase:
-    """Samples and judges. ``group`` is the group of all ranks that sample, for messages on the host (None: all ranks); ``timeline`` gets the spans rollout, reward,
-    rollout_wait and advantage."""
+    """Samples and judges. ``group`` is the group of all ranks that sample, for messages on the host (None: all ranks);
+    ``timeline`` gets the spans rollout, reward, rollout_wait and advantage."""
 
     engine: RolloutEngine
     tokenizer: object
@@ -69,7 +71,8 @@ class RolloutPhase:
     ) -> RolloutResult:
         """One rollout batch. Collective over ``group``; ``next_prompts`` must give the same prompts on every rank.
 
-        With dynamic sampling it goes on, up to ``max_rounds`` times, until ``prompts_wanted`` prompts are kept; the surplus of the last round is left out.
+        With dynamic sampling it goes on, up to ``max_rounds`` times, until ``prompts_wanted`` prompts are kept; the
+        surplus of the last round is left out.
         """
         kept: list[Response] = []
         order: list[str] = []

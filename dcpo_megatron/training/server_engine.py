@@ -1,4 +1,5 @@
-"""A fleet of SGLang servers as the rollout engine of a run: each rank samples through its own client, all ranks publish together.
+"""A fleet of SGLang servers as the rollout engine of a run: each rank samples through its own client, all ranks publish
+together.
 
 generate        every rank: its own requests                      -> where servers died and none is left: recover together, ask again for the rest
 start, finish   the same beside the training of another batch
@@ -53,7 +54,8 @@ class ServerEngine:
     """See :class:`~dcpo_megatron.rollout.RolloutEngine`. Every method but :meth:`start` is collective over all ranks.
 
     Args:
-        weights: the trained model's weights, walked anew each time it is iterated (:class:`~dcpo_megatron.weights.transfer.WeightGatherer`): given to servers that come back.
+        weights: the trained model's weights, walked anew each time it is iterated
+            (:class:`~dcpo_megatron.weights.transfer.WeightGatherer`): given to servers that come back.
         start_timeout: seconds to wait for a server where none is left.
         announce: says what happened, on the rank that writes.
         tick: called while waiting, which has a deadline of its own.
@@ -156,7 +158,8 @@ class ServerEngine:
         self.load_weights(self.weights, self.fleet.version or 0)
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Publishes ``tensors`` (walked anew where servers fail midway) as ``version``. Raises RolloutError, the same on every rank."""
+        """Publishes ``tensors`` (walked anew where servers fail midway) as ``version``. Raises RolloutError, the same
+        on every rank."""
         try:
             report = self.publisher.publish(tensors, version)
         finally:
@@ -165,7 +168,8 @@ class ServerEngine:
             self.announce(f"rollout server {url} is not used until it has taken new weights: {reason}")
 
     def release_memory(self) -> None:
-        """Idle servers on the trainer's GPUs free them, and the optimizer comes back; the next publication turns it round. Raises RolloutError, the same on every rank."""
+        """Idle servers on the trainer's GPUs free them, and the optimizer comes back; the next publication turns it
+        round. Raises RolloutError, the same on every rank."""
         self.publisher.release_memory()
         if self.shared is not None:
             self.shared.take_back()
@@ -214,7 +218,8 @@ def wait_together(
     tick: Callable[[], None] = lambda: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> str | None:
-    """Collective: rank 0 calls ``look`` until it gives a text, for ``seconds`` at most. Every rank returns that text, or None where time ran out.
+    """Collective: rank 0 calls ``look`` until it gives a text, for ``seconds`` at most. Every rank returns that text,
+    or None where time ran out.
 
     The ranks meet every few seconds, so that a wait may be longer than the deadline of a collective.
 

@@ -1,4 +1,5 @@
-"""GPUs that ranks and servers have in common: refused where it is an accident, and handed to and fro where it is meant (``publish.colocated``).
+"""GPUs that ranks and servers have in common: refused where it is an accident, and handed to and fro where it is meant
+(``publish.colocated``).
 
 servers sample                                  ranks train
 weights, cache, graphs on the GPU               released
@@ -29,7 +30,8 @@ class SharedGpu:
         self._offload = OptimizerOffload(policy)
 
     def make_room(self) -> None:
-        """Before servers take their memory back: leaves them all that a forward pass does not need. Collective: returns when every rank has."""
+        """Before servers take their memory back: leaves them all that a forward pass does not need. Collective: returns
+        when every rank has."""
         self._offload.to_host()
         torch.cuda.empty_cache()
         dist.barrier(group=host_group())

@@ -1,4 +1,5 @@
-"""What the certificate runs on: small models, data that hurts, objectives. The layouts are in :mod:`~dcpo_megatron.verification.layouts`.
+"""What the certificate runs on: small models, data that hurts, objectives. The layouts are in
+:mod:`~dcpo_megatron.verification.layouts`.
 
 Everything is made from a seed; nothing here needs Megatron-Core.
 """
@@ -77,7 +78,8 @@ SWITCHES: dict[str, dict] = {
 
 
 def find_objectives(names: str) -> dict[str, Objective]:
-    """``all`` of :data:`OBJECTIVES`, or names separated by commas: one of those, or any preset with any of :data:`SWITCHES` added.
+    """``all`` of :data:`OBJECTIVES`, or names separated by commas: one of those, or any preset with any of
+    :data:`SWITCHES` added.
 
     Raises:
         ValueError: an unknown name or switch, listing the known ones.
@@ -106,7 +108,8 @@ VOCAB = 101  # odd: needs padding for any tensor size
 
 
 def make_items(seed: int = 0) -> list[Item]:
-    """The minibatch. Old log-probs are filled in by :func:`attach_old_logprobs`, near the model's own, so that every clip branch is met."""
+    """The minibatch. Old log-probs are filled in by :func:`attach_old_logprobs`, near the model's own, so that every
+    clip branch is met."""
     generator = torch.Generator().manual_seed(seed)
     items = []
     for prompt_id, (lengths, prompt_length) in enumerate(zip(LENGTHS, PROMPT_LENGTHS)):
@@ -161,7 +164,8 @@ def attach_old_logprobs(
 
 
 def make_model(kind: str, folder: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> None:
-    """Writes a small Hugging Face model of :func:`tiny_config`, with weights large enough that attention and router are far from uniform.
+    """Writes a small Hugging Face model of :func:`tiny_config`, with weights large enough that attention and router are
+    far from uniform.
 
     Weights are numbers that ``dtype`` holds, written as fp32.
     """

@@ -1,18 +1,22 @@
 """Runs layouts against the dense reference and says where they differ.
 
-Relative error = norm of the difference over norm of the reference, per parameter; the worst of all parameters counts. Where a reference gradient is all but
-zero (below 1e-6 of the whole gradient's norm), the difference is held against that floor instead.
+Relative error = norm of the difference over norm of the reference, per parameter; the worst of all parameters counts.
+Where a reference gradient is all but zero (below 1e-6 of the whole gradient's norm), the difference is held against
+that floor instead.
 
-Parameters are held by their UPDATE. SGD's one step is held against the reference's gradient. Adam runs two steps with weight decay and clipping: it divides
-by the gradient's own size, so where a gradient is near eps its last bits move the parameter by up to lr. So Adam is held against AdamW written out on the
-layout's own gradients, the first of which the column before has compared with the reference.
+Parameters are held by their UPDATE. SGD's one step is held against the reference's gradient. Adam runs two steps with
+weight decay and clipping: it divides by the gradient's own size, so where a gradient is near eps its last bits move the
+parameter by up to lr. So Adam is held against AdamW written out on the layout's own gradients, the first of which the
+column before has compared with the reference.
 
-In bfloat16 no constant would do: its rounding costs one parameter's gradient 1 %, and 7 % that of a bias whose terms all but cancel. So there
+In bfloat16 no constant would do: its rounding costs one parameter's gradient 1 %, and 7 % that of a bias whose terms
+all but cancel. So there
 
     error = |layout in bf16 - dense in fp32|  /  |dense in bf16 - dense in fp32|        of every parameter; at most 8
 
-where "dense" is the reference on the same weights, which bf16 holds exactly. No old log-prob lies within 0.05 nats of a bound: a token that is clipped in
-one process and not in the other would move the gradient by itself, and no rounding error bounds that.
+where "dense" is the reference on the same weights, which bf16 holds exactly. No old log-prob lies within 0.05 nats of a
+bound: a token that is clipped in one process and not in the other would move the gradient by itself, and no rounding
+error bounds that.
 """
 
 from __future__ import annotations
@@ -40,7 +44,8 @@ GRADIENT_TOLERANCE = 2e-5
 PARAMETER_TOLERANCE = 2e-5
 DISTRIBUTION_TOLERANCE = 1e-5
 HISTORY_TOLERANCE = 1e-12
-# Megatron-Core keeps hold of process groups that were destroyed, and gloo's threads with them: ranks are renewed now and then.
+# Megatron-Core keeps hold of process groups that were destroyed, and gloo's threads with them: ranks are renewed now
+# and then.
 RUNS_OF_A_POOL = 8
 # Nats between a token and the next bound in bfloat16: five times what its rounding moves a log-prob of these models.
 JUMP_MARGIN = 0.05
@@ -50,7 +55,8 @@ ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "clip_grad": 0.
 
 @dataclass(frozen=True)
 class Bounds:
-    """What errors may be, and ``roundoff``: how far a parameter may lie from the exact update, relative, because it is stored so."""
+    """What errors may be, and ``roundoff``: how far a parameter may lie from the exact update, relative, because it is
+    stored so."""
 
     error: float
     distribution: float
@@ -65,8 +71,9 @@ BOUNDS = {
 
 @dataclass
 class Verdict:
-    """One layout under one objective. In fp32 errors are relative for loss, gradients and parameters, absolute (nats) for log-probs and entropies; in bf16 they
-    are multiples of what bf16 costs the reference, but for Adam and the history."""
+    """One layout under one objective. In fp32 errors are relative for loss, gradients and parameters, absolute (nats)
+    for log-probs and entropies; in bf16 they are multiples of what bf16 costs the reference, but for Adam and the
+    history."""
 
     layout: str
     objective: str
@@ -117,12 +124,14 @@ def certify(
     dtype: str = "float32",
     transformer_engine: str = "off",
 ) -> list[Verdict]:
-    """Measures every layout and compares it; ``report`` is called as verdicts come. A layout whose ranks fail gets a verdict that says so.
+    """Measures every layout and compares it; ``report`` is called as verdicts come. A layout whose ranks fail gets a
+    verdict that says so.
 
     Args:
         megatron_path: a folder with another ``megatron`` package, put first on the ranks' import path.
         dtype: "float32" or "bfloat16", of weights and activations.
-        transformer_engine: "off" (Megatron-Core's layers with this project's norm and attention), "on", or "auto", as in ``model.transformer_engine``.
+        transformer_engine: "off" (Megatron-Core's layers with this project's norm and attention), "on", or "auto", as
+            in ``model.transformer_engine``.
         sabotage: see :func:`~dcpo_megatron.verification.measure.measure`.
         pool: ranks to use instead of starting some.
     """
@@ -240,7 +249,8 @@ def _units(exact, rounded) -> _Units:
 
 
 def _checkpoint_form(model, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Under a checkpoint's names, as transformers itself writes them: it holds the experts of a layer in one tensor, checkpoints name each expert."""
+    """Under a checkpoint's names, as transformers itself writes them: it holds the experts of a layer in one tensor,
+    checkpoints name each expert."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(model, tensors)
@@ -299,7 +309,8 @@ def _compare(layout: Layout, bundle: _Bundle, measured: dict, objectives: dict) 
 
 
 def _compare_history(items: list[cases.Item], measured: dict) -> float:
-    """Largest absolute difference between the layout's reward history and that of one process; inf where its ranks disagree in a single bit."""
+    """Largest absolute difference between the layout's reward history and that of one process; inf where its ranks
+    disagree in a single bit."""
     alone = RewardHistory()
     for visit in range(cases.VISITS):
         ids, rewards = cases.visit_rewards(items, visit)
@@ -327,7 +338,8 @@ def _compare_steps(verdict: Verdict, bundle: _Bundle, measured: dict, wanted: di
 
 
 def _worst_update(bundle: _Bundle, measured: dict, wanted: dict, units: dict[str, float]) -> float:
-    """Error of the UPDATE (not of the parameter, which is much larger), beyond what rounding the stored parameter explains."""
+    """Error of the UPDATE (not of the parameter, which is much larger), beyond what rounding the stored parameter
+    explains."""
     errors = []
     for name, target in wanted.items():
         start = bundle.start[name].double()

@@ -3,7 +3,8 @@
     tp2-sp-pp2-vpp2-cp2-dp2-ep2-etp1 / padded / moe / m4
     sizes of each dimension            rows    model  micro-batches       (packed rows, the dense model and two micro-batches where nothing is said)
 
-A name that is not in the list is as good as one that is: :func:`parse_layout` reads it, and refuses what the model cannot have before a rank is started.
+A name that is not in the list is as good as one that is: :func:`parse_layout` reads it, and refuses what the model
+cannot have before a rank is started.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from dcpo_megatron.verification.cases import KINDS, tiny_config
 
 @dataclass(frozen=True)
 class Layout:
-    """A parallel layout by name, on ``world`` ranks: the fields of ParallelLayout, packed or padded rows, and the model it runs."""
+    """A parallel layout by name, on ``world`` ranks: the fields of ParallelLayout, packed or padded rows, and the model
+    it runs."""
 
     name: str
     world: int
@@ -148,7 +150,8 @@ _WORDS = {
 
 
 def parse_layout(name: str) -> Layout:
-    """Reads ``tp2-sp-pp2-vpp2-cp2-dp2-ep2-etp1``, with ``first1`` and ``last1`` for the layers of the outer stages, then any of ``/padded``, ``/MODEL``, ``/m5``.
+    """Reads ``tp2-sp-pp2-vpp2-cp2-dp2-ep2-etp1``, with ``first1`` and ``last1`` for the layers of the outer stages,
+    then any of ``/padded``, ``/MODEL``, ``/m5``.
 
     Raises:
         ValueError: a word that means nothing, or a layout that the model cannot have; says why.

@@ -1,6 +1,8 @@
-"""The rank side of the certificate: real GPTModel, DistributedDataParallel, DistributedOptimizer, schedule and DCPO loss, in one layout.
+"""The rank side of the certificate: real GPTModel, DistributedDataParallel, DistributedOptimizer, schedule and DCPO
+loss, in one layout.
 
-:func:`measure` runs inside a :class:`~dcpo_megatron.verification.ranks.RankPool` on every rank of the layout; rank 0 gives back everything under Hugging Face names.
+:func:`measure` runs inside a :class:`~dcpo_megatron.verification.ranks.RankPool` on every rank of the layout; rank 0
+gives back everything under Hugging Face names.
 """
 
 from __future__ import annotations
@@ -31,18 +33,23 @@ def measure(
     device: str = "cpu",
     sabotage: str | None = None,
 ) -> dict | None:
-    """Loss and gradients under each objective, log-probs and entropies, parameters after one step of each optimizer under the last objective.
+    """Loss and gradients under each objective, log-probs and entropies, parameters after one step of each optimizer
+    under the last objective.
 
     Args:
-        rates: learning rate by optimizer. "adam" runs Megatron-Core's DistributedOptimizer, "sgd" its plain optimizer (the distributed one knows Adam only).
-        adam: "betas", "eps", "weight_decay", "clip_grad" of the Adam steps (two of them; SGD makes one, with neither decay nor clipping).
+        rates: learning rate by optimizer. "adam" runs Megatron-Core's DistributedOptimizer, "sgd" its plain optimizer
+            (the distributed one knows Adam only).
+        adam: "betas", "eps", "weight_decay", "clip_grad" of the Adam steps (two of them; SGD makes one, with neither
+            decay nor clipping).
         dtype, transformer_engine: as in the model's options.
-        sabotage: ``package.module:function`` called before the model is built, to break one thing on purpose; it returns what undoes it.
+        sabotage: ``package.module:function`` called before the model is built, to break one thing on purpose; it
+            returns what undoes it.
 
     Returns:
-        on rank 0 ``{"loss": {objective: float}, "gradients": {objective: {name: tensor}}, "logprobs": [...], "entropies": [...],
-        "norm": {optimizer: float}, "parameters": {optimizer: {name: tensor}}, "adam_gradients": one dict a step,
-        "history": state, "history_is_one": bool, "replicas_agree": bool}``; None elsewhere. Log-probs and entropies come twice: lowest and highest of all ranks.
+        on rank 0 ``{"loss": {objective: float}, "gradients": {objective: {name: tensor}}, "logprobs": [...],
+        "entropies": [...], "norm": {optimizer: float}, "parameters": {optimizer: {name: tensor}}, "adam_gradients": one
+        dict a step, "history": state, "history_is_one": bool, "replicas_agree": bool}``; None elsewhere. Log-probs and
+        entropies come twice: lowest and highest of all ranks.
     """
     from dcpo_megatron.mcore.hf_config import read_shape
     from dcpo_megatron.mcore.layout import ParallelLayout, make_groups, rank_position
@@ -115,12 +122,14 @@ def measure(
 
 
 def exact_products() -> None:
-    """fp32 products in fp32 from here on. TF32 has ten bits, and NVIDIA's images switch it on for torch (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE)."""
+    """fp32 products in fp32 from here on. TF32 has ten bits, and NVIDIA's images switch it on for torch
+    (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE)."""
     torch.set_float32_matmul_precision("highest")
 
 
 def _reward_history(items: list[Item], position) -> tuple[dict, bool]:
-    """SAS over the data-parallel group: three visits with groups split over its ranks. Returns the state, and whether EVERY rank has it bit for bit."""
+    """SAS over the data-parallel group: three visits with groups split over its ranks. Returns the state, and whether
+    EVERY rank has it bit for bit."""
     from dcpo_megatron.distributed import all_gather_bytes
 
     history = RewardHistory()
@@ -135,7 +144,8 @@ def _reward_history(items: list[Item], position) -> tuple[dict, bool]:
 
 
 def _replicas_agree(model, full: dict[str, torch.Tensor]) -> bool:
-    """Whether every rank, walking its own tensor-, pipeline- and data-parallel peers, sees the same bits, and both copies of a tied embedding are one."""
+    """Whether every rank, walking its own tensor-, pipeline- and data-parallel peers, sees the same bits, and both
+    copies of a tied embedding are one."""
     from dcpo_megatron.distributed import all_gather_bytes
 
     device = model.platform.device
@@ -172,8 +182,8 @@ def main_grad(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def split_items(items: list[Item], layout: Layout, position) -> list[list[int]]:
-    """Micro-batches of this data-parallel rank, by item number: groups split over ranks, very different lengths together, a micro-batch of zero
-    advantages alone, and (where there are enough) one without any response."""
+    """Micro-batches of this data-parallel rank, by item number: groups split over ranks, very different lengths
+    together, a micro-batch of zero advantages alone, and (where there are enough) one without any response."""
     zero = [number for number, item in enumerate(items) if item.prompt_id == ZERO_PROMPT]
     rest = [number for number, item in enumerate(items) if item.prompt_id != ZERO_PROMPT]
     mine_zero = zero[position.data_rank :: position.data_size]
@@ -214,7 +224,8 @@ def _sequence(number: int, items: list[Item], objective: Objective):
 
 
 def _distributions(model, plan, items) -> tuple[list, list]:
-    """``([lowest, highest], [lowest, highest])`` log-probs and entropies of every item over all ranks that hold it (peers must agree)."""
+    """``([lowest, highest], [lowest, highest])`` log-probs and entropies of every item over all ranks that hold it
+    (peers must agree)."""
     objective = Objective()
     micro_batches = _micro_batches(plan, items, objective)
     found = []
@@ -231,7 +242,8 @@ def _distributions(model, plan, items) -> tuple[list, list]:
 
 
 def _gather_gradient_shards(model) -> None:
-    """After the reduce-scatter each data-parallel rank holds its shard of every gradient bucket: joins them in place, for reading only."""
+    """After the reduce-scatter each data-parallel rank holds its shard of every gradient bucket: joins them in place,
+    for reading only."""
     for chunk in model.chunks:
         for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
             for bucket in buffer.buckets:

@@ -3,9 +3,9 @@
     pool -- spawn --> mother: imports once --> rank 0, 1, ...   copies of it (CPU: fork)
     pool <== a pipe each ==> ranks       pool <== a pipe ==> mother: exit codes; its end is theirs
 
-Imports cost seconds, a new process group a fraction of one: they are done once, and each :meth:`RankPool.run` makes a fresh default group.
-Every run has a deadline; a rank that raises, dies or hangs ends the pool, with the rank's name and its traceback. Ranks on GPUs import
-for themselves: CUDA does not outlive a fork.
+Imports cost seconds, a new process group a fraction of one: they are done once, and each :meth:`RankPool.run` makes a
+fresh default group. Every run has a deadline; a rank that raises, dies or hangs ends the pool, with the rank's name and
+its traceback. Ranks on GPUs import for themselves: CUDA does not outlive a fork.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class RankPool:
                     os.environ[name] = value
 
     def run(self, function: str, world: int, *args, timeout: float = 120.0, **kwargs) -> list:
-        """Calls ``package.module:function(*args, **kwargs)`` on ranks 0..world-1 of a fresh process group; returns what each gave.
+        """Calls ``package.module:function(*args, **kwargs)`` on ranks 0..world-1 of a fresh process group; returns what
+        each gave.
 
         Raises:
             RankFailure: a rank raised, died, or gave nothing within ``timeout`` seconds. The pool is closed then.
@@ -145,7 +146,8 @@ def _free_port() -> int:
 
 
 def _bear(pipes: dict, device: str, python_path: list[str], codes) -> None:
-    """The mother: forks a rank for each of ``pipes``, and sends (rank, exit code) as they end. Where the pool is gone, it kills them."""
+    """The mother: forks a rank for each of ``pipes``, and sends (rank, exit code) as they end. Where the pool is gone,
+    it kills them."""
     import logging
     import sys
     import warnings

@@ -1,7 +1,8 @@
 """What one process computes, from nothing but the Hugging Face model, plain autograd and the formulas written out.
 
-No Megatron-Core, no ``dcpo_megatron.objectives``, no weights computed ahead: each response goes through the model alone, each token's loss is the maximum or
-minimum that its paper states, and the minibatch loss is the mean that the aggregation's name says. Slow on purpose; it shares no line with what it checks.
+No Megatron-Core, no ``dcpo_megatron.objectives``, no weights computed ahead: each response goes through the model
+alone, each token's loss is the maximum or minimum that its paper states, and the minibatch loss is the mean that the
+aggregation's name says. Slow on purpose; it shares no line with what it checks.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from dcpo_megatron.verification.cases import Item
 
 @dataclass
 class Reference:
-    """Dense results: ``gradients`` by Hugging Face name, log-probs and entropies by item. ``magnitude``: the loss with the absolute value of every token's."""
+    """Dense results: ``gradients`` by Hugging Face name, log-probs and entropies by item. ``magnitude``: the loss with
+    the absolute value of every token's."""
 
     loss: float
     magnitude: float
@@ -84,7 +86,8 @@ def token_losses(logp, entropy, item: Item, settings: dict) -> torch.Tensor:
 
 
 def aggregate(losses: list[torch.Tensor], items: list[Item], settings: dict) -> torch.Tensor:
-    """One number from the token losses of a whole minibatch, as the aggregation's name says (spec of OTM, GRPO, DAPO, Dr.GRPO)."""
+    """One number from the token losses of a whole minibatch, as the aggregation's name says (spec of OTM, GRPO, DAPO,
+    Dr.GRPO)."""
     prompts = sorted({item.prompt_id for item in items})
     if settings["aggregation"] == "otm":
         per_prompt = [sum(loss.mean() for loss, item in zip(losses, items) if item.prompt_id == p) for p in prompts]
@@ -102,7 +105,8 @@ def dense_reference(model, items: list[Item], settings: dict, temperature: float
     tokens = [token_distribution(model, item, temperature) for item in items]
     losses = [token_losses(logp, entropy, item, settings) for (logp, entropy), item in zip(tokens, items)]
     loss = aggregate(losses, items, settings)
-    # One response after the other, added up in fp32: a sum over responses in bfloat16 would cost more than all the rest.
+    # One response after the other, added up in fp32: a sum over responses in bfloat16 would cost more than all the
+    # rest.
     gradients = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
     for token_loss, share in zip(losses, torch.autograd.grad(loss, losses, retain_graph=True)):
         model.zero_grad(set_to_none=True)
@@ -120,7 +124,8 @@ def dense_reference(model, items: list[Item], settings: dict, temperature: float
 
 
 def near_a_jump(logp: torch.Tensor, item: Item, objectives: list[dict], margin: float) -> torch.Tensor:
-    """Which tokens of a response lie so near a bound that ``margin`` nats, up or down, switch their gradient on or off. ``[len(response)]`` bool.
+    """Which tokens of a response lie so near a bound that ``margin`` nats, up or down, switch their gradient on or off.
+    ``[len(response)]`` bool.
 
     No rounding error bounds the gradient there: a token is clipped in one process and not in the other.
     """
@@ -142,7 +147,8 @@ def sgd_step(start: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor],
 
 
 def adamw_steps(start: dict, gradients: list[dict], lr: float, settings: dict) -> dict[str, torch.Tensor]:
-    """Parameters after one AdamW step a gradient, each clipped to ``clip_grad`` first, in double precision (arXiv 1711.05101).
+    """Parameters after one AdamW step a gradient, each clipped to ``clip_grad`` first, in double precision (arXiv
+    1711.05101).
 
     Weight decay leaves out vectors (norms, biases), as Megatron-Core does.
     """

@@ -3,11 +3,14 @@
     undisturbed:  start ------------------------------------------------> end
     disturbed:    start ----- kill -9   start -- kill -9   start ... ----> end       the same command each time
 
-What is left of the run's steps is shared out among the kills that are left. A kill waits for a step of its start, then for a phase (sampling, a checkpoint half-written,
-weights on their way to the engine) or a random moment, and takes launcher and ranks at once; where the phase does not show within the share, the moment is the end of the
-share. Where a run comes to its end before its kills, on a machine that is busy with other work, another disturbed run has the rest of them.
+What is left of the run's steps is shared out among the kills that are left. A kill waits for a step of its start, then
+for a phase (sampling, a checkpoint half-written, weights on their way to the engine) or a random moment, and takes
+launcher and ranks at once; where the phase does not show within the share, the moment is the end of the share. Where a
+run comes to its end before its kills, on a machine that is busy with other work, another disturbed run has the rest of
+them.
 
-Compared are every metric of every step but times, every weight of the model at the end, and every file of the last checkpoint that has no time in it.
+Compared are every metric of every step but times, every weight of the model at the end, and every file of the last
+checkpoint that has no time in it.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ from dcpo_megatron.console.quiet import quiet_libraries
 from dcpo_megatron.files import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-# How a kill chooses its moment. "start" is before the first step of a start, also in the middle of loading a checkpoint.
+# How a kill chooses its moment. "start" is before the first step of a start, also in the middle of loading a
+# checkpoint.
 MOMENTS = ("anywhere", "rollout", "save", "publish", "update", "start")
 # Steps of a run for each kill: most phases are so short that they show in one step of ten.
 STEPS_A_KILL = 15
@@ -96,7 +100,8 @@ def kill_all(process: subprocess.Popen) -> None:
 
 
 def wait_for_the_end(process: subprocess.Popen, deadline: float, log: Path, what: str) -> None:
-    """Raises RuntimeError, with the end of ``log``, where ``what`` fails or takes longer than ``deadline`` seconds; nothing of it is left then."""
+    """Raises RuntimeError, with the end of ``log``, where ``what`` fails or takes longer than ``deadline`` seconds;
+    nothing of it is left then."""
     try:
         code = process.wait(deadline)
         problem = f"failed ({code})" if code else None
@@ -176,7 +181,7 @@ def wait_for(
     return "anywhere"
 
 
-# -- comparing ----------------------------------------------------------------------------------------------------------------------------------
+# -- comparing -------------------------------------------------------------------------------------
 
 
 def _rows(run: Path) -> list[dict]:
@@ -237,11 +242,12 @@ def _compare_checkpoints(undisturbed: Path, disturbed: Path) -> int:
     return count
 
 
-# -- the command --------------------------------------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 def verify(folder: Path, *, kills: int, ranks: int, steps: int, seed: int, say=print, deadline: float = 300.0) -> None:
-    """Runs the whole comparison in ``folder``. Raises :class:`Difference`, or RuntimeError where a run fails by itself."""
+    """Runs the whole comparison in ``folder``. Raises :class:`Difference`, or RuntimeError where a run fails by
+    itself."""
     chance = random.Random(seed)
     task = make_task(folder, steps=steps)
     undisturbed, disturbed = folder / "undisturbed", folder / "disturbed"
@@ -261,7 +267,8 @@ def verify(folder: Path, *, kills: int, ranks: int, steps: int, seed: int, say=p
 
 
 def _disturb(arguments, run: Path, ranks: int, steps: int, met: int, kills: int, chance, say, deadline: float) -> int:
-    """One disturbed run from its first start to its end, with the kills from ``met`` to ``kills``; returns how many met it running."""
+    """One disturbed run from its first start to its end, with the kills from ``met`` to ``kills``; returns how many met
+    it running."""
     before, log, watch = met, run.with_suffix(".log"), Watch(run)
     while met < kills and watch.steps < steps:
         moment = MOMENTS[met % len(MOMENTS)]

@@ -4,11 +4,14 @@
     megatron-to-hf   to_hf.py         a unit a safetensors shard     records of any layout -> full parameter -> split -> rows of the file
     reshard          reshard.py       a unit a layer                 records of any layout -> chunks of the new layout, optimizer state too
 
-Each is a job of independent units (:mod:`~dcpo_megatron.weights.work`). A ``torch_dist`` checkpoint holds whole tensors cut into chunks, and every layout can be
-loaded from every other. The layout that a conversion is given decides how tensors are cut (tensor and expert-tensor sizes) and how far the vocabulary is
-padded, so that a run of that layout reads whole records; pipeline, virtual pipeline and expert sizes decide nothing on disk, and are checked against the model.
+Each is a job of independent units (:mod:`~dcpo_megatron.weights.work`). A ``torch_dist`` checkpoint holds whole tensors
+cut into chunks, and every layout can be loaded from every other. The layout that a conversion is given decides how
+tensors are cut (tensor and expert-tensor sizes) and how far the vocabulary is padded, so that a run of that layout
+reads whole records; pipeline, virtual pipeline and expert sizes decide nothing on disk, and are checked against the
+model.
 
-Memory: one tensor of one layer and its merged copy; embedding and output layer, which may be larger than a layer, in stretches of rows.
+Memory: one tensor of one layer and its merged copy; embedding and output layer, which may be larger than a layer, in
+stretches of rows.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ class LayoutError(ValueError):
 
 
 def check_layout(layout: ParallelLayout, shape: ModelShape) -> None:
-    """Raises :class:`LayoutError` with every reason why ``layout`` does not fit the model, on as many ranks as it needs."""
+    """Raises :class:`LayoutError` with every reason why ``layout`` does not fit the model, on as many ranks as it
+    needs."""
     world = layout.model_ranks
     if shape.experts:
         world = math.lcm(world, layout.expert * (layout.expert_tensor or layout.tensor) * layout.pipeline)
@@ -75,7 +79,8 @@ def write_index_with_companions(folder: Path, tensors, records, common: dict | N
 def chunk_grid(
     rule: Rule, sizes: tuple[int, ...], parts: int, itemsize: int
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """``(offsets, sizes)`` of the chunks of a full parameter of ``sizes``, cut for ``parts`` tensor ranks, none above :data:`PIECE_BYTES` (by rows)."""
+    """``(offsets, sizes)`` of the chunks of a full parameter of ``sizes``, cut for ``parts`` tensor ranks, none above
+    :data:`PIECE_BYTES` (by rows)."""
     rows, rest = sizes[0], sizes[1:]
     if rule.kind == "row":
         blocks = [((0, column), (rows, sizes[1] // parts)) for column in range(0, sizes[1], sizes[1] // parts)]

@@ -16,12 +16,12 @@ _ROWS = 1024
 
 
 def check_folder(source: SafetensorsFolder, shape: ModelShape) -> None:
-    """Holds every tensor of the folder against ``shape`` by name and size, on every rank alike. Only headers are read; of a tied model that has an output layer
-    all the same, both tensors.
+    """Holds every tensor of the folder against ``shape`` by name and size, on every rank alike. Only headers are read;
+    of a tied model that has an output layer all the same, both tensors.
 
     Raises:
-        CheckpointError: a tensor that is missing, has another shape than config.json says, or belongs to no part of the model; an output layer that is not
-            the embedding that config.json ties it to.
+        CheckpointError: a tensor that is missing, has another shape than config.json says, or belongs to no part of the
+            model; an output layer that is not the embedding that config.json ties it to.
     """
     if not shape.tied_embeddings and _OUTPUT not in source.names():
         raise CheckpointError(
@@ -74,10 +74,12 @@ def check_tie(
     output_name: str,
     embedding_name: str,
 ) -> None:
-    """Holds the output layer of a tied model against its embedding; each gives its rows ``[first, last)``, [rows, H]. Padding beyond ``vocab`` rows is not looked at.
+    """Holds the output layer of a tied model against its embedding; each gives its rows ``[first, last)``, [rows, H].
+    Padding beyond ``vocab`` rows is not looked at.
 
     Raises:
-        CheckpointError: they are not the same. transformers (5.12, ``tie_weights``) would train such a model untied, after a warning.
+        CheckpointError: they are not the same. transformers (5.12, ``tie_weights``) would train such a model untied,
+            after a warning.
     """
     for first in range(0, vocab, _ROWS):
         rows = first, min(first + _ROWS, vocab)

@@ -1,7 +1,9 @@
-"""A GGUF file to a Hugging Face folder: transformers reads it (packages ``gguf`` and ``accelerate``), and what it leaves wrong is put right.
+"""A GGUF file to a Hugging Face folder: transformers reads it (packages ``gguf`` and ``accelerate``), and what it
+leaves wrong is put right.
 
-A GGUF file names the token that ends a response by number. transformers takes the number into the model's configuration, and gives the tokenizer another
-token; a run, or a server, that believes the tokenizer would wait for a token that the model does not write.
+A GGUF file names the token that ends a response by number. transformers takes the number into the model's
+configuration, and gives the tokenizer another token; a run, or a server, that believes the tokenizer would wait for a
+token that the model does not write.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ def gguf_to_hf(file: str | os.PathLike, folder: str | os.PathLike) -> None:
     """Writes the model (fp32) and the tokenizer of ``file`` as a Hugging Face folder.
 
     Raises:
-        CheckpointError: no GGUF file, a package is missing, or an architecture that transformers does not read from GGUF.
+        CheckpointError: no GGUF file, a package is missing, or an architecture that transformers does not read from
+            GGUF.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,7 +57,8 @@ def gguf_to_hf(file: str | os.PathLike, folder: str | os.PathLike) -> None:
 
 
 def end_as_the_model_does(folder: str | os.PathLike) -> None:
-    """Gives the tokenizer in ``folder`` the end (and padding) token that the model's configuration names, where it has another."""
+    """Gives the tokenizer in ``folder`` the end (and padding) token that the model's configuration names, where it has
+    another."""
     from transformers import AutoTokenizer
 
     folder = Path(folder)

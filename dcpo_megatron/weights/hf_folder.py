@@ -1,4 +1,5 @@
-"""Hugging Face folders on disk: which files of them count, tensors read by name from safetensors, and a whole folder written atomically.
+"""Hugging Face folders on disk: which files of them count, tensors read by name from safetensors, and a whole folder
+written atomically.
 
 weights       what config.json names as transformers_weights, else model.safetensors, else the shards of its index: as transformers chooses
 companions    every other file, and the subfolders of tokenizer, processor and code (additional_chat_templates)
@@ -42,9 +43,11 @@ class CheckpointError(ValueError):
 
 
 def weights_file(folder: str | os.PathLike) -> Path:
-    """The safetensors file, or index of several, that counts in a Hugging Face folder: the choice of transformers (5.12, ``_get_resolved_checkpoint_files``).
+    """The safetensors file, or index of several, that counts in a Hugging Face folder: the choice of transformers
+    (5.12, ``_get_resolved_checkpoint_files``).
 
-    A whole file beside an index counts, whatever the index says: ``save_pretrained`` leaves older shards, and their index, where they are.
+    A whole file beside an index counts, whatever the index says: ``save_pretrained`` leaves older shards, and their
+    index, where they are.
 
     Raises:
         CheckpointError: there is none; names what lies there instead.
@@ -82,7 +85,8 @@ def _config(folder: Path) -> dict:
 
 
 class SafetensorsFolder:
-    """Tensors of a Hugging Face folder by name, read one at a time (nothing is held). Which files count, :func:`weights_file` says.
+    """Tensors of a Hugging Face folder by name, read one at a time (nothing is held). Which files count,
+    :func:`weights_file` says.
 
     Raises:
         CheckpointError: no safetensors file, a broken one, or an index that names files which are not there.
@@ -121,7 +125,8 @@ class SafetensorsFolder:
         return set(self._file_of)
 
     def unlisted(self) -> list[str]:
-        """Tensors that lie in the files and that the index does not name. Raises :class:`CheckpointError` where a file is broken."""
+        """Tensors that lie in the files and that the index does not name. Raises :class:`CheckpointError` where a file
+        is broken."""
         found: set[str] = set()
         for file in self.files:
             found |= self._read_header(file).keys()
@@ -160,14 +165,16 @@ class SafetensorsFolder:
         return self._headers[file]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """One tensor's sizes, from its file's header (each file is opened once). Raises :class:`CheckpointError` where it is missing or unreadable."""
+        """One tensor's sizes, from its file's header (each file is opened once). Raises :class:`CheckpointError` where
+        it is missing or unreadable."""
         return self._header(name)[0]
 
     def dtype(self, name: str) -> torch.dtype:
         """One tensor's dtype, from its file's header.
 
         Raises:
-            CheckpointError: missing or unreadable, or numbers of a kind that is not trained in (quantised weights, say).
+            CheckpointError: missing or unreadable, or numbers of a kind that is not trained in (quantised weights,
+                say).
         """
         dtype = self._header(name)[1]
         if not isinstance(dtype, torch.dtype):
@@ -206,10 +213,12 @@ class SafetensorsFolder:
 
 
 def companions(folder: str | os.PathLike, destination: Path | None = None) -> list[Path]:
-    """What of a Hugging Face folder is not weights (configuration, tokenizer, chat templates, code, licence), as paths relative to it.
+    """What of a Hugging Face folder is not weights (configuration, tokenizer, chat templates, code, licence), as paths
+    relative to it.
 
-    Subfolders belong to it, but for hidden ones, caches, logs of a training, and such with weights in them: another form of the weights, or a checkpoint.
-    ``destination``: a folder that is being written; where it lies below ``folder``, the way to it is left out.
+    Subfolders belong to it, but for hidden ones, caches, logs of a training, and such with weights in them: another
+    form of the weights, or a checkpoint. ``destination``: a folder that is being written; where it lies below
+    ``folder``, the way to it is left out.
     """
     root, found, seen = Path(folder), [], set()
     target = destination.resolve() if destination is not None else None
@@ -242,7 +251,8 @@ def companions(folder: str | os.PathLike, destination: Path | None = None) -> li
 
 
 def copy_companions(source: str | os.PathLike, destination: Path) -> None:
-    """Copies :func:`companions` of a Hugging Face folder untouched; only a name of its weights' file goes from config.json: they get the usual one."""
+    """Copies :func:`companions` of a Hugging Face folder untouched; only a name of its weights' file goes from
+    config.json: they get the usual one."""
     for path in companions(source, destination):
         target = destination / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -272,7 +282,8 @@ def write_safetensors(
     pieces: Iterable[tuple[str, torch.Tensor]],
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Writes one safetensors file of any size with one piece in memory at a time (the safetensors package itself wants all tensors at once).
+    """Writes one safetensors file of any size with one piece in memory at a time (the safetensors package itself wants
+    all tensors at once).
 
     Args:
         entries: every tensor as (name, dtype, shape), in the order in which ``pieces`` brings them.
@@ -324,15 +335,18 @@ def write_hf_folder(
     shard_bytes: int = 5 * 1024**3,
     warn: Callable[[str], None] = warnings.warn,
 ) -> Path:
-    """Writes a Hugging Face folder: ``tensors`` in safetensors shards with an index, every other file copied from ``source``.
+    """Writes a Hugging Face folder: ``tensors`` in safetensors shards with an index, every other file copied from
+    ``source``.
 
-    The folder appears under its final name only when complete and on the disk; an existing one is replaced. At most one shard is held in memory.
+    The folder appears under its final name only when complete and on the disk; an existing one is replaced. At most one
+    shard is held in memory.
 
     Args:
         warn: is told what is left of older folders that cannot be removed.
 
     Raises:
-        OSError: disk full or not writable, or the existing folder cannot be moved; the final name is then untouched, and nothing is left beside it.
+        OSError: disk full or not writable, or the existing folder cannot be moved; the final name is then untouched,
+            and nothing is left beside it.
     """
     destination, source = Path(destination), Path(source)
     work = destination.with_name(destination.name + ".incomplete")

@@ -1,7 +1,7 @@
 """``dcpo convert inspect``: what a Hugging Face folder or a Megatron checkpoint holds, from headers and index alone.
 
-:func:`describe` gives plain values (what ``--json`` prints), :func:`lines` puts them in words. What cannot be known (a checkpoint without config.json does not
-say its family or real vocabulary) is None.
+:func:`describe` gives plain values (what ``--json`` prints), :func:`lines` puts them in words. What cannot be known (a
+checkpoint without config.json does not say its family or real vocabulary) is None.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ def _dialect(model: Iterable[str]) -> str | None:
 
 
 def _column_parts(model: dict[str, TensorEntry], ending: str, inside: str = "") -> int | None:
-    """Parts into which a row-parallel weight is cut by columns: the tensor-parallel size whose ranks read whole chunks."""
+    """Parts into which a row-parallel weight is cut by columns: the tensor-parallel size whose ranks read whole
+    chunks."""
     for key, entry in model.items():
         if key.endswith(ending) and inside in key:
             return len({offsets[-1] for offsets, _ in entry.chunks})
@@ -181,7 +182,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# -- in words -----------------------------------------------------------------------------------------------------------------------------------
+# -- in words --------------------------------------------------------------------------------------
 
 
 def lines(facts: dict) -> list[str]:

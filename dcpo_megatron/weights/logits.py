@@ -1,4 +1,5 @@
-"""Does a checkpoint compute what its Hugging Face model computes? The same tokens through transformers and through Megatron-Core."""
+"""Does a checkpoint compute what its Hugging Face model computes? The same tokens through transformers and through
+Megatron-Core."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ from dcpo_megatron.weights.transfer import load_weights
 
 @dataclass(frozen=True)
 class LogitComparison:
-    """The largest absolute difference of two models' logits: where it is, and the largest logit beside it. ``agree``: tokens whose most likely successor is the
-    same, as a share."""
+    """The largest absolute difference of two models' logits: where it is, and the largest logit beside it. ``agree``:
+    tokens whose most likely successor is the same, as a share."""
 
     worst: float
     position: int
@@ -37,7 +38,8 @@ def compare_logits(
     dtype: str = "float32",
     device: str = "auto",
 ) -> LogitComparison:
-    """Runs ``token_ids`` through the transformers model of ``hf_folder`` and the Megatron-Core model loaded from ``checkpoint``, one after the other.
+    """Runs ``token_ids`` through the transformers model of ``hf_folder`` and the Megatron-Core model loaded from
+    ``checkpoint``, one after the other.
 
     Args:
         checkpoint: a Megatron checkpoint of any layout, or a Hugging Face folder.

@@ -1,4 +1,5 @@
-"""Weights between Hugging Face names and Megatron-Core parameters: the operations on the tables of :mod:`dcpo_megatron.mcore.families`.
+"""Weights between Hugging Face names and Megatron-Core parameters: the operations on the tables of
+:mod:`dcpo_megatron.mcore.families`.
 
 Everything that moves weights goes through here. For one Megatron parameter
 
@@ -30,7 +31,8 @@ class UnknownParameter(ValueError):
 
 
 def rule_for(name: str, shape: ModelShape, layer_offset: int = 0, expert_offset: int = 0) -> Rule:
-    """The rule of a Megatron parameter, with Hugging Face names filled in. A tied output layer has the embedding's rule.
+    """The rule of a Megatron parameter, with Hugging Face names filled in. A tied output layer has the embedding's
+    rule.
 
     Args:
         name: as ``GPTModel.named_parameters()`` gives it (layer and expert numbers local to this rank).
@@ -59,7 +61,8 @@ def rule_for(name: str, shape: ModelShape, layer_offset: int = 0, expert_offset:
 
 
 def parameter_names(shape: ModelShape) -> list[str]:
-    """Every Megatron parameter of the whole model, with global layer and expert numbers, under the local layer spec's names.
+    """Every Megatron parameter of the whole model, with global layer and expert numbers, under the local layer spec's
+    names.
 
     In the order embedding, layers, final norm, output layer (left out when tied).
     """
@@ -91,7 +94,8 @@ def hf_shapes(rule: Rule, shape: ModelShape) -> list[tuple[int, ...]]:
 def full_shape(rule: Rule, name: str, shape: ModelShape, padded_rows: int) -> tuple[int, ...]:
     """Sizes of the full Megatron tensor (not cut for tensor ranks) of parameter ``name``.
 
-    ``padded_rows``: rows of the vocabulary as Megatron-Core holds it (:func:`~dcpo_megatron.mcore.layout.padded_vocab`).
+    ``padded_rows``: rows of the vocabulary as Megatron-Core holds it
+    (:func:`~dcpo_megatron.mcore.layout.padded_vocab`).
 
     Raises:
         ValueError: fewer rows than the vocabulary has.
@@ -106,7 +110,8 @@ def full_shape(rule: Rule, name: str, shape: ModelShape, padded_rows: int) -> tu
 
 
 def merge(rule: Rule, tensors: list[torch.Tensor], shape: ModelShape, padded_rows: int | None = None) -> torch.Tensor:
-    """Hugging Face tensors (in the rule's order) -> the full Megatron tensor; vocabulary rows padded with zeros to ``padded_rows``."""
+    """Hugging Face tensors (in the rule's order) -> the full Megatron tensor; vocabulary rows padded with zeros to
+    ``padded_rows``."""
     if rule.kind == "qkv":
         q, k, v = tensors
         per_group = shape.heads // shape.kv_heads

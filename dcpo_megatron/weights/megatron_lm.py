@@ -18,7 +18,8 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 @dataclass(frozen=True)
 class InMegatronLmRoot:
-    """``job`` with its checkpoint one folder deeper. ``iteration`` 0 makes a release, from which Megatron-LM takes the weights alone."""
+    """``job`` with its checkpoint one folder deeper. ``iteration`` 0 makes a release, from which Megatron-LM takes the
+    weights alone."""
 
     job: Job
     iteration: int = 0

@@ -1,13 +1,16 @@
 """Where each parameter of a model lies in a Megatron-Core checkpoint.
 
-Megatron-Core has written three dialects over the years; all are read, the first is written (it is what stock Megatron-Core asks for by default):
+Megatron-Core has written three dialects over the years; all are read, the first is written (it is what stock
+Megatron-Core asks for by default):
 
     stacked      decoder.layers.mlp.linear_fc1.weight                 [layers, ...]           mlp.experts.experts.linear_fc1.weight  [layers, experts, ...]
     per layer    decoder.layers.7.mlp.linear_fc1.weight               [...]                   ...7.mlp.experts.experts.linear_fc1.weight  [experts, ...]
     singleton    decoder.layers.7.mlp.linear_fc1.weight_w, .weight_v  gate and up apart       ...7.mlp.experts.experts.3.linear_fc1.weight_w, _v
 
-Names of parameters are those of the local layer spec with global layer and expert numbers (:func:`~dcpo_megatron.weights.mapping.parameter_names`). In a checkpoint
-the norms bear Transformer Engine's names, fused into the linear layer after them; with experts the second norm has two names, one a layer spec, and is written under both.
+Names of parameters are those of the local layer spec with global layer and expert numbers
+(:func:`~dcpo_megatron.weights.mapping.parameter_names`). In a checkpoint the norms bear Transformer Engine's names,
+fused into the linear layer after them; with experts the second norm has two names, one a layer spec, and is written
+under both.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from dcpo_megatron.weights.torch_dist import TorchDistFolder, serialized
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(.+)$")
 _FUSED = {plain: fused for fused, plain in FUSED_NORMS.items()}
-# Empty states: the local linear layers ask for theirs, Transformer Engine's norms too (those that it does not fuse into a linear layer).
+# Empty states: the local linear layers ask for theirs, Transformer Engine's norms too (those that it does not fuse into
+# a linear layer).
 _STATES = ("self_attention.linear_qkv", "self_attention.linear_proj")
 _QK_STATES = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -34,7 +38,8 @@ OPTIMIZER_PREFIX = "optimizer.state."
 
 
 def global_name(name: str, shape: ModelShape, layer_offset: int, expert_offset: int) -> str:
-    """A parameter's name on one rank -> the model's own: global layer and expert numbers, norms as the local layer spec names them.
+    """A parameter's name on one rank -> the model's own: global layer and expert numbers, norms as the local layer spec
+    names them.
 
     A tied output layer is the embedding.
     """
@@ -50,7 +55,8 @@ def global_name(name: str, shape: ModelShape, layer_offset: int, expert_offset: 
 
 @dataclass(frozen=True)
 class Place:
-    """A parameter's tensor in a checkpoint: ``key``, and the leading index (layer, expert) of the stacked tensor it is part of."""
+    """A parameter's tensor in a checkpoint: ``key``, and the leading index (layer, expert) of the stacked tensor it is
+    part of."""
 
     key: str
     lead: tuple[int, ...] = ()
@@ -81,7 +87,8 @@ def lead_shape(place: Place, shape: ModelShape) -> tuple[int, ...]:
 
 
 def layer_states(layer: int, shape: ModelShape) -> list[tuple[str, bytes]]:
-    """``(key, serialized object)`` of the empty extra states of one layer, without which stock Megatron-Core refuses the checkpoint."""
+    """``(key, serialized object)`` of the empty extra states of one layer, without which stock Megatron-Core refuses
+    the checkpoint."""
     empty = serialized(None)
     parts = _STATES + (_QK_STATES if shape.qk_norm else ()) + (("pre_mlp_layernorm",) if shape.experts else ())
     found = [(f"decoder.layers.{part}._extra_state/shard_{layer}_{shape.layers}", empty) for part in parts]
@@ -105,8 +112,8 @@ class MegatronTensors:
     """Reads whole parameters, or rows of them, of a checkpoint in any dialect and layout.
 
     Raises:
-        CheckpointError: no model in the checkpoint, one of another number of layers or experts than ``shape`` says, or one with an output layer of its own
-            where ``shape`` is tied.
+        CheckpointError: no model in the checkpoint, one of another number of layers or experts than ``shape`` says, or
+            one with an output layer of its own where ``shape`` is tied.
     """
 
     def __init__(self, folder: TorchDistFolder, shape: ModelShape):
@@ -141,7 +148,8 @@ class MegatronTensors:
         check_tie(rows_of(_EMBEDDING), rows_of(_OUTPUT), min(vocab, self.shape.vocab), place, self.prefix + _EMBEDDING)
 
     def places(self, name: str) -> list[Place]:
-        """The places that make up ``name`` in this checkpoint: one, or gate and up. Raises :class:`CheckpointError` where it has none."""
+        """The places that make up ``name`` in this checkpoint: one, or gate and up. Raises :class:`CheckpointError`
+        where it has none."""
         tensors, prefix = self.folder.tensors, self.prefix
         candidates: list[list[Place]] = []
         for key, lead in _stacked(name, self.shape):

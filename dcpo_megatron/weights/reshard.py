@@ -29,16 +29,19 @@ from dcpo_megatron.weights.megatron_names import MegatronTensors
 from dcpo_megatron.weights.torch_dist import COMMON_FILE, Record, TorchDistFolder, write_records
 from dcpo_megatron.weights.work import Unit, file_facts
 
-# optimizer.state.exp_avg.KEY, as Megatron-Core's model-space formats name it; several optimizers (dense, experts) are chained.
+# optimizer.state.exp_avg.KEY, as Megatron-Core's model-space formats name it; several optimizers (dense, experts) are
+# chained.
 _OPTIMIZER_STATE = re.compile(r"^(?:chained_\d+\.)?optimizer\.state\.[^.]+\.(.+)$")
 
 
 @dataclass(frozen=True)
 class Reshard:
-    """Cuts a Megatron checkpoint for another layout. Model and optimizer state (model-space formats) are cut alike; everything else is carried over.
+    """Cuts a Megatron checkpoint for another layout. Model and optimizer state (model-space formats) are cut alike;
+    everything else is carried over.
 
     Raises (when made):
-        ModelConfigError, CheckpointError, LayoutError: the checkpoint cannot be used, its optimizer state is tied to its layout, or the layout does not fit.
+        ModelConfigError, CheckpointError, LayoutError: the checkpoint cannot be used, its optimizer state is tied to
+            its layout, or the layout does not fit.
     """
 
     source: str
@@ -77,7 +80,8 @@ class Reshard:
 
     @cached_property
     def _rules(self) -> dict[str, tuple[Rule, int]]:
-        """Checkpoint key of each of the model's tensors -> its rule and the number of its leading (stacked) dimensions."""
+        """Checkpoint key of each of the model's tensors -> its rule and the number of its leading (stacked)
+        dimensions."""
         tensors = MegatronTensors(self._folder, self.shape)
         found = {}
         for name in parameter_names(self.shape):
@@ -97,7 +101,8 @@ class Reshard:
 
     @cached_property
     def _plan(self) -> list[tuple[str, list[tuple[str, int | None]]]]:
-        """Units as (title, [(key, index of the first leading dimension or None)]): what belongs to one layer, and last what belongs to none."""
+        """Units as (title, [(key, index of the first leading dimension or None)]): what belongs to one layer, and last
+        what belongs to none."""
         groups: dict[int, list[tuple[str, int | None]]] = {layer: [] for layer in range(self.shape.layers + 1)}
         for key, entry in self._folder.tensors.items():
             known = self._rule_of(key)

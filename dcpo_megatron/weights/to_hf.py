@@ -23,7 +23,8 @@ from dcpo_megatron.weights.work import Unit, file_facts
 
 @dataclass(frozen=True)
 class MegatronToHf:
-    """Writes the model of a Megatron checkpoint (any dialect, any layout) as a Hugging Face folder with shards of at most ``shard_bytes``.
+    """Writes the model of a Megatron checkpoint (any dialect, any layout) as a Hugging Face folder with shards of at
+    most ``shard_bytes``.
 
     Raises (when made):
         ModelConfigError, CheckpointError: the checkpoint cannot be used, or is of another model than config.json says.

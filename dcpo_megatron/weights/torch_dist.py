@@ -1,4 +1,5 @@
-"""Megatron-Core's ``torch_dist`` checkpoints on disk, read and written a piece at a time, without a process group and without a model.
+"""Megatron-Core's ``torch_dist`` checkpoints on disk, read and written a piece at a time, without a process group and
+without a model.
 
 A folder holds records of tensors and of small objects, and an index that says where each lies:
 
@@ -7,10 +8,12 @@ A folder holds records of tensors and of small objects, and an index that says w
     common.pt                 what is no tensor: iteration, optimizer settings (Megatron-Core 0.19 keeps it as an object ``common_state`` instead)
     metadata.json             the format's name; written last, so a folder without it is not a checkpoint
 
-:class:`TorchDistFolder` reads any region of any tensor whatever its chunks are, so a checkpoint of one layout serves every other.
-:func:`write_records` and :func:`write_index` are the two halves of writing: processes write records of their own, one of them the index.
+:class:`TorchDistFolder` reads any region of any tensor whatever its chunks are, so a checkpoint of one layout serves
+every other. :func:`write_records` and :func:`write_index` are the two halves of writing: processes write records of
+their own, one of them the index.
 
-The index is a pickle in this format. It is read by an unpickler that knows the dozen classes such an index is made of and no other.
+The index is a pickle in this format. It is read by an unpickler that knows the dozen classes such an index is made of
+and no other.
 """
 
 from __future__ import annotations
@@ -89,7 +92,8 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Record:
-    """Where a piece lies: ``offsets`` and ``sizes`` of a tensor's chunk (None for an object), ``file``, ``start`` and ``length`` in bytes."""
+    """Where a piece lies: ``offsets`` and ``sizes`` of a tensor's chunk (None for an object), ``file``, ``start`` and
+    ``length`` in bytes."""
 
     key: str
     file: str
@@ -100,7 +104,8 @@ class Record:
 
 
 def find_checkpoint(path: str | os.PathLike) -> Path | None:
-    """The folder with the checkpoint itself: ``path``, or the iteration that ``path/latest_checkpointed_iteration.txt`` (Megatron-LM) names.
+    """The folder with the checkpoint itself: ``path``, or the iteration that ``path/latest_checkpointed_iteration.txt``
+    (Megatron-LM) names.
 
     None where ``path`` is no Megatron checkpoint.
     """
@@ -181,7 +186,7 @@ class TorchDistFolder:
             if lost:
                 raise ValueError(f"the chunk of {key} at {lost[0]} is nowhere")
 
-    # -- reading ----------------------------------------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------
 
     def read(self, key: str, offsets: Sequence[int] | None = None, sizes: Sequence[int] | None = None) -> torch.Tensor:
         """The region of tensor ``key`` that begins at ``offsets`` and has ``sizes`` (the whole by default), on the CPU.
@@ -258,7 +263,8 @@ class TorchDistFolder:
 
 
 def _region_in_place(path: Path, record: Record, sizes, dtype, inside) -> torch.Tensor:
-    """Reads rows of one record without reading all of it: torch.save keeps a tensor's numbers uncompressed, at a place its own reader tells."""
+    """Reads rows of one record without reading all of it: torch.save keeps a tensor's numbers uncompressed, at a place
+    its own reader tells."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with open(path, "rb") as file, FakeTensorMode():
@@ -309,12 +315,13 @@ class _Window(io.RawIOBase):
         return len(data)
 
 
-# -- writing ------------------------------------------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A piece as its bytes in a file: ``buffers`` one after the other. Those of a tensor are its memory, not a copy of it."""
+    """A piece as its bytes in a file: ``buffers`` one after the other. Those of a tensor are its memory, not a copy of
+    it."""
 
     key: str
     offsets: tuple[int, ...] | None
@@ -370,7 +377,8 @@ def _address(data) -> int:
 def write_records(
     path: Path, pieces: Iterable[tuple[str, tuple[int, ...] | None, torch.Tensor | bytes]], progress=lambda count: None
 ) -> list[Record]:
-    """Writes ``(key, offsets, tensor)`` and ``(key, None, serialized object)`` into a new file and returns where each lies.
+    """Writes ``(key, offsets, tensor)`` and ``(key, None, serialized object)`` into a new file and returns where each
+    lies.
 
     ``progress`` is told the bytes of each tensor. The file is synced to the disk before its name is the final one.
     """
@@ -378,7 +386,8 @@ def write_records(
 
 
 def write_rendered(path: Path, pieces: Iterable[Rendered], progress=lambda count: None) -> list[Record]:
-    """As :func:`write_records`, of pieces that are rendered already: few long system calls, beside which other threads of the process run undisturbed."""
+    """As :func:`write_records`, of pieces that are rendered already: few long system calls, beside which other threads
+    of the process run undisturbed."""
     records, waiting, held, at = [], [], 0, 0
     work = path.with_name(path.name + ".part")
     with open(work, "wb", buffering=0) as file:
@@ -414,7 +423,8 @@ def _write_all(file: int, buffers: list[bytes | memoryview]) -> None:
 
 @contextlib.contextmanager
 def _without_zip_checksums():
-    """torch.save sums up every byte for the zip format that it writes, which takes five times as long as writing them; torch.load does not look at the sums."""
+    """torch.save sums up every byte for the zip format that it writes, which takes five times as long as writing them;
+    torch.load does not look at the sums."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

@@ -1,11 +1,13 @@
 """Weights between a checkpoint of either kind, or an engine, and the sharded Megatron model of a running job.
 
-:func:`load_weights` fills this rank's chunks, each rank reading its own tensors. :class:`WeightGatherer` goes the other way: every rank walks the same global
-list of parameters, one at a time,
+:func:`load_weights` fills this rank's chunks, each rank reading its own tensors. :class:`WeightGatherer` goes the other
+way: every rank walks the same global list of parameters, one at a time,
 
-    tensor-parallel all-gather -> expert-parallel all-gather -> broadcast from its pipeline stage -> split into Hugging Face tensors
+    tensor-parallel all-gather -> expert-parallel all-gather -> broadcast from its pipeline stage -> split into Hugging
+    Face tensors
 
-so that every rank sees every full tensor once and no more than one Megatron parameter (of one layer) is held at any moment.
+so that every rank sees every full tensor once and no more than one Megatron parameter (of one layer) is held at any
+moment.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ def _tensor_rank(position: RankPosition, rule: Rule) -> tuple[int, int, dist.Pro
 
 
 def load_weights(model: PolicyModel, path) -> None:
-    """Fills the model's parameters from a Hugging Face folder or a Megatron checkpoint of any layout, before :meth:`PolicyModel.make_trainable`.
+    """Fills the model's parameters from a Hugging Face folder or a Megatron checkpoint of any layout, before
+    :meth:`PolicyModel.make_trainable`.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or is of another model than ``model.shape``.
@@ -128,7 +131,8 @@ class _Entry:
 
 
 class WeightGatherer:
-    """Walks the whole model as Hugging Face tensors on every rank. The plan is made once (one exchange); each walk is collectives of tensors only."""
+    """Walks the whole model as Hugging Face tensors on every rank. The plan is made once (one exchange); each walk is
+    collectives of tensors only."""
 
     def __init__(self, model: PolicyModel):
         self.model = model
@@ -150,7 +154,8 @@ class WeightGatherer:
         ):
             for name, offset, size, dtype in json.loads(payload):
                 bare = name.split(".", 1)[1]
-                # Expert-parallel peers hold the same local names for other experts: their rules are worked out, not exchanged.
+                # Expert-parallel peers hold the same local names for other experts: their rules are worked out, not
+                # exchanged.
                 ranks = experts if rule_for(bare, shape, offset).expert else 1
                 rules = tuple(rule_for(bare, shape, offset, rank * (shape.experts // experts)) for rank in range(ranks))
                 # With tied embeddings the first and the last stage both hold the embedding: it is sent once.
@@ -170,10 +175,11 @@ class WeightGatherer:
         select: Callable[[torch.nn.Parameter], torch.Tensor] = torch.Tensor.detach,
         dtype: torch.dtype | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """``(Hugging Face name, full tensor)`` for every weight, in the same order on every rank. Every rank must walk to the end.
+        """``(Hugging Face name, full tensor)`` for every weight, in the same order on every rank. Every rank must walk
+        to the end.
 
-        ``select`` says what to take of each parameter (its gradient, say): a tensor of the parameter's shape, and of ``dtype`` (None: of the
-        parameter's own).
+        ``select`` says what to take of each parameter (its gradient, say): a tensor of the parameter's shape, and of
+        ``dtype`` (None: of the parameter's own).
         """
         position, device = self.position, self.model.platform.device
         self.model.finish_gathering()

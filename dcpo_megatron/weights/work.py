@@ -1,10 +1,11 @@
-"""Runs the units of a long conversion: shared by several processes, resumable, and visible under its final name only when complete.
+"""Runs the units of a long conversion: shared by several processes, resumable, and visible under its final name only
+when complete.
 
     DST.incomplete/            unit files; U.done.json beside each finished one; plan.json says of which job they are
     DST                        the folder, renamed once everything is there
 
-A job is started again with the same command: units that are done are kept, unless the source or the options changed. One process works on a folder at a time:
-it holds a lock on it.
+A job is started again with the same command: units that are done are kept, unless the source or the options changed.
+One process works on a folder at a time: it holds a lock on it.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def run_job(
         The number of units that an earlier, interrupted run had finished.
 
     Raises:
-        CheckpointError: ``destination`` holds something, another process works on it, the disk is too small, or a unit fails.
+        CheckpointError: ``destination`` holds something, another process works on it, the disk is too small, or a unit
+            fails.
         KeyboardInterrupt: passed on; finished units are kept.
     """
     destination = Path(destination)
@@ -167,7 +169,7 @@ def _run_unit(job: Job, number: int, folder: Path, progress: Callable[[int], Non
     _write_json(folder / f"{number}.done.json", [asdict(record) for record in records])
 
 
-# -- worker processes ---------------------------------------------------------------------------------------------------------------------------
+# -- worker processes ------------------------------------------------------------------------------
 
 _counter = _stop = None
 
@@ -229,7 +231,7 @@ def _in_processes(
                 future.cancel()
 
 
-# -- notes on disk ------------------------------------------------------------------------------------------------------------------------------
+# -- notes on disk ---------------------------------------------------------------------------------
 
 
 def _record(fields: dict) -> Record:

@@ -1,4 +1,5 @@
-"""Jobs side by side, with real processes: a failure is named and costs its dependants only; a stop is passed on, once."""
+"""Jobs side by side, with real processes: a failure is named and costs its dependants only; a stop is passed on,
+once."""
 
 import os
 import signal

@@ -1,4 +1,5 @@
-"""``dcpo convert`` as a user meets it: round trips, what inspect says, and every refusal as one clear sentence with exit code 2."""
+"""``dcpo convert`` as a user meets it: round trips, what inspect says, and every refusal as one clear sentence with
+exit code 2."""
 
 import json
 import os
@@ -71,7 +72,7 @@ def same_weights(one: Path, other: Path) -> None:
     assert all(torch.equal(first[name], second[name]) and first[name].dtype == second[name].dtype for name in first)
 
 
-# -- round trips --------------------------------------------------------------------------------------------------------------------------------
+# -- round trips -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ def test_an_interrupted_command_says_so_and_the_same_command_goes_on(tmp_path):
     same_weights(tmp_path / "deep", tmp_path / "back")
 
 
-# -- inspect and verify -------------------------------------------------------------------------------------------------------------------------
+# -- inspect and verify ----------------------------------------------------------------------------
 
 
 def inspected(capsys, *words) -> dict:
@@ -253,7 +254,7 @@ def test_verify_refuses_tokens_that_the_vocabulary_does_not_have(folders, capsys
     assert "from 0 to 100" in message
 
 
-# -- refusals -----------------------------------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 def test_an_unknown_architecture_lists_the_known(hf, tmp_path, capsys):

@@ -1,4 +1,5 @@
-"""The demo on a model that exists, here a tiny one of the real one's kind: 9 heads of 3 groups, tied embeddings, a rope base of its own, ChatML with a system message of its own."""
+"""The demo on a model that exists, here a tiny one of the real one's kind: 9 heads of 3 groups, tied embeddings, a rope
+base of its own, ChatML with a system message of its own."""
 
 import json
 import shutil

@@ -1,4 +1,5 @@
-"""The launcher with real processes and real signals. The ranks are small scripts: nothing here needs a process group."""
+"""The launcher with real processes and real signals. The ranks are small scripts: nothing here needs a process
+group."""
 
 import os
 import signal

@@ -1,4 +1,5 @@
-"""tools/launch_cluster.py with a stand-in for ssh: a script that runs the line on this machine. Two "hosts", really two torchruns that train one run."""
+"""tools/launch_cluster.py with a stand-in for ssh: a script that runs the line on this machine. Two "hosts", really two
+torchruns that train one run."""
 
 import os
 import re

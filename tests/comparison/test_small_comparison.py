@@ -1,4 +1,5 @@
-"""The study in small, end to end: starts, runs, a stop in the middle, the same command again, the report with its verdicts."""
+"""The study in small, end to end: starts, runs, a stop in the middle, the same command again, the report with its
+verdicts."""
 
 import json
 import os
@@ -19,7 +20,8 @@ STEPS = 30  # a step takes a tenth of a second: the stop comes in the middle of 
 
 @pytest.fixture
 def plan(tmp_path) -> Path:
-    """The plan of the study, cut down: a narrow model that saw ten steps of warm-up, few steps, and a reward that such a model earns about half of the time."""
+    """The plan of the study, cut down: a narrow model that saw ten steps of warm-up, few steps, and a reward that such
+    a model earns about half of the time."""
     plan = yaml.safe_load((ROOT / "examples" / "configs" / "compare.yaml").read_text())
     plan |= {"output": str(tmp_path / "out"), "seeds": list(SEEDS), "methods": dict.fromkeys(METHODS)}
     plan["task"] |= {
@@ -96,7 +98,8 @@ def test_the_study_in_small(plan):
         assert steps == list(range(1, STEPS + 1)), (method, seed)
     assert any("resumed from" in (run / "log.txt").read_text() for run in runs.values())
     for seed in SEEDS:
-        # The same start, prompts, order and random streams: all methods sample the same first batch and are equally right before they learn.
+        # The same start, prompts, order and random streams: all methods sample the same first batch and are equally
+        # right before they learn.
         a, b = (rows(runs[method, seed]) for method in METHODS)
         assert a[0]["eval_accuracy"] == b[0]["eval_accuracy"]
         for name in ("reward", "response_length", "responses_generated"):

@@ -1,4 +1,5 @@
-"""A text that cannot be written as UTF-8 never reaches a run: its row is left out and counted, or refused at the start."""
+"""A text that cannot be written as UTF-8 never reaches a run: its row is left out and counted, or refused at the
+start."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""A ground truth is what a person would write; what only stands for a missing one is none, whatever its column's type."""
+"""A ground truth is what a person would write; what only stands for a missing one is none, whatever its column's
+type."""
 
 import datetime
 import json

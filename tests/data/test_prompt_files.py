@@ -1,4 +1,5 @@
-"""Prompts are read from the formats others already have, each under an id that stays; the real files give known counts."""
+"""Prompts are read from the formats others already have, each under an id that stays; the real files give known
+counts."""
 
 import json
 import shutil

@@ -54,7 +54,8 @@ def test_only_plain_text_gets_the_tokenizers_own_special_tokens(tmp_path, chat_t
 
 @pytest.fixture(scope="module")
 def wrapping_tokenizer():
-    """Begins every text with <|bos|> and ends it with <|im_end|>, its end of text, as ``<bos> $A <eos>`` in tokenizer.json does."""
+    """Begins every text with <|bos|> and ends it with <|im_end|>, its end of text, as ``<bos> $A <eos>`` in
+    tokenizer.json does."""
     tokenizer = make_tokenizer(CHAT_TEMPLATE)
     bos, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<|bos|>", "<|im_end|>"))
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(

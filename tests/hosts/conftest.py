@@ -1,4 +1,5 @@
-"""Hosts as a fixture: skipped with the reason where this machine cannot have them, a failure where DCPO_TEST_HOSTS=required (`make test-hosts`)."""
+"""Hosts as a fixture: skipped with the reason where this machine cannot have them, a failure where
+DCPO_TEST_HOSTS=required (`make test-hosts`)."""
 
 import os
 import tempfile
@@ -33,7 +34,8 @@ def namespaces() -> None:
 
 @pytest.fixture
 def make_hosts(namespaces) -> Iterator[Callable[..., Hosts]]:
-    """``make_hosts(2, names="loopback")``: running :class:`~tests.hosts.machines.Hosts`, taken down after the test whatever happens."""
+    """``make_hosts(2, names="loopback")``: running :class:`~tests.hosts.machines.Hosts`, taken down after the test
+    whatever happens."""
     with ExitStack() as stack:
 
         def make(count: int, **options) -> Hosts:

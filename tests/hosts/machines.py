@@ -1,11 +1,13 @@
-"""Several hosts on this machine, of Linux namespaces: what runs on one has its own network, names, processes, `/dev/shm` and `/tmp`.
+"""Several hosts on this machine, of Linux namespaces: what runs on one has its own network, names, processes,
+`/dev/shm` and `/tmp`.
 
     h1 [ eth0 10.77.0.1, fd77::1 ] --+
     h2 [ eth0 10.77.0.2, fd77::2 ] --+-- bridge in a namespace of its own       a folder that all share: Hosts.shared
     h3 [ eth0 10.77.0.3, fd77::3 ] --+                                          the checkout, the interpreter: as on this machine
 
-This machine's own network is not touched. Each host hangs on a process that ends with its standard input: where the tests end, by whatever
-way, the hosts, all that runs on them, their links and their folders are gone. Needs root and iproute2 (Debian).
+This machine's own network is not touched. Each host hangs on a process that ends with its standard input: where the
+tests end, by whatever way, the hosts, all that runs on them, their links and their folders are gone. Needs root and
+iproute2 (Debian).
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ class HostProcess(subprocess.Popen):
 
 
 class Host:
-    """``name`` is its host name; ``number`` counts from 1; ``ipv4`` and ``ipv6`` its addresses on the network of all; ``alive`` until :meth:`disappear`."""
+    """``name`` is its host name; ``number`` counts from 1; ``ipv4`` and ``ipv6`` its addresses on the network of all;
+    ``alive`` until :meth:`disappear`."""
 
     def __init__(self, hosts: Hosts, number: int):
         self._hosts, self.number, self.name = hosts, number, f"h{number}"
@@ -99,7 +102,8 @@ class Host:
         self.names(self._hosts.names)
 
     def names(self, kind: str) -> None:
-        """What this host's names resolve to: "routed", the network's addresses; "loopback", its own name to 127.0.1.1 as Debian writes it; "none", only localhost."""
+        """What this host's names resolve to: "routed", the network's addresses; "loopback", its own name to 127.0.1.1
+        as Debian writes it; "none", only localhost."""
         lines = ["127.0.0.1 localhost", "::1 localhost ip6-localhost"]
         for host in self._hosts.all if kind != "none" else ():
             own = kind == "loopback" and host is self
@@ -115,7 +119,8 @@ class Host:
         """)  # fmt: skip
 
     def add_interface(self, name: str, address: str) -> None:
-        """Another interface, up, which leads nowhere: ``address`` like 172.17.0.1/16, the same on each host where docker made it."""
+        """Another interface, up, which leads nowhere: ``address`` like 172.17.0.1/16, the same on each host where
+        docker made it."""
         self.call("ip", "link", "add", name, "type", "bridge")
         self.call("ip", "address", "add", address, "dev", name)
         self.call("ip", "link", "set", name, "up")
@@ -133,7 +138,8 @@ class Host:
     def call(
         self, *command: str | Path, timeout: float = 30.0, check: bool = True, **options
     ) -> subprocess.CompletedProcess:
-        """Runs ``command`` on this host to its end; output of both streams as text in ``stdout``. Raises RuntimeError: it failed, and ``check``; TimeoutError."""
+        """Runs ``command`` on this host to its end; output of both streams as text in ``stdout``. Raises RuntimeError:
+        it failed, and ``check``; TimeoutError."""
         process = self.popen(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
         try:
             output, _ = process.communicate(timeout=timeout)
@@ -222,7 +228,8 @@ class Hosts:
 
 
 class _Namespaces:
-    """A set of namespaces, held by a process that ends with this one. ``pid`` is that of its first process, as seen from here."""
+    """A set of namespaces, held by a process that ends with this one. ``pid`` is that of its first process, as seen
+    from here."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -248,7 +255,8 @@ class _Namespaces:
 
 
 def wait_until(condition, deadline: float, what: str):
-    """The first true value of ``condition()``. Raises TimeoutError, which names ``what``, after ``deadline`` seconds."""
+    """The first true value of ``condition()``. Raises TimeoutError, which names ``what``, after ``deadline``
+    seconds."""
     until = time.monotonic() + deadline
     while not (value := condition()):
         if time.monotonic() > until:

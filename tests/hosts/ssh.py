@@ -1,4 +1,5 @@
-"""A real sshd on each host, and what `ssh` of root needs to reach it without being asked: keys and configurations of the tests' own, seen on the hosts alone.
+"""A real sshd on each host, and what `ssh` of root needs to reach it without being asked: keys and configurations of
+the tests' own, seen on the hosts alone.
 
 h1 [ sshd :22 ] <-- ssh h2 --                   files in Hosts.shared/ssh; /etc/ssh/ssh_config, /run are the hosts' own
 h2 [ sshd :22 ]

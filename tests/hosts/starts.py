@@ -1,4 +1,5 @@
-"""Ranks of several hosts without their imports: one process on each host has imported everything, and forks a rank for each question.
+"""Ranks of several hosts without their imports: one process on each host has imported everything, and forks a rank for
+each question.
 
 starter = Starter(host);  starter.ask({"RANK": "0", ...}, meeting=20);  starter.answer()    {"sum": 1, "interface": "eth0"}
 starter = Starter(host, training=True);  starter.ask({"RANK": "0", ...}, train=[...])       {"code": 0}: `dcpo train ...`
@@ -45,7 +46,8 @@ class Starter:
         killed: float | None = None,
         train: Sequence[str] = (),
     ) -> None:
-        """Starts a rank of ``environment``, ``late`` seconds later, killed after ``killed`` seconds; deadlines in seconds. ``train``: what `dcpo train` takes."""
+        """Starts a rank of ``environment``, ``late`` seconds later, killed after ``killed`` seconds; deadlines in
+        seconds. ``train``: what `dcpo train` takes."""
         question = {
             "environment": dict(environment), "meeting": meeting, "collective": collective, "late": late, "killed": killed, "train": list(train),
         }  # fmt: skip
@@ -68,7 +70,8 @@ class Starter:
 
 @contextmanager
 def started(count: int, **options) -> Iterator[tuple[Hosts, list[Starter]]]:
-    """Hosts, ``options`` as they take them, with a starter on each: for all tests of a file, which leave the hosts as they found them."""
+    """Hosts, ``options`` as they take them, with a starter on each: for all tests of a file, which leave the hosts as
+    they found them."""
     with (
         tempfile.TemporaryDirectory(prefix="hosts-", dir="/tmp") as folder,
         Hosts(count, Path(folder), **options) as hosts,

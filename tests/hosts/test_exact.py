@@ -1,4 +1,5 @@
-"""What ranks compute does not depend on which of them share a host: metrics, checkpoint and weights of 2 hosts x 2 ranks are those of 4 ranks on one, bit for bit."""
+"""What ranks compute does not depend on which of them share a host: metrics, checkpoint and weights of 2 hosts x 2
+ranks are those of 4 ranks on one, bit for bit."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""Ranks find the network between their hosts by themselves: whatever names resolve to, whatever else is plugged in, IPv6 too."""
+"""Ranks find the network between their hosts by themselves: whatever names resolve to, whatever else is plugged in,
+IPv6 too."""
 
 import time
 

@@ -1,4 +1,5 @@
-"""A host that comes late, or never: everyone who is there is told who is missing, since when, and what to do. Before any word of torch's."""
+"""A host that comes late, or never: everyone who is there is told who is missing, since when, and what to do. Before
+any word of torch's."""
 
 import re
 import sys

@@ -1,4 +1,5 @@
-"""Every way to start a run that README.md and docs/slurm.md name, on hosts: a rank or two on each train a small model for two steps."""
+"""Every way to start a run that README.md and docs/slurm.md name, on hosts: a rank or two on each train a small model
+for two steps."""
 
 import shutil
 import sys
@@ -101,7 +102,8 @@ def test_hosts_that_do_not_know_each_others_names_are_started_by_torchrun_with_a
 
 @pytest.fixture
 def ssh_hosts(make_hosts):
-    """Hosts with sshd, but for the last one: that is where a user types. ``a`` and ``b`` are names that only ssh's configuration knows."""
+    """Hosts with sshd, but for the last one: that is where a user types. ``a`` and ``b`` are names that only ssh's
+    configuration knows."""
 
     def make(count: int) -> Hosts:
         ssh.install()

@@ -5,7 +5,8 @@ import torch.distributed as dist
 
 
 def fused_and_recomputed(folder: str, parallel: dict, items: list, objectives: dict) -> dict:
-    """Every objective through the real schedule, fused and not: ``{name: (largest relative difference of a gradient, of the sums, fused calls)}``."""
+    """Every objective through the real schedule, fused and not: ``{name: (largest relative difference of a gradient, of
+    the sums, fused calls)}``."""
     from dcpo_megatron.mcore.head import response_head as head
     from dcpo_megatron.mcore.hf_config import read_shape
     from dcpo_megatron.mcore.layout import ParallelLayout, make_groups, rank_position

@@ -1,13 +1,16 @@
-"""Functions that run on the ranks of a pool: updates with gradients and weights that travel beside the computation, or not."""
+"""Functions that run on the ranks of a pool: updates with gradients and weights that travel beside the computation, or
+not."""
 
 import torch
 
 
 def train(hf: str, parallel: dict, overlap: str, dtype: str = "bfloat16", **options):
-    """Five updates of a model with ``options``; what is read of its weights in between, and how many buckets travel apart.
+    """Five updates of a model with ``options``; what is read of its weights in between, and how many buckets travel
+    apart.
 
-    ``(names of this rank's parameters, buckets, [published after 1, log-probs after 1, log-probs after 2, snapshot after 2,
-    log-probs after 4, published after 5])``; the third and fourth update follow each other with nothing between.
+    ``(names of this rank's parameters, buckets, [published after 1, log-probs after 1, log-probs after 2, snapshot
+    after 2, log-probs after 4, published after 5])``; the third and fourth update follow each other with nothing
+    between.
     """
     from dcpo_megatron.checkpoint.snapshot import take_snapshot
     from dcpo_megatron.mcore.batch import Sequence

@@ -1,4 +1,5 @@
-"""Functions that run on the ranks of a pool: one layer of attention over packed rows, its operators counted and its values compared."""
+"""Functions that run on the ranks of a pool: one layer of attention over packed rows, its operators counted and its
+values compared."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +22,8 @@ def _sequences(count: int):
 
 
 def count_and_compare():
-    """Two context-parallel ranks: ``({sequences: operators of a layer, forward and backward}, [(rotated as here, as by Megatron-Core)])``."""
+    """Two context-parallel ranks: ``({sequences: operators of a layer, forward and backward}, [(rotated as here, as by
+    Megatron-Core)])``."""
     from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 
     from dcpo_megatron.mcore.attention import PackedRow

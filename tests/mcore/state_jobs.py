@@ -50,7 +50,8 @@ def _weights(policy) -> list[torch.Tensor]:
 
 
 def train_and_save(hf: str, parallel: dict, folder: str, optimizer: str, dtype: str, steps: int = 2, **layers):
-    """Steps (two by default), a checkpoint, three steps: gradient norms of the three and this rank's weights after them."""
+    """Steps (two by default), a checkpoint, three steps: gradient norms of the three and this rank's weights after
+    them."""
     policy = _policy(hf, parallel, optimizer, dtype, load=True, **layers)
     _steps(policy, range(steps))
     written = _save(policy, folder)
@@ -79,7 +80,8 @@ def _save(policy, folder: str) -> int:
 
 
 def _same_from_the_host(policy, snapshot) -> None:
-    """Optimizer and gradients leave, and what a checkpoint takes meanwhile is what it took before. The policy is left without them."""
+    """Optimizer and gradients leave, and what a checkpoint takes meanwhile is what it took before. The policy is left
+    without them."""
     from dcpo_megatron.checkpoint.snapshot import take_snapshot
     from dcpo_megatron.mcore.offload import OptimizerOffload
 
@@ -109,7 +111,8 @@ def restore_and_train(
 
 
 def settings_after_restoring(hf: str, parallel: dict, folder: str, optimizer: str, **numbers) -> list[dict]:
-    """The groups' settings of a policy with other ``numbers`` than the checkpoint's run had, and the step of its Adam."""
+    """The groups' settings of a policy with other ``numbers`` than the checkpoint's run had, and the step of its
+    Adam."""
     from dcpo_megatron.checkpoint.snapshot import restore
 
     policy = _policy(hf, parallel, optimizer, "float32", load=False, **numbers)

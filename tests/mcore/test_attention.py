@@ -115,7 +115,7 @@ def test_dropout_and_sliding_windows_are_refused(setting, message):
         core_attention(**setting)
 
 
-# -- grouping of blocks -------------------------------------------------------------------------------------------------------------------
+# -- grouping of blocks ----------------------------------------------------------------------------
 
 blocks_of = st.lists(st.tuples(st.integers(0, 200), st.integers(1, 200)), min_size=1, max_size=30).map(
     lambda pairs: [Block(10 * n, 100 * n, offset, length) for n, (offset, length) in enumerate(pairs)]
@@ -138,7 +138,7 @@ def test_blocks_of_one_size_share_one_call_and_very_different_ones_do_not():
     assert [len(g) for g in group_blocks([Block(0, 0, 0, 100), Block(100, 100, 0, 3)])] == [1, 1]
 
 
-# -- context parallelism ------------------------------------------------------------------------------------------------------------------
+# -- context parallelism ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("context_size", [1, 2, 4])
@@ -182,9 +182,11 @@ def held_by(tensor, lengths, context_size, rank):
 
 
 def on_every_rank(leaves, lengths, context_size, monkeypatch, run):
-    """``run(module, query, key, value, rank)`` per rank with its own part; keys and values are gathered by hand. Joined in the row's order.
+    """``run(module, query, key, value, rank)`` per rank with its own part; keys and values are gathered by hand. Joined
+    in the row's order.
 
-    The hand-made gather hands every rank the same leaves, so that autograd sums their gradients over ranks as the collective does.
+    The hand-made gather hands every rank the same leaves, so that autograd sums their gradients over ranks as the
+    collective does.
     """
     outputs = []
     for rank in range(context_size):

@@ -1,4 +1,5 @@
-"""Ranks meet for the first time when each has imported everything: that takes as long as it takes, and is not a collective's deadline."""
+"""Ranks meet for the first time when each has imported everything: that takes as long as it takes, and is not a
+collective's deadline."""
 
 import multiprocessing
 import os

@@ -1,4 +1,5 @@
-"""The fused head-and-loss against the recomputing head and a dense log_softmax: gradients, metrics, and the real schedule."""
+"""The fused head-and-loss against the recomputing head and a dense log_softmax: gradients, metrics, and the real
+schedule."""
 
 import dataclasses
 
@@ -36,7 +37,8 @@ def case(dtype=torch.float32, seed=0):
 
 
 def run(batch, hidden, weight, objective, *, fused, incoming=1.0, chunk_tokens=4):
-    """(loss, metrics, hidden.grad, weight.grad) of one micro-batch, as the schedule would have them with the gradient ``incoming``."""
+    """(loss, metrics, hidden.grad, weight.grad) of one micro-batch, as the schedule would have them with the gradient
+    ``incoming``."""
     hidden, weight = (t.clone().requires_grad_() for t in (hidden, weight))
     loss_function = make_loss(batch, objective, num_microbatches=3, data_parallel_size=2, fused=fused)
     settings = dict(vocab=VOCAB, temperature=0.8, chunk_tokens=chunk_tokens)

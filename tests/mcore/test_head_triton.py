@@ -1,4 +1,5 @@
-"""Triton's kernels against the plain PyTorch path, in Triton's interpreter where there is no GPU, and who is chosen when."""
+"""Triton's kernels against the plain PyTorch path, in Triton's interpreter where there is no GPU, and who is chosen
+when."""
 
 import importlib.util
 import os

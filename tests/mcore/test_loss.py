@@ -1,4 +1,5 @@
-"""The numbers that the loss reports beside itself: its parts add up to it, and all are finite for every rule of bounds."""
+"""The numbers that the loss reports beside itself: its parts add up to it, and all are finite for every rule of
+bounds."""
 
 import dataclasses
 

@@ -1,4 +1,5 @@
-"""Rotary angles by position: the same numbers as Megatron-Core's own, in a number of operators that the sequences do not change."""
+"""Rotary angles by position: the same numbers as Megatron-Core's own, in a number of operators that the sequences do
+not change."""
 
 import pytest
 import torch

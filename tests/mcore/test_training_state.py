@@ -150,7 +150,8 @@ def test_the_next_snapshot_is_copied_into_the_memory_of_the_last():
 
 
 class GpuCalls:
-    """Notes, in order, what is asked of a GPU: pinned memory, copies that do not wait, the wait for them. Tensors stay where they are."""
+    """Notes, in order, what is asked of a GPU: pinned memory, copies that do not wait, the wait for them. Tensors stay
+    where they are."""
 
     def __init__(self, monkeypatch):
         self.made = []

@@ -1,4 +1,5 @@
-"""Equal in another form is right, a near miss is wrong: a list of pairs by hand, and pairs made by rule, category by category, from a seed."""
+"""Equal in another form is right, a near miss is wrong: a list of pairs by hand, and pairs made by rule, category by
+category, from a seed."""
 
 import random
 from fractions import Fraction

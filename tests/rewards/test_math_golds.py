@@ -1,4 +1,5 @@
-"""Every ground truth of the benchmark files earns +1 against itself, also in another spelling, and not against another."""
+"""Every ground truth of the benchmark files earns +1 against itself, also in another spelling, and not against
+another."""
 
 import json
 import random

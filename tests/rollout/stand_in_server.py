@@ -1,4 +1,5 @@
-"""A stand-in for an SGLang server, for the faults that a real one cannot be brought to show: wrong tags, broken JSON, answers cut off. Everything else is tested on real servers."""
+"""A stand-in for an SGLang server, for the faults that a real one cannot be brought to show: wrong tags, broken JSON,
+answers cut off. Everything else is tested on real servers."""
 
 import json
 import threading
@@ -32,7 +33,8 @@ def ordinary(tag: str):
 
 
 class StandIn:
-    """``answer(body)`` gives the events of a /generate request, lines to send as they are, or an HTTP status. ``asked``: the bodies so far.
+    """``answer(body)`` gives the events of a /generate request, lines to send as they are, or an HTTP status.
+    ``asked``: the bodies so far.
 
     ``works``, ``running``: what it says of itself, whether it samples and how many requests it holds."""
 

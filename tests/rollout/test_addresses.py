@@ -1,4 +1,5 @@
-"""Addresses of servers: both families, names that do not resolve, proxies in the environment, and whoever else may answer there."""
+"""Addresses of servers: both families, names that do not resolve, proxies in the environment, and whoever else may
+answer there."""
 
 import os
 import socket
@@ -134,7 +135,8 @@ def test_a_server_on_every_interface_speaks_to_itself_by_loopback_and_a_star_sta
 
 
 class Whoever:
-    """A service at an address: ``answer`` is (status, content type, body) to every request, or the bytes to send instead of HTTP."""
+    """A service at an address: ``answer`` is (status, content type, body) to every request, or the bytes to send
+    instead of HTTP."""
 
     def __init__(self, answer, host: str = "127.0.0.1"):
         class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,5 @@
-"""The embedded engine samples what transformers would, whatever else is in the batch, and never with half of an update."""
+"""The embedded engine samples what transformers would, whatever else is in the batch, and never with half of an
+update."""
 
 import math
 
@@ -84,7 +85,7 @@ def greedy_by_transformers(model, prompt, count, stop=None):
     return out[0, len(prompt) :].tolist()
 
 
-# -- what is sampled ----------------------------------------------------------------------------------------------------------------------
+# -- what is sampled -------------------------------------------------------------------------------
 
 
 def test_greedy_responses_are_those_of_transformers_own_generate(shared_engine, model):
@@ -186,7 +187,7 @@ def test_no_requests_give_no_responses(shared_engine):
     assert shared_engine.generate([], SamplingParams(4)) == []
 
 
-# -- sampling of one token ----------------------------------------------------------------------------------------------------------------
+# -- sampling of one token -------------------------------------------------------------------------
 
 
 def test_top_k_of_one_is_greedy(shared_engine):
@@ -265,7 +266,7 @@ def test_sampling_parameters_out_of_range_are_refused(settings, message):
         SamplingParams(**settings)
 
 
-# -- weights ------------------------------------------------------------------------------------------------------------------------------
+# -- weights ---------------------------------------------------------------------------------------
 
 
 def weights_of(model):

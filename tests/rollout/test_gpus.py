@@ -1,4 +1,5 @@
-"""Which GPUs servers and ranks get on one host. The driver, and the servers themselves, are stand-ins: an 8-GPU host on a machine that has none."""
+"""Which GPUs servers and ranks get on one host. The driver, and the servers themselves, are stand-ins: an 8-GPU host on
+a machine that has none."""
 
 import json
 import os
@@ -140,7 +141,8 @@ def test_the_ranks_of_the_readme_are_on_gpus_0_to_3(tmp_path):
 
 @pytest.mark.parametrize(("visible", "ranks"), [("0,1,2,3", 4), (None, 8), ("", 1)])
 def test_the_start_script_takes_as_many_ranks_as_gpus_are_visible(tmp_path, visible, ranks):
-    # An interpreter that counts as the real one does, and starts nothing; nvidia-smi shows all eight, whatever the variable says.
+    # An interpreter that counts as the real one does, and starts nothing; nvidia-smi shows all eight, whatever the
+    # variable says.
     shim, smi = tmp_path / "python", tmp_path / "nvidia-smi"
     shim.write_text(f'#!/usr/bin/env bash\n[ "$1" = -m ] && exec {sys.executable} "$@"\necho "started: $*"\n')
     smi.write_text("#!/usr/bin/env bash\nfor number in 0 1 2 3 4 5 6 7; do echo GPU $number; done\n")

@@ -1,4 +1,5 @@
-"""What the client does with answers, good and bad, and how it spreads requests. Stand-in servers; the real ones are in test_server_client_real.py."""
+"""What the client does with answers, good and bad, and how it spreads requests. Stand-in servers; the real ones are in
+test_server_client_real.py."""
 
 import threading
 import time

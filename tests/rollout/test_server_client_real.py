@@ -1,4 +1,5 @@
-"""The client on two real SGLang servers: its numbers are those of transformers, and real faults cost no finished response."""
+"""The client on two real SGLang servers: its numbers are those of transformers, and real faults cost no finished
+response."""
 
 import json
 import os

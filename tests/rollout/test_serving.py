@@ -125,14 +125,16 @@ def test_the_key_is_in_no_command_line_no_environment_and_no_log(launcher, urls)
 
 def test_a_server_reaches_itself_past_a_proxy(launcher, urls):
     for file in launcher.logs.glob("*.log"):
-        # Before this line it posts /freeze_gc to itself; without a warm-up it may do so before it listens, which is its own affair.
+        # Before this line it posts /freeze_gc to itself; without a warm-up it may do so before it listens, which is its
+        # own affair.
         until(lambda: "fired up and ready" in file.read_text(), 20, "the server's own word")  # noqa: B023
         assert "ProxyError" not in file.read_text()
 
 
 @pytest.fixture(scope="module")
 def hung(launcher, urls) -> int:
-    """The first server has hung: the launcher has said so, and starts another one while the tests go on. Its process group."""
+    """The first server has hung: the launcher has said so, and starts another one while the tests go on. Its process
+    group."""
     leader = launcher.leaders()[0]
     os.kill(leader, signal.SIGSTOP)
     until(lambda: "has not answered for 6 s: started again" in launcher.said(), 40, "the verdict")

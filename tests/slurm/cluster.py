@@ -1,4 +1,5 @@
-"""A real Slurm, for tests: munged, one slurmctld and a slurmd a node, everything of theirs in one folder. Two nodes on this machine, or one on each of `tests.hosts`.
+"""A real Slurm, for tests: munged, one slurmctld and a slurmd a node, everything of theirs in one folder. Two nodes on
+this machine, or one on each of `tests.hosts`.
 
     munged -- its own socket        slurmctld        slurmd n1   slurmd n2        each found again by the pid file that it wrote
     h1 [ munged slurmctld slurmd ]  h2 [ munged slurmd ] ...                      a folder that all hosts see; they go with their hosts
@@ -30,7 +31,8 @@ class Unavailable(Exception):
 
 
 def install(deadline: float = 180.0) -> None:
-    """Makes sure that the programs are there. Raises :class:`Unavailable` where they are not and cannot be installed."""
+    """Makes sure that the programs are there. Raises :class:`Unavailable` where they are not and cannot be
+    installed."""
     if os.geteuid() != 0:
         raise Unavailable("a test cluster needs root (slurmd starts tasks)")
     reason = debian.install(NEEDED, ("slurm-wlm", "munge"), deadline)
@@ -39,7 +41,8 @@ def install(deadline: float = 180.0) -> None:
 
 
 class Cluster:
-    """Start it with :meth:`start`, and call :meth:`stop` whatever happened. ``hosts``: where nodes are, by default this machine; commands are the first one's."""
+    """Start it with :meth:`start`, and call :meth:`stop` whatever happened. ``hosts``: where nodes are, by default this
+    machine; commands are the first one's."""
 
     def __init__(self, folder: Path, hosts: Sequence[Host] = ()):
         self.folder, self.hosts = folder, hosts

@@ -28,7 +28,8 @@ def test_a_job_trains_on_one_node_and_samples_on_the_other_and_leaves_no_server(
     options = " ".join(["--device", "cpu", *server_options(), "--", "--max-running-requests", "16"])
     task = make_task(tmp_path / "task", steps=3)
     run = tmp_path / "run"
-    # An earlier start was killed before it could take its address back: waiting for that server would take all of the test's time.
+    # An earlier start was killed before it could take its address back: waiting for that server would take all of the
+    # test's time.
     (run / "servers").mkdir(parents=True)
     (run / "servers" / "n1.json").write_text('["http://127.0.0.1:9"]')
     variables = f"ALL,SERVER_NODES=1,SERVER_MODEL={tmp_path}/task/start,SERVE_OPTIONS={options}"

@@ -1,4 +1,5 @@
-"""Stands for the server environment's interpreter: notes how it was started beside this run's logs, and answers health checks."""
+"""Stands for the server environment's interpreter: notes how it was started beside this run's logs, and answers health
+checks."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""The benchmark of the reward history: what it measures and prints, on a history small enough for a test. No number here is a claim about speed."""
+"""The benchmark of the reward history: what it measures and prints, on a history small enough for a test. No number
+here is a claim about speed."""
 
 import json
 import subprocess

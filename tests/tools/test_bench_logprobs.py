@@ -1,4 +1,5 @@
-"""The benchmark of heads: what it measures and prints, on a problem small enough for a test. No number here is a claim about speed."""
+"""The benchmark of heads: what it measures and prints, on a problem small enough for a test. No number here is a claim
+about speed."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""The benchmark of packing: it counts the tokens that the trainer's micro-batches have, and its rows are what they say."""
+"""The benchmark of packing: it counts the tokens that the trainer's micro-batches have, and its rows are what they
+say."""
 
 import importlib.util
 import json
@@ -50,7 +51,8 @@ def test_every_row_lays_out_each_response_once_within_the_budget_and_evenly_in_n
 
 def test_the_measures_of_a_plan_computed_by_hand(bench):
     options = PackingOptions(8, packed=False, align=2, attention_length=4)
-    # Aligned 4, 2 and 2: costs 8, 3 and 3. Rank 0 pads its second row to 4 and costs 16; rank 1 costs 3 and an empty micro-batch of 2 tokens.
+    # Aligned 4, 2 and 2: costs 8, 3 and 3. Rank 0 pads its second row to 4 and costs 16; rank 1 costs 3 and an empty
+    # micro-batch of 2 tokens.
     found = bench.measure([[[0, 1], []], [[2], []]], [3, 2, 2], options)
     assert found == pytest.approx(
         {

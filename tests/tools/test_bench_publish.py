@@ -1,4 +1,5 @@
-"""The benchmark of publishing, on a real server of a tiny model: every number that it shows is there. No number here is a claim about speed."""
+"""The benchmark of publishing, on a real server of a tiny model: every number that it shows is there. No number here is
+a claim about speed."""
 
 import importlib.util
 import json

@@ -1,4 +1,5 @@
-"""The benchmark of a step: its parts add up, on real ranks of the trainer, and the trace has a track a rank. No number here is a claim about speed."""
+"""The benchmark of a step: its parts add up, on real ranks of the trainer, and the trace has a track a rank. No number
+here is a claim about speed."""
 
 import importlib.util
 import json

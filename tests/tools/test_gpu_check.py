@@ -1,4 +1,5 @@
-"""The check of what needs a GPU: what it says and leaves where there is none, and that a part neither hangs nor leaves anything running."""
+"""The check of what needs a GPU: what it says and leaves where there is none, and that a part neither hangs nor leaves
+anything running."""
 
 import importlib.util
 import json

@@ -1,4 +1,5 @@
-"""The list of changes that tests must notice fits the code, and the command tells a change that is noticed from one that is not."""
+"""The list of changes that tests must notice fits the code, and the command tells a change that is noticed from one
+that is not."""
 
 import importlib.util
 import sys

@@ -15,7 +15,8 @@ def install() -> str | None:
 
 
 def open_page(file: Path, width: int, height: int, *, picture: Path | None = None, deadline: float = 90.0) -> str:
-    """Opens a file in a window of that size, in pixels; returns the document as it is after its scripts ran, or takes a ``picture`` (PNG)."""
+    """Opens a file in a window of that size, in pixels; returns the document as it is after its scripts ran, or takes a
+    ``picture`` (PNG)."""
     what = f"--screenshot={picture}" if picture else "--dump-dom"
     with tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profile:
         done = subprocess.run(

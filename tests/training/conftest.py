@@ -1,4 +1,5 @@
-"""Prepares the CPU platform before any test file imports Megatron-Core, and makes tiny model folders (config.json only)."""
+"""Prepares the CPU platform before any test file imports Megatron-Core, and makes tiny model folders (config.json
+only)."""
 
 from pathlib import Path
 

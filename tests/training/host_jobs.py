@@ -1,4 +1,5 @@
-"""Functions that run on the ranks of a pool: GPUs compared, and host meetings beside a default group that is not gloo's."""
+"""Functions that run on the ranks of a pool: GPUs compared, and host meetings beside a default group that is not
+gloo's."""
 
 import datetime
 
@@ -18,8 +19,9 @@ def servers_gpus(servers: dict, ranks: list, shared: bool):
 
 
 def a_batch(start: str, fake: bool):
-    """A batch with SAS, a meeting about a server, a count and a checkpoint's flags. ``fake``: the default group is torch's fake one, which carries nothing from rank
-    to rank (as nccl cannot carry what is on the host): only the group beside it can.
+    """A batch with SAS, a meeting about a server, a count and a checkpoint's flags. ``fake``: the default group is
+    torch's fake one, which carries nothing from rank to rank (as nccl cannot carry what is on the host): only the group
+    beside it can.
     """
     from dcpo_megatron.advantages import RewardHistory
     from dcpo_megatron.checkpoint.saver import CheckpointSaver
@@ -52,7 +54,8 @@ def a_batch(start: str, fake: bool):
 
 
 def servers_of_a_run(urls: list[str], seconds: float, least: int = 1, asked_to_stop: int | None = None):
-    """What a run's wait for its servers comes to on this rank: addresses or the error, what was announced, and how long it took."""
+    """What a run's wait for its servers comes to on this rank: addresses or the error, what was announced, and how long
+    it took."""
     import time
     from types import SimpleNamespace
 

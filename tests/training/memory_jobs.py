@@ -25,8 +25,8 @@ def shape(model: str):
 
 def measure(model: str, parallel: dict, cases: list[dict]) -> list[dict]:
     """For each case (dtype, and optionally recompute, fused_head_loss, optimizer): bytes of weights, gradients and
-    optimizer after a step, and the most that was
-    kept for the backward pass at a time. Routed tokens of this rank's experts over the mean, where there are experts."""
+    optimizer after a step, and the most that was kept for the backward pass at a time. Routed tokens of this rank's
+    experts over the mean, where there are experts."""
     return [_measure(model, parallel, **case) for case in cases]
 
 

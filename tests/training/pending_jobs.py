@@ -55,7 +55,8 @@ def _responses(phase, step):
 
 
 def begun_and_not(start: str, whole_prompts: bool):
-    """The same step's responses: sampled when asked for; begun before, by an engine that samples beside; by one that does not."""
+    """The same step's responses: sampled when asked for; begun before, by an engine that samples beside; by one that
+    does not."""
     found = []
     for beside, begin in ((False, False), (True, True), (False, True)):
         phase = _phase(start, beside, whole_prompts)
@@ -67,7 +68,8 @@ def begun_and_not(start: str, whole_prompts: bool):
 
 
 def saved_and_taken_up(start: str, folder: str, writers: int, read: bool):
-    """A batch begun on ``writers`` ranks and written as a checkpoint does; or, with ``read``, taken up from there. Responses, and how many were asked for."""
+    """A batch begun on ``writers`` ranks and written as a checkpoint does; or, with ``read``, taken up from there.
+    Responses, and how many were asked for."""
     from dcpo_megatron.training.pending import read_pending
 
     phase = _phase(start, beside=True)
@@ -87,7 +89,8 @@ def saved_and_taken_up(start: str, folder: str, writers: int, read: bool):
 
 
 def mismatch(gap: float, aged_gap: float, limit: float):
-    """Eight tokens a rank, half of them sampled under older weights, whose log-probs differ by the gaps. The message, or None."""
+    """Eight tokens a rank, half of them sampled under older weights, whose log-probs differ by the gaps. The message,
+    or None."""
     from dcpo_megatron.data import Response
     from dcpo_megatron.mcore.batch import Sequence
     from dcpo_megatron.monitor.mismatch import MismatchError, check_mismatch, stale_tokens

@@ -31,7 +31,7 @@ def refusal(files=(), overrides=(), given=GIVEN):
     return str(caught.value)
 
 
-# -- reading ------------------------------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def test_later_files_win_key_by_key_and_overrides_win_over_files(tmp_path):
@@ -107,7 +107,7 @@ def test_every_key_of_a_complete_configuration_is_known():
     assert leaves <= set(known_keys())
 
 
-# -- refusals -----------------------------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_section_that_holds_a_plain_value_is_refused(value):
     )
 
 
-# -- objectives and recipes ---------------------------------------------------------------------------------------------------------------
+# -- objectives and recipes ------------------------------------------------------------------------
 
 
 def test_without_a_word_the_objective_is_the_papers():
@@ -268,7 +268,7 @@ def test_there_are_preset_files_and_each_names_a_preset():
     assert {"dcpo-paper", "grpo"} <= names <= set(PRESETS)
 
 
-# -- the configuration against the model and the ranks ------------------------------------------------------------------------------------
+# -- the configuration against the model and the ranks ---------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""What gets its final name is on the disk by then, file by file, and old things go only afterwards: read off the order of the system calls."""
+"""What gets its final name is on the disk by then, file by file, and old things go only afterwards: read off the order
+of the system calls."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Metrics' files on a disk that is full for a while: nothing is cut in half, nothing is lost, and TensorBoard reads them."""
+"""Metrics' files on a disk that is full for a while: nothing is cut in half, nothing is lost, and TensorBoard reads
+them."""
 
 import contextlib
 import os
@@ -11,7 +12,8 @@ from dcpo_megatron.monitor.growing_file import BoardFile, GrowingFile
 
 @contextlib.contextmanager
 def largest_file(size: int):
-    """No file of this process may become larger meanwhile: writing fails as on a full disk, in the middle of a record."""
+    """No file of this process may become larger meanwhile: writing fails as on a full disk, in the middle of a
+    record."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

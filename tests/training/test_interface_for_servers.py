@@ -1,4 +1,5 @@
-"""Ranks of one host, servers on another, weights over nccl: nccl is told the way there before its first call. No GPU needed: it is only told."""
+"""Ranks of one host, servers on another, weights over nccl: nccl is told the way there before its first call. No GPU
+needed: it is only told."""
 
 import os
 from types import SimpleNamespace

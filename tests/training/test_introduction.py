@@ -1,4 +1,5 @@
-"""What a run says of its first prompt and of what ends a response is what the model reads and what the engines are told."""
+"""What a run says of its first prompt and of what ends a response is what the model reads and what the engines are
+told."""
 
 import io
 import json

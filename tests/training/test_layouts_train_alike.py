@@ -57,7 +57,8 @@ def test_a_layout_gives_the_metrics_and_weights_of_one_process(runs, name):
                 if not key.startswith(CLOCK) and key != "first_update_ratio_deviation":
                     assert math.isclose(got[key], value, rel_tol=1e-5, abs_tol=1e-6), (key, value, got[key])
     assert found.keys() == weights.keys()
-    # Over all weights at once: Adam divides by the gradient's size, so a parameter whose true gradient is 0 (a key's bias) moves by rounding noise alone.
+    # Over all weights at once: Adam divides by the gradient's size, so a parameter whose true gradient is 0 (a key's
+    # bias) moves by rounding noise alone.
     difference = sum((found[key] - tensor).double().pow(2).sum() for key, tensor in weights.items()) ** 0.5
     size = sum(tensor.double().pow(2).sum() for tensor in weights.values()) ** 0.5
     assert difference <= 1e-5 * size
@@ -112,7 +113,8 @@ def test_samples_hold_the_ratios_of_one_process(runs, name):
 
 
 def test_sampled_ratios_are_those_of_the_update(runs):
-    """Where a micro-batch holds the whole last minibatch: they and the ones of the first, on-policy update give the step's mean ratio."""
+    """Where a micro-batch holds the whole last minibatch: they and the ones of the first, on-policy update give the
+    step's mean ratio."""
     (metrics,), _, rows = runs["one micro-batch"]
     for step, row in enumerate(metrics, 1):
         ratios = [token[2] for r in rows if r["kind"] == "response" and r["step"] == step for token in r["tokens"]]

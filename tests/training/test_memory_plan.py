@@ -132,7 +132,8 @@ def test_the_embedded_engine_holds_the_whole_model_and_a_cache_of_its_batch(mode
 
 
 def megatron_lm_formulas():
-    """Megatron-LM's own estimate, which comes with newer wheels of Megatron-Core; read without the trainer around it."""
+    """Megatron-LM's own estimate, which comes with newer wheels of Megatron-Core; read without the trainer around
+    it."""
     unpacked = Path(sys.prefix) / "megatron-core-0.19.2" / "megatron"
     places = [unpacked, *map(Path, importlib.util.find_spec("megatron").submodule_search_locations)]
     files = [place / "training" / "theoretical_memory_usage.py" for place in places]

@@ -1,4 +1,5 @@
-"""Old checkpoints and copies that cannot be removed cost a warning: the new ones count, and half of an old one is never taken for a whole."""
+"""Old checkpoints and copies that cannot be removed cost a warning: the new ones count, and half of an old one is never
+taken for a whole."""
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_latest_that_cannot_be_written_costs_a_warning(tmp_path):
     assert folders.complete_steps(tmp_path) == [1, 2] and "step-000002 is complete all the same" in said[0]
 
 
-# -- copies of the model ------------------------------------------------------------------------------------------------------------------------
+# -- copies of the model ---------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""A batch begun a step early is the batch that would have been sampled; a rollout engine that serves another model stops the run."""
+"""A batch begun a step early is the batch that would have been sampled; a rollout engine that serves another model
+stops the run."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""What a run says of ranks that wait for each other in every layer and are on different hosts: groups as Megatron-Core makes them."""
+"""What a run says of ranks that wait for each other in every layer and are on different hosts: groups as Megatron-Core
+makes them."""
 
 import pytest
 from megatron.core.parallel_state import RankGenerator
@@ -29,7 +30,8 @@ def said(hosts: str, tensor: int = 1, context: int = 1, pipeline: int = 1, exper
         ("aabbaabb", {"tensor": 2}),
         ("aaaab", {}),
         ("aaaabb", {"tensor": 2}),
-        # Context- and expert-parallel groups larger than what fits on a host beside their tensor-parallel ranks are as they must be.
+        # Context- and expert-parallel groups larger than what fits on a host beside their tensor-parallel ranks are as
+        # they must be.
         ("aabbccdd", {"tensor": 2, "context": 2}),
         ("aabb", {"expert": 4}),
     ],

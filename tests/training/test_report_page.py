@@ -1,4 +1,5 @@
-"""The page of a run in a real browser, at the width of a phone and of a desk; runs that kept no samples, and a folder without a run."""
+"""The page of a run in a real browser, at the width of a phone and of a desk; runs that kept no samples, and a folder
+without a run."""
 
 import html
 import json
@@ -20,7 +21,8 @@ SAMPLES = [
     for step in (1, 2)
 ]  # fmt: skip
 
-# Runs in the page after it is there: taps the clipped token, and says what is to be seen. The page is a frame, since no window of Chromium is narrower than 500 pixels.
+# Runs in the page after it is there: taps the clipped token, and says what is to be seen. The page is a frame, since no
+# window of Chromium is narrower than 500 pixels.
 LOOK = """<script>addEventListener("load", () => {
   const clipped = document.querySelector(".tokens .clip"), found = {title: document.title, wide: document.documentElement.scrollWidth, window: innerWidth};
   found.pictures = [...document.images].filter(image => image.checkVisibility()).map(image => image.naturalWidth);

@@ -1,4 +1,5 @@
-"""Whole runs on two real SGLang servers: two training ranks, weights published after every step, servers and trainers that die."""
+"""Whole runs on two real SGLang servers: two training ranks, weights published after every step, servers and trainers
+that die."""
 
 import json
 import os
@@ -71,8 +72,9 @@ def test_rollout_and_training_engine_agree_after_every_update(task, tmp_path):
 
 
 def test_on_policy_two_runs_are_one_also_where_servers_and_optimizer_take_turns(task, tmp_path):
-    """Seeds decide the tokens (on a CPU), so the runs agree in everything but the clock and the last bits of the servers' own log-probs. In the second one the servers
-    release their memory while training goes on (on a CPU they have none to release), and optimizer and gradients leave while they sample.
+    """Seeds decide the tokens (on a CPU), so the runs agree in everything but the clock and the last bits of the
+    servers' own log-probs. In the second one the servers release their memory while training goes on (on a CPU they
+    have none to release), and optimizer and gradients leave while they sample.
     """
     found = []
     for name, options in (("one", []), ("other", ["publish.colocated=true", "publish.mode=ipc", "checkpoint.every=1"])):
@@ -155,7 +157,8 @@ def test_a_run_that_waits_for_lost_servers_saves_and_ends_when_it_is_asked_to(ta
     done = len(rows(folder))
     saved = folder / "checkpoints" / f"step-{done:06d}"
     assert (folder / "checkpoints" / "latest").read_text().strip() == saved.name
-    # The batch that was being sampled is in it, with what was finished, and the sampler stands behind its prompts: as at any boundary.
+    # The batch that was being sampled is in it, with what was finished, and the sampler stands behind its prompts: as
+    # at any boundary.
     pending, state = json.loads((saved / "pending.json").read_text()), json.loads((saved / "run.json").read_text())
     assert pending["step"] == done + 1 and len(pending["prompts"]) == 8 and state["step"] == done
     assert (16 * state["sampler"]["epoch"] + state["sampler"]["position"]) == 8 * (done + 1)

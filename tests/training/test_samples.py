@@ -1,4 +1,5 @@
-"""The file of samples stays small, survives a resume, and costs no run that cannot write it. That its ratios are the update's is in test_layouts_train_alike."""
+"""The file of samples stays small, survives a resume, and costs no run that cannot write it. That its ratios are the
+update's is in test_layouts_train_alike."""
 
 import json
 import math

@@ -244,7 +244,7 @@ def test_a_heartbeat_file_is_whole_at_any_time(tmp_path):
         thread.join()
 
 
-# -- without the folder, and over the network ---------------------------------------------------------------------------------------------------
+# -- without the folder, and over the network ------------------------------------------------------
 
 
 def test_a_rank_whose_folder_is_gone_still_speaks_and_ends(tmp_path):

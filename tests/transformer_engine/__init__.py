@@ -1,4 +1,5 @@
-"""Transformer Engine's real Python on a CPU: where it lies, and the import path that ranks need for it (see ``standin/transformer_engine``)."""
+"""Transformer Engine's real Python on a CPU: where it lies, and the import path that ranks need for it (see
+``standin/transformer_engine``)."""
 
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ UNPACKED = Path(sys.prefix) / "transformer-engine-2.20.2"
 
 
 def python_path(megatron: str) -> list[str]:
-    """For ranks that build with Transformer Engine on the "installed" or the "other" Megatron-Core. Skips the test where one was not unpacked."""
+    """For ranks that build with Transformer Engine on the "installed" or the "other" Megatron-Core. Skips the test
+    where one was not unpacked."""
     if not UNPACKED.is_dir():
         pytest.skip(f"no {UNPACKED}: `make test` unpacks it")
     return [str(Path(__file__).parent / "standin"), *other_path(megatron), str(UNPACKED)]

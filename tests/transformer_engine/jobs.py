@@ -40,7 +40,8 @@ def _description(model) -> dict[str, tuple]:
 
 
 def build_both(hf: str, parallel: dict):
-    """``(classes with Transformer Engine, parameters with it, parameters without it, Hugging Face tensors that come back)`` of this rank."""
+    """``(classes with Transformer Engine, parameters with it, parameters without it, Hugging Face tensors that come
+    back)`` of this rank."""
     from megatron.core import parallel_state
     from megatron.core.transformer.moe import moe_utils
 

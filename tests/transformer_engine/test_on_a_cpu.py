@@ -1,4 +1,5 @@
-"""Transformer Engine's layers and optimizer under both Megatron-Cores: names, marks, the certificate's layouts, checkpoints with it and without.
+"""Transformer Engine's layers and optimizer under both Megatron-Cores: names, marks, the certificate's layouts,
+checkpoints with it and without.
 
 Its Python is the real one, the kernels are the stand-in's formulas (see ``standin/transformer_engine``).
 """
@@ -92,7 +93,8 @@ def test_formulas_that_no_layout_runs_are_those_of_torch(pool):
 @pytest.mark.parametrize(("kind", "dtype", "close"), [("dense", "bfloat16", 2e-2), ("moe", "float32", 1e-5)])
 @pytest.mark.parametrize("steps", [0, 2])
 def test_a_run_goes_on_with_and_without_transformer_engine(pool, without, models, tmp_path, kind, dtype, close, steps):
-    """Weights, main weights and Adam's state bit for bit, before the first step and after some; then the same steps up to rounding."""
+    """Weights, main weights and Adam's state bit for bit, before the first step and after some; then the same steps up
+    to rounding."""
     hf, parallel = str(models / kind), KINDS[kind]
     with_it, without_it = (pool, "on"), (without, "off")
 
@@ -126,7 +128,8 @@ def test_stock_megatron_loads_a_converted_checkpoint_into_its_layers(pool, model
 
 
 def test_every_faster_way_together_trains_as_none_of_them_does(pool, models):
-    """Grouped experts, gradients added up by the products, fused activations, overlap: two experts a rank, two ranks, five updates."""
+    """Grouped experts, gradients added up by the products, fused activations, overlap: two experts a rank, two ranks,
+    five updates."""
     job = "tests.mcore.overlap_jobs:train", 2, str(models / "moe"), KINDS["moe"]
     ways = ("bias_activation_fusion", "gradient_accumulation_fusion", "grouped_experts")
     with_them, without_them = (

@@ -1,4 +1,5 @@
-"""Ways to break one factor on purpose. Each is called on every rank before the model is built and returns what undoes it."""
+"""Ways to break one factor on purpose. Each is called on every rank before the model is built and returns what undoes
+it."""
 
 import dataclasses
 import time

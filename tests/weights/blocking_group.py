@@ -1,6 +1,8 @@
-"""Stand-ins for what no CPU has: NCCL's first collective, which blocks in C++ until every rank has called it, and servers that make their side of it only when they are asked to.
+"""Stand-ins for what no CPU has: NCCL's first collective, which blocks in C++ until every rank has called it, and
+servers that make their side of it only when they are asked to.
 
-Only what :mod:`dcpo_megatron.weights.publish.process_group` does with them is there; gloo and real servers are in test_publish.py.
+Only what :mod:`dcpo_megatron.weights.publish.process_group` does with them is there; gloo and real servers are in
+test_publish.py.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ BACKEND = "blocking"
 
 
 class BlockingGroup(dist.ProcessGroup):
-    """Rank 0's side. Every call blocks, out of Python's reach and without a deadline, until the peer has made its side or the group is aborted."""
+    """Rank 0's side. Every call blocks, out of Python's reach and without a deadline, until the peer has made its side
+    or the group is aborted."""
 
     made: list[BlockingGroup] = []
 
@@ -68,9 +71,11 @@ class BlockingGroup(dist.ProcessGroup):
 
 
 class BlockingServer:
-    """A server that answers every control request, and calls its side of the group on ``/update_weights_from_distributed``.
+    """A server that answers every control request, and calls its side of the group on
+    ``/update_weights_from_distributed``.
 
-    ``loads(body)`` is called then: None, or the (status, answer) of a refusal, before the group is called. ``environment``: what `dcpo serve` makes it tell of its NCCL."""
+    ``loads(body)`` is called then: None, or the (status, answer) of a refusal, before the group is called.
+    ``environment``: what `dcpo serve` makes it tell of its NCCL."""
 
     def __init__(self, loads=lambda body: None, info: dict | None = None, environment: dict | None = None):
         self.asked: list[str] = []

@@ -1,4 +1,5 @@
-"""Functions that run on the ranks of a pool: stock Megatron-Core saves and loads checkpoints here, with no code of the project that touches one."""
+"""Functions that run on the ranks of a pool: stock Megatron-Core saves and loads checkpoints here, with no code of the
+project that touches one."""
 
 import multiprocessing
 import os
@@ -65,7 +66,7 @@ def weights_loaded_by_us(hf: str, checkpoint: str, parallel: dict) -> dict[str, 
     return {name: tensor.clone() for name, tensor in WeightGatherer(policy).tensors()}
 
 
-# -- plain Megatron-Core: model, optimizer and checkpoint built from its own parts alone ---------------------------------------------------------
+# -- plain Megatron-Core: model, optimizer and checkpoint built from its own parts alone -----------
 
 
 def _plain_model(tensor: int, pipeline: int, experts: bool, expert: int):
@@ -162,7 +163,8 @@ def plain_training_state(
 
     for parameter in model.parameters():
         parameter.main_grad.copy_(torch.randn_like(parameter.main_grad))
-    # Also before loading: with PyTorch's Adam, Megatron-Core asks for the state's step, which a fresh optimizer does not have.
+    # Also before loading: with PyTorch's Adam, Megatron-Core asks for the state's step, which a fresh optimizer does
+    # not have.
     for _ in range(2 if source is None else 1):
         optimizer.step()
     if source is not None:

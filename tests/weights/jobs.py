@@ -57,7 +57,8 @@ def logprobs(folder: str, parallel: dict, tokens: list[int], prompt: int) -> tor
 
 
 def update_with_a_bad_number(folder: str, parallel: dict) -> tuple[bool, bool, list[bool]]:
-    """A good update, then one with a NaN on the last rank's response alone: (stepped, stepped, weights unchanged by the second)."""
+    """A good update, then one with a NaN on the last rank's response alone: (stepped, stepped, weights unchanged by the
+    second)."""
     import torch.distributed as dist
 
     from dcpo_megatron.mcore.batch import Sequence

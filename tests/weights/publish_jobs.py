@@ -35,7 +35,8 @@ class HfProbe:
 
 
 def publish(folder: str, parallel: dict, urls: list[str], run_id: str, version: int, options: dict) -> dict:
-    """Publishes ``folder``'s weights from a sharded model: what this rank knows then, and the error if there was one."""
+    """Publishes ``folder``'s weights from a sharded model: what this rank knows then, and the error if there was
+    one."""
     from dcpo_megatron.rollout import RolloutError
     from dcpo_megatron.rollout.fleet import Fleet
     from dcpo_megatron.rollout.server import Server

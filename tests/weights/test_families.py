@@ -1,4 +1,5 @@
-"""Every family found in the package: its table against a small transformers model of its own, its weights and log-probs through Megatron-Core.
+"""Every family found in the package: its table against a small transformers model of its own, its weights and log-probs
+through Megatron-Core.
 
 A new family's file is picked up here by itself; nothing below knows a family by name except where it says so.
 """
@@ -78,7 +79,8 @@ def test_log_probs_through_megatron_are_those_of_transformers(pool, tmp_path, mo
 
 
 def give_to_the_rollout_engine(folder):
-    """The folder's tensors, under their checkpoint names, into an engine without weights; its logits are then the folder's own."""
+    """The folder's tensors, under their checkpoint names, into an engine without weights; its logits are then the
+    folder's own."""
     from transformers import AutoModelForCausalLM
 
     engine = EmbeddedEngine(folder, load=False)
@@ -109,7 +111,7 @@ def test_the_rollout_engine_does_not_fill_copies_of_its_weights(tmp_path, monkey
         engine.load_weights(load_file(tmp_path / "model.safetensors").items(), version=1)
 
 
-# -- what is refused ----------------------------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -196,7 +198,7 @@ def test_missing_and_surplus_tensors_are_refused_by_name(tmp_path):
         check_folder(SafetensorsFolder(folder), shape)
 
 
-# -- a new family is one file -------------------------------------------------------------------------------------------------------------
+# -- a new family is one file ----------------------------------------------------------------------
 
 # The file that the documentation shows.
 DOCUMENTED = Path(__file__).resolve().parents[2] / "docs" / "model_families.md"

@@ -50,7 +50,7 @@ def refusal(function, *arguments):
     return message
 
 
-# -- round trips --------------------------------------------------------------------------------------------------------------------------
+# -- round trips -----------------------------------------------------------------------------------
 
 
 # 160 + 80 + 8 + 160 bytes.
@@ -110,7 +110,7 @@ def test_a_tensor_reused_by_the_iterator_is_written_as_it_was_when_it_came(tmp_p
     assert_tensors(tmp_path / "out", {"t1": torch.full((3,), 1.0), "t2": torch.full((3,), 2.0)})
 
 
-# -- whole or not at all ------------------------------------------------------------------------------------------------------------------
+# -- whole or not at all ---------------------------------------------------------------------------
 
 
 def failing(after):
@@ -153,7 +153,7 @@ def test_a_folder_can_be_written_over_its_own_source(tmp_path, source):
     assert (source / "config.json").is_file()
 
 
-# -- refusals -----------------------------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=[1, 10_000], ids=["with an index", "one file"])

@@ -1,4 +1,5 @@
-"""What handles of a GPU's memory say, and who makes them. Stand-ins for what torch answers on a GPU; shared memory with real servers is in test_publish.py."""
+"""What handles of a GPU's memory say, and who makes them. Stand-ins for what torch answers on a GPU; shared memory with
+real servers is in test_publish.py."""
 
 import base64
 import pickle
@@ -20,7 +21,8 @@ UUIDS = {2: "c7a4ae62-8d9f-11ef-9a2b-000000000002"}
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """torch's side of CUDA IPC: a tensor's handle is a tuple with its GPU's index in it. Yields the tensors of which one was made."""
+    """torch's side of CUDA IPC: a tensor's handle is a tuple with its GPU's index in it. Yields the tensors of which
+    one was made."""
     made = []
 
     def reduce_tensor(tensor):

@@ -162,7 +162,7 @@ def test_the_dtype_of_the_checkpoint_is_kept(dtype):
     assert_same(round_trip(rule, tensors, SHAPE, 2)[0], rule, tensors)
 
 
-# -- names --------------------------------------------------------------------------------------------------------------------------------
+# -- names -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Weights published to real SGLang servers: what they sample with afterwards, and what is left when something fails in the middle."""
+"""Weights published to real SGLang servers: what they sample with afterwards, and what is left when something fails in
+the middle."""
 
 import contextlib
 import os

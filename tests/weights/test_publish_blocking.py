@@ -1,4 +1,5 @@
-"""A group whose calls block in C++, as NCCL's do: every wait of a publication ends, and only the server at fault is left out. Stand-ins, see blocking_group.py."""
+"""A group whose calls block in C++, as NCCL's do: every wait of a publication ends, and only the server at fault is
+left out. Stand-ins, see blocking_group.py."""
 
 import os
 import threading

@@ -95,7 +95,8 @@ def test_a_server_releases_and_takes_back_every_kind_of_memory_that_it_knows():
 
 
 def test_room_is_made_after_the_probe_and_before_any_server_is_spoken_to(monkeypatch):
-    """The probe is a forward pass: what it leaves in the allocator's cache would be missing to a server on the same GPU."""
+    """The probe is a forward pass: what it leaves in the allocator's cache would be missing to a server on the same
+    GPU."""
     order = []
 
     class Probe:

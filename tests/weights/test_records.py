@@ -1,4 +1,5 @@
-"""Records of a ``torch_dist`` file: torch.load reads them, tensors are written from their own memory, and a short write goes on where it stopped."""
+"""Records of a ``torch_dist`` file: torch.load reads them, tensors are written from their own memory, and a short write
+goes on where it stopped."""
 
 import io
 import os

@@ -1,4 +1,5 @@
-"""Checkpoints between Hugging Face, this project and stock Megatron-Core (both ends of it), in many layouts, bit for bit."""
+"""Checkpoints between Hugging Face, this project and stock Megatron-Core (both ends of it), in many layouts, bit for
+bit."""
 
 from pathlib import Path
 

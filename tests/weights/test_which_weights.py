@@ -1,4 +1,5 @@
-"""Which files of a Hugging Face folder count, which output layer, and what is carried beside the weights: as transformers has it, or refused with one sentence."""
+"""Which files of a Hugging Face folder count, which output layer, and what is carried beside the weights: as
+transformers has it, or refused with one sentence."""
 
 import json
 import shutil
@@ -69,7 +70,7 @@ def assert_as_in_transformers(folder) -> None:
     assert all(torch.equal(found.read(name), wanted[name]) for name in found.names())
 
 
-# -- which files count --------------------------------------------------------------------------------------------------------------------------
+# -- which files count -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ def test_the_check_of_a_run_looks_at_the_weights_that_count(both, capsys):
     assert "the checkpoint is incomplete" in capsys.readouterr().err
 
 
-# -- the output layer ---------------------------------------------------------------------------------------------------------------------------
+# -- the output layer ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -231,7 +232,7 @@ def test_a_megatron_checkpoint_with_another_output_layer_than_its_tied_configura
         MegatronTensors(checkpoint(padded), shape)
 
 
-# -- what is carried ----------------------------------------------------------------------------------------------------------------------------
+# -- what is carried -------------------------------------------------------------------------------
 
 CARRIED = [
     "LICENSE", "additional_chat_templates/rag.jinja", "additional_chat_templates/tool_use.jinja", "code/blocks/attention.py",

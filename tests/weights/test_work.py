@@ -1,4 +1,5 @@
-"""A conversion that is interrupted, by whatever, goes on where it stopped and ends as the undisturbed one, byte for byte."""
+"""A conversion that is interrupted, by whatever, goes on where it stopped and ends as the undisturbed one, byte for
+byte."""
 
 import errno
 import fcntl
@@ -26,7 +27,8 @@ TROUBLE = 2
 
 @dataclass(frozen=True)
 class Watched:
-    """A real job that notes which units it ran, and has ``trouble`` in unit TROUBLE while the file ``switch`` exists."""
+    """A real job that notes which units it ran, and has ``trouble`` in unit TROUBLE while the file ``switch``
+    exists."""
 
     job: object
     notes: str

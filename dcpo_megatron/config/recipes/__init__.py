@@ -1,4 +1,5 @@
-"""Recipes by name: ``demo`` is ``dcpo_megatron/config/recipes/demo.yaml``, ``presets/grpo`` or ``grpo`` is ``dcpo_megatron/config/recipes/presets/grpo.yaml``.
+"""Recipes by name: ``demo`` is ``dcpo_megatron/config/recipes/demo.yaml``, ``presets/grpo`` or ``grpo`` is
+``dcpo_megatron/config/recipes/presets/grpo.yaml``.
 
 A YAML put into that folder has a name; nothing else lists it.
 """
@@ -12,7 +13,8 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def find_recipe(name: str | Path) -> Path:
-    """The file that ``name`` means: a file that exists, else a recipe of this package, with or without its folder and its ``.yaml``.
+    """The file that ``name`` means: a file that exists, else a recipe of this package, with or without its folder and
+    its ``.yaml``.
 
     Raises:
         FileNotFoundError: neither; the message names the nearest recipe and lists all.

@@ -1,6 +1,7 @@
 """What a model family is, and the pieces that its table is put together from.
 
-A family's table says for each Megatron-Core parameter which Hugging Face tensors it is made of, how, and how large they are. A :class:`Rule` is one line:
+A family's table says for each Megatron-Core parameter which Hugging Face tensors it is made of, how, and how large they
+are. A :class:`Rule` is one line:
 
     plain     the same tensor                                                                   norms, router
     column    rows split over tensor ranks (vocab: padded with zero rows first)                 embedding, output layer
@@ -8,7 +9,8 @@ A family's table says for each Megatron-Core parameter which Hugging Face tensor
     qkv       q, k, v interleaved by query group: [group: its q heads, its k head, its v head]  weight and bias
     gated     gate and up stacked, each split over tensor ranks on its own                      feed-forward in
 
-Sizes are words, so that one table serves every size of model (:data:`SIZES`). What is done by a rule is in :mod:`dcpo_megatron.weights.mapping`.
+Sizes are words, so that one table serves every size of model (:data:`SIZES`). What is done by a rule is in
+:mod:`dcpo_megatron.weights.mapping`.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ SIZES: dict[str, Callable[[Any], int]] = {
 class Rule:
     """How one Megatron parameter relates to Hugging Face tensors.
 
-    ``sizes``: one tuple of :data:`SIZES` words for each Hugging Face tensor. ``expert``: it belongs to an expert (expert-parallel groups).
+    ``sizes``: one tuple of :data:`SIZES` words for each Hugging Face tensor. ``expert``: it belongs to an expert
+    (expert-parallel groups).
 
     Raises:
         ValueError: an unknown kind or size, or another number of tensors or sizes than the kind has.
@@ -90,7 +93,8 @@ def gated(gate: str, up: str, rows: str = "ffn", *, expert: bool = False) -> Rul
     return Rule("gated", (gate, up), ((rows, "hidden"), (rows, "hidden")), expert)
 
 
-# Tables of one layer: Megatron name -> rule with Hugging Face names, both without the layer's prefix; {e} is the expert's number.
+# Tables of one layer: Megatron name -> rule with Hugging Face names, both without the layer's prefix; {e} is the
+# expert's number.
 ATTENTION: dict[str, Rule] = {
     "input_layernorm.weight": plain("input_layernorm.weight", "hidden"),
     "self_attention.linear_qkv.weight": qkv(
@@ -158,7 +162,8 @@ def single_expert(part: str) -> str:
 
 
 def grouped_dim(name: str) -> int | None:
-    """Along which dimension a weight of grouped experts is split over expert-tensor ranks; None for any other parameter."""
+    """Along which dimension a weight of grouped experts is split over expert-tensor ranks; None for any other
+    parameter."""
     match = _GROUPED.search(name)
     return None if match is None else ("linear_fc1", "linear_fc2").index(match[1])
 
@@ -167,7 +172,8 @@ def grouped_dim(name: str) -> int | None:
 class ExpertFields:
     """Names of the fields of ``config.json`` that describe the experts.
 
-    ``renormalise``: the field that says whether the chosen experts' weights are made to sum to one, or the answer itself where the family has no such field.
+    ``renormalise``: the field that says whether the chosen experts' weights are made to sum to one, or the answer
+    itself where the family has no such field.
     """
 
     count: str = "num_experts"
@@ -183,8 +189,10 @@ class Family:
     Args:
         model_type: as ``config.json`` names it.
         layer: the table of a layer, put together from the tables above.
-        problems: a transformers configuration -> every reason why the layers here cannot compute it; empty where they can.
-        tiny_config: ``tiny_config(**changes)`` gives a transformers configuration of a model small enough for tests (start from :data:`TINY`).
+        problems: a transformers configuration -> every reason why the layers here cannot compute it; empty where they
+            can.
+        tiny_config: ``tiny_config(**changes)`` gives a transformers configuration of a model small enough for tests
+            (start from :data:`TINY`).
         experts: where the family's configuration describes its experts; None: a dense family.
         outer: the table of what stands outside the layers.
         layer_prefix: what a layer's Hugging Face names begin with, {i} its number.
@@ -216,7 +224,7 @@ class Family:
         return "self_attention.q_layernorm.weight" in self.layer
 
 
-# -- refusals that families share ---------------------------------------------------------------------------------------------------------
+# -- refusals that families share ------------------------------------------------------------------
 
 
 def only_silu(config) -> list[str]:

@@ -1,4 +1,5 @@
-"""Who works on a block of logits: plain PyTorch, which always exists, or Triton kernels on a GPU. No Megatron here: the configuration's checks ask too."""
+"""Who works on a block of logits: plain PyTorch, which always exists, or Triton kernels on a GPU. No Megatron here: the
+configuration's checks ask too."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ FUSED_HELD_BYTES = 1024**3
 
 
 def held_by_fused_head(rows: int, hidden: int, dtype: str) -> int:
-    """Bytes beyond the gradients themselves that the fused head keeps from forward to backward: the weight's gradient in fp32 where it is rounded in the end.
+    """Bytes beyond the gradients themselves that the fused head keeps from forward to backward: the weight's gradient
+    in fp32 where it is rounded in the end.
 
     ``rows``: of the output layer on one tensor-parallel rank.
     """
@@ -25,7 +27,8 @@ def held_by_fused_head(rows: int, hidden: int, dtype: str) -> int:
 def takes_fused_head(setting: str, ratio_level: str, rows: int, hidden: int, dtype: str) -> bool:
     """Whether the head forms the objective's gradients in its forward pass.
 
-    ``setting``: model.fused_head_loss (auto | on | off). ``ratio_level``: the objective's; a ratio of a whole response cannot be fused. ``rows``: as above.
+    ``setting``: model.fused_head_loss (auto | on | off). ``ratio_level``: the objective's; a ratio of a whole response
+    cannot be fused. ``rows``: as above.
     """
     if setting == "off" or ratio_level != "token":
         return False
@@ -33,7 +36,8 @@ def takes_fused_head(setting: str, ratio_level: str, rows: int, hidden: int, dty
 
 
 def missing_for_triton(device_type: str) -> str | None:
-    """Why Triton kernels cannot run on this kind of device; None where they can (on a CPU only in Triton's interpreter)."""
+    """Why Triton kernels cannot run on this kind of device; None where they can (on a CPU only in Triton's
+    interpreter)."""
     if importlib.util.find_spec("triton") is None:
         return "triton does not import"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -42,7 +46,8 @@ def missing_for_triton(device_type: str) -> str | None:
 
 
 def missing_to_build() -> str | None:
-    """What Triton lacks to build what starts its kernels, at the first one: a C compiler (``CC``, else gcc or clang) or Python's headers; None where it has both."""
+    """What Triton lacks to build what starts its kernels, at the first one: a C compiler (``CC``, else gcc or clang) or
+    Python's headers; None where it has both."""
     compiler = os.environ.get("CC")
     if compiler is not None and shutil.which(compiler) is None:
         return f"Triton needs a C compiler, and CC={compiler} is none"
@@ -59,7 +64,8 @@ def missing_to_build() -> str | None:
 
 
 def head_blocks(head: str, device_type: str) -> ModuleType:
-    """The module that works on blocks of logits: ``auto`` takes Triton's on a GPU where Triton works, plain PyTorch's elsewhere.
+    """The module that works on blocks of logits: ``auto`` takes Triton's on a GPU where Triton works, plain PyTorch's
+    elsewhere.
 
     Raises:
         ValueError: an unknown name, or ``triton`` where it cannot be had, with the reason.

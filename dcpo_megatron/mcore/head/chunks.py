@@ -1,7 +1,8 @@
-"""What both heads are made of: the cut into chunks, the products of a chunk, and the statistics from which log-probs and entropy follow.
+"""What both heads are made of: the cut into chunks, the products of a chunk, and the statistics from which log-probs
+and entropy follow.
 
-With z = logits / temperature of one position, four numbers say all that the log-prob of a target and the entropy need, and two of them merge exactly, in any
-order (the online log-sum-exp of a softmax read in pieces):
+With z = logits / temperature of one position, four numbers say all that the log-prob of a target and the entropy need,
+and two of them merge exactly, in any order (the online log-sum-exp of a softmax read in pieces):
 
     peak    m = max z_j                          merged:  m = max(m1, m2), and with d_i = m_i - m:
     total   s = sum exp(z_j - m)                          s = sum_i exp(d_i) s_i
@@ -10,8 +11,8 @@ order (the online log-sum-exp of a softmax read in pieces):
 
     log-sum-exp = m + log s        log p(target) = t - m - log s        entropy = log s - u / s
 
-Pieces are chunks of the vocabulary on one rank and the parts of tensor-parallel ranks. Rows of padding are in no piece, so they can have neither probability nor
-gradient.
+Pieces are chunks of the vocabulary on one rank and the parts of tensor-parallel ranks. Rows of padding are in no piece,
+so they can have neither probability nor gradient.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from types import ModuleType
 import torch
 import torch.distributed as dist
 
-# Bytes of one block of logits. Large enough for full speed of the products, small beside everything else that a training step holds.
+# Bytes of one block of logits. Large enough for full speed of the products, small beside everything else that a
+# training step holds.
 BLOCK_BYTES = 64 * 2**20  # recomputing head: tokens x a chunk of the vocabulary
-# Fused head: tokens x the whole local vocabulary. Every chunk reads and writes the weight's whole gradient; a GPU, whose products are fast beside its
-# memory, wants more tokens to that.
+# Fused head: tokens x the whole local vocabulary. Every chunk reads and writes the weight's whole gradient; a GPU,
+# whose products are fast beside its memory, wants more tokens to that.
 FUSED_BLOCK_BYTES = {"cpu": 256 * 2**20, "cuda": 512 * 2**20}
 _NOTHING = -1.0e30  # the peak of no logits at all; finite, so that differences of two of them are 0
 
@@ -65,7 +67,8 @@ def make_settings(
     chunk_tokens: int,
     chunk_vocab: int | None = None,
 ) -> HeadSettings:
-    """Settings for this rank's ``weight [V_padded / tp, H]``; without ``chunk_vocab`` a block of fp32 logits has about ``BLOCK_BYTES``.
+    """Settings for this rank's ``weight [V_padded / tp, H]``; without ``chunk_vocab`` a block of fp32 logits has about
+    ``BLOCK_BYTES``.
 
     Raises:
         ValueError: a chunk of nothing, or a temperature that is not positive.
@@ -91,8 +94,8 @@ def chunks(count: int, size: int) -> Iterator[slice]:
 def whole_blocks(count: int) -> int:
     """``count``, rounded down to a multiple of 128 where it has that many.
 
-    A slice of half-precision numbers that begins there is aligned to 256 bytes. A GPU's fast products want 16; a slice that
-    begins anywhere has 2.
+    A slice of half-precision numbers that begins there is aligned to 256 bytes. A GPU's fast products want 16; a slice
+    that begins anywhere has 2.
     """
     return max(1, count if count < 128 else count // 128 * 128)
 
@@ -102,11 +105,12 @@ def accumulation_dtype(hidden: torch.Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
-# -- products -------------------------------------------------------------------------------------------------------------------------------
+# -- products --------------------------------------------------------------------------------------
 
 
 def factor_dtype(weight: torch.Tensor) -> torch.dtype:
-    """The dtype of a product's factors: the weight's own on a GPU, whose products of bf16 accumulate and return fp32; elsewhere fp32 or more."""
+    """The dtype of a product's factors: the weight's own on a GPU, whose products of bf16 accumulate and return fp32;
+    elsewhere fp32 or more."""
     return weight.dtype if weight.device.type == "cuda" else accumulation_dtype(weight)
 
 
@@ -164,7 +168,8 @@ class Block:
         self._memory = torch.empty(tokens * rows, dtype=accumulation_dtype(hidden), device=hidden.device)
 
     def logits(self, hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
-        """``hidden @ weight.t() / temperature``, ``[tokens, rows]``, valid until the next call. ``hidden`` has :func:`factor_dtype`."""
+        """``hidden @ weight.t() / temperature``, ``[tokens, rows]``, valid until the next call. ``hidden`` has
+        :func:`factor_dtype`."""
         shape = hidden.shape[0], weight.shape[0]
         out = self._memory[: shape[0] * shape[1]].view(shape)
         for part, part_weight in _converted(weight, hidden.dtype):
@@ -180,7 +185,7 @@ def times_weight(grad: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -
     return out
 
 
-# -- statistics -----------------------------------------------------------------------------------------------------------------------------
+# -- statistics ------------------------------------------------------------------------------------
 
 
 def no_statistics(count: int, like: torch.Tensor) -> torch.Tensor:
@@ -201,7 +206,8 @@ def merge(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def merge_over_ranks(stats: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """The statistics of the whole vocabulary, bit for bit the same on every rank of ``group``: one all-gather of ``[4, n]``."""
+    """The statistics of the whole vocabulary, bit for bit the same on every rank of ``group``: one all-gather of ``[4,
+    n]``."""
     if group is None or dist.get_world_size(group) == 1 or not stats.shape[1]:
         return stats
     world = dist.get_world_size(group)

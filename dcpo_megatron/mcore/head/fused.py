@@ -1,13 +1,16 @@
 """Head and loss in one: the gradients are formed in the forward pass, while a chunk's logits are there.
 
-For an objective whose gradient is known as soon as the token's own log-prob and entropy are (DCPO, GRPO, DAPO, CISPO: a ratio per token), the chunk's logits need
-not be made again. Token chunks are outside, the whole local vocabulary inside:
+For an objective whose gradient is known as soon as the token's own log-prob and entropy are (DCPO, GRPO, DAPO, CISPO: a
+ratio per token), the chunk's logits need not be made again. Token chunks are outside, the whole local vocabulary
+inside:
 
-    logits of the chunk -> log-prob, entropy -> loss, dloss/dlogprob, dloss/dentropy -> gradient of the chunk's logits -> of hidden states and weight
+    logits of the chunk -> log-prob, entropy -> loss, dloss/dlogprob, dloss/dentropy -> gradient of the chunk's logits
+    -> of hidden states and weight
 
-Three matrix products of n x V x H instead of four. The backward pass of the schedule arrives with one number, the gradient of the scaled loss with respect to this
-sum, and multiplies what is stored by it. A ratio of the whole response (GSPO) is known only after all of its chunks: it recomputes
-(:mod:`~dcpo_megatron.mcore.head.recompute`). Tensor-parallel ranks exchange their statistics once a chunk: the gradient needs the whole vocabulary's log-sum-exp.
+Three matrix products of n x V x H instead of four. The backward pass of the schedule arrives with one number, the
+gradient of the scaled loss with respect to this sum, and multiplies what is stored by it. A ratio of the whole response
+(GSPO) is known only after all of its chunks: it recomputes (:mod:`~dcpo_megatron.mcore.head.recompute`).
+Tensor-parallel ranks exchange their statistics once a chunk: the gradient needs the whole vocabulary's log-sum-exp.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ TokenLoss = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
 
 
 def fused_chunk_tokens(weight: torch.Tensor, chunk_tokens: int) -> int:
-    """Tokens of a chunk: a block of fp32 logits over the local vocabulary has at most ``FUSED_BLOCK_BYTES``. The same on every tensor-parallel rank."""
+    """Tokens of a chunk: a block of fp32 logits over the local vocabulary has at most ``FUSED_BLOCK_BYTES``. The same
+    on every tensor-parallel rank."""
     budget = FUSED_BLOCK_BYTES["cuda" if weight.device.type == "cuda" else "cpu"]
     return min(chunk_tokens, whole_blocks(budget // (4 * weight.shape[0])))
 
@@ -51,7 +55,8 @@ def loss_gradients(token_loss: TokenLoss, logprobs: torch.Tensor, entropy: torch
 
 
 class FusedHeadAndLoss(torch.autograd.Function):
-    """``apply(hidden, weight, targets, token_loss, settings)`` -> ``(loss, logprobs, entropy)``; only the loss has a gradient."""
+    """``apply(hidden, weight, targets, token_loss, settings)`` -> ``(loss, logprobs, entropy)``; only the loss has a
+    gradient."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, token_loss: TokenLoss, settings: HeadSettings):

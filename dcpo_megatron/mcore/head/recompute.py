@@ -1,7 +1,9 @@
-"""Log-probs and entropy whose logits are made twice: in the forward pass, and again in the backward pass. Fits every use of the log-probs.
+"""Log-probs and entropy whose logits are made twice: in the forward pass, and again in the backward pass. Fits every
+use of the log-probs.
 
-Both passes go over the vocabulary outside and over the tokens inside, so that a bf16 weight needs one chunk of its gradient in fp32 and never all of it.
-Four matrix products of n x V x H: logits, logits again, gradient of the hidden states, gradient of the weight.
+Both passes go over the vocabulary outside and over the tokens inside, so that a bf16 weight needs one chunk of its
+gradient in fp32 and never all of it. Four matrix products of n x V x H: logits, logits again, gradient of the hidden
+states, gradient of the weight.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from dcpo_megatron.mcore.head.chunks import (
 
 
 def chunked_statistics(hidden, weight, targets, settings: HeadSettings):
-    """``(logprobs, entropy, log_sum)``, ``[n]`` each, over the whole vocabulary of all tensor-parallel ranks; keeps nothing but these.
+    """``(logprobs, entropy, log_sum)``, ``[n]`` each, over the whole vocabulary of all tensor-parallel ranks; keeps
+    nothing but these.
 
     One collective for all tokens and chunks. ``hidden [n, H]``, ``weight [V_padded / tp, H]``, ``targets [n]``.
     """

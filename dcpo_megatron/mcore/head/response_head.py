@@ -1,14 +1,17 @@
 """Log-probs and entropy of response tokens straight from hidden states, through Megatron-Core's own output layer.
 
-Full fp32 logits ``[tokens, vocabulary]`` are this field's first cause of out-of-memory. Here only the n positions that predict a response token are taken, and
-their logits exist in blocks, in fp32 from fp32 or bf16 factors. Two heads have the same forward contract:
+Full fp32 logits ``[tokens, vocabulary]`` are this field's first cause of out-of-memory. Here only the n positions that
+predict a response token are taken, and their logits exist in blocks, in fp32 from fp32 or bf16 factors. Two heads have
+the same forward contract:
 
-- :mod:`~dcpo_megatron.mcore.head.recompute` makes each block again in the backward pass; it serves everything, also forward-only passes.
-- :mod:`~dcpo_megatron.mcore.head.fused` forms the gradients of a token-level objective while the block is there: one matrix product in four is saved.
+- :mod:`~dcpo_megatron.mcore.head.recompute` makes each block again in the backward pass; it serves everything, also
+  forward-only passes.
+- :mod:`~dcpo_megatron.mcore.head.fused` forms the gradients of a token-level objective while the block is there: one
+  matrix product in four is saved.
 
-Bytes, with V rows of the output layer on this rank, H hidden size, w bytes of a weight or hidden state (2 or 4), B = 64 MiB for a block of logits
-(``chunk_tokens`` x the chunk of the vocabulary v), F = 256 MiB for the fused head's (512 on a GPU; its tokens c x V), P = two pieces of a block (4 MiB on a CPU,
-128 on a GPU, none with Triton):
+Bytes, with V rows of the output layer on this rank, H hidden size, w bytes of a weight or hidden state (2 or 4), B = 64
+MiB for a block of logits (``chunk_tokens`` x the chunk of the vocabulary v), F = 256 MiB for the fused head's (512 on a
+GPU; its tokens c x V), P = two pieces of a block (4 MiB on a CPU, 128 on a GPU, none with Triton):
 
                            forward only     recompute                      fused
     kept for backward      -                n H w + 16 n                   n H w + 4 V H      (the gradients themselves)
@@ -20,18 +23,22 @@ Bytes, with V rows of the output layer on this rank, H hidden size, w bytes of a
 
 Where torch cannot add half-precision products in place, a GPU takes B more.
 
-Kept by the recomputing head: the selected hidden states (they exist once more as the layers' output), the target, log-sum-exp and entropy of each. In fp32 the
-gradients 4 n H and 4 V H are what the backward pass returns, so no extra. With bf16 weights the recomputing head adds up a chunk of the weight's gradient
-in fp32 at a time, and the fused head holds all of it in fp32 from its forward to its backward pass; on the last stage the schedule has one micro-batch between
-the two. Where these 4 V H bytes are more than 1 GiB (a vocabulary of 152,064 not split, hidden 3,584: 2 GiB), ``model.fused_head_loss=auto`` takes the recomputing
-head and its fourth product instead; ``on`` and ``off`` decide otherwise. No Megatron-Core ``main_grad`` is written here: the gradient of the
-weight goes to autograd, in the weight's dtype, which adds a tied embedding's own and then calls DistributedDataParallel's hook.
+Kept by the recomputing head: the selected hidden states (they exist once more as the layers' output), the target,
+log-sum-exp and entropy of each. In fp32 the gradients 4 n H and 4 V H are what the backward pass returns, so no extra.
+With bf16 weights the recomputing head adds up a chunk of the weight's gradient in fp32 at a time, and the fused head
+holds all of it in fp32 from its forward to its backward pass; on the last stage the schedule has one micro-batch
+between the two. Where these 4 V H bytes are more than 1 GiB (a vocabulary of 152,064 not split, hidden 3,584: 2 GiB),
+``model.fused_head_loss=auto`` takes the recomputing head and its fourth product instead; ``on`` and ``off`` decide
+otherwise. No Megatron-Core ``main_grad`` is written here: the gradient of the weight goes to autograd, in the weight's
+dtype, which adds a tied embedding's own and then calls DistributedDataParallel's hook.
 
-On a GPU where Triton imports, what lies between two products is one kernel each (:mod:`~dcpo_megatron.mcore.head.triton_blocks`), elsewhere plain PyTorch
+On a GPU where Triton imports, what lies between two products is one kernel each
+(:mod:`~dcpo_megatron.mcore.head.triton_blocks`), elsewhere plain PyTorch
 (:mod:`~dcpo_megatron.mcore.head.torch_blocks`).
 
-:func:`response_head` puts it in place for one forward call of a GPTModel. From Megatron-Core 0.18 on this is the official ``output_processor``;
-below that the output layer's ``forward`` is shadowed for the duration of the call (with ``labels=None`` the model then only transposes what it returns).
+:func:`response_head` puts it in place for one forward call of a GPTModel. From Megatron-Core 0.18 on this is the
+official ``output_processor``; below that the output layer's ``forward`` is shadowed for the duration of the call (with
+``labels=None`` the model then only transposes what it returns).
 """
 
 from __future__ import annotations
@@ -66,7 +73,8 @@ def logprobs_from_hidden(
     chunk_vocab: int | None = None,
     head: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob of each target and the exact entropy of its distribution, both with gradient. Where gradients are off, nothing is kept.
+    """Log-prob of each target and the exact entropy of its distribution, both with gradient. Where gradients are off,
+    nothing is kept.
 
     Args:
         hidden: ``[n, H]`` last hidden states (after the final norm), the same on every tensor-parallel rank.
@@ -78,8 +86,9 @@ def logprobs_from_hidden(
         head: auto | torch | triton, see :func:`~dcpo_megatron.mcore.head.backend.head_blocks`.
 
     Returns:
-        ``(logprobs, entropy)``, natural units, fp32 (fp64 from fp64), ``[n]`` each. The gradient with respect to ``hidden`` is this rank's part; the sum over
-        the tensor-parallel group is the caller's (``copy_to_tensor_model_parallel_region`` does it).
+        ``(logprobs, entropy)``, natural units, fp32 (fp64 from fp64), ``[n]`` each. The gradient with respect to
+        ``hidden`` is this rank's part; the sum over the tensor-parallel group is the caller's
+        (``copy_to_tensor_model_parallel_region`` does it).
     """
     settings = make_settings(
         weight,
@@ -108,13 +117,14 @@ def loss_from_hidden(
     """Head and loss in one, for a loss that is a sum over tokens of a function of the token's own log-prob and entropy.
 
     Args:
-        token_loss: ``f(logprobs [c], entropy [c], part)`` -> that part's share of the loss, with gradient, where ``part`` is the slice of the n tokens that the
-            chunk holds. A part's share must not depend on other parts.
+        token_loss: ``f(logprobs [c], entropy [c], part)`` -> that part's share of the loss, with gradient, where
+            ``part`` is the slice of the n tokens that the chunk holds. A part's share must not depend on other parts.
 
     The others are those of :func:`logprobs_from_hidden`.
 
     Returns:
-        ``(loss, logprobs [n], entropy [n])``. The loss carries the gradient of ``hidden`` (this rank's part) and ``weight``, once; the others carry none.
+        ``(loss, logprobs [n], entropy [n])``. The loss carries the gradient of ``hidden`` (this rank's part) and
+        ``weight``, once; the others carry none.
     """
     settings = make_settings(
         weight,
@@ -128,13 +138,15 @@ def loss_from_hidden(
 
 
 class FusedLoss(Protocol):
-    """What :func:`response_head` needs of a loss to fuse it: :func:`~dcpo_megatron.mcore.loss.make_loss` with ``fused=True`` gives one."""
+    """What :func:`response_head` needs of a loss to fuse it: :func:`~dcpo_megatron.mcore.loss.make_loss` with
+    ``fused=True`` gives one."""
 
     def token_loss(self, logprobs: torch.Tensor, entropy: torch.Tensor, part: slice) -> torch.Tensor: ...
 
 
 def _selected(hidden_states, output_layer, positions):
-    """``[S(/tp), B, H]`` -> ``[n, H]``, the same on every tensor-parallel rank, whose backward pass sums the ranks' parts of the gradient."""
+    """``[S(/tp), B, H]`` -> ``[n, H]``, the same on every tensor-parallel rank, whose backward pass sums the ranks'
+    parts of the gradient."""
     group = output_layer.tp_group
     if output_layer.sequence_parallel:
         hidden_states = gather_from_sequence_parallel_region(
@@ -157,13 +169,16 @@ def response_head(
     head: str = "auto",
     fused_loss: FusedLoss | None = None,
 ):
-    """Within the context, ``model(...)`` on the last pipeline stage returns ``[n, 2]`` (log-prob, entropy) instead of logits.
+    """Within the context, ``model(...)`` on the last pipeline stage returns ``[n, 2]`` (log-prob, entropy) instead of
+    logits.
 
-    With ``fused_loss`` it returns ``[n + 1, 2]``: the same n rows, without gradient, and a last row (loss, 0) with it, which the loss function takes.
-    Yields the keyword arguments to pass to the model's forward call. On other stages it changes nothing.
+    With ``fused_loss`` it returns ``[n + 1, 2]``: the same n rows, without gradient, and a last row (loss, 0) with it,
+    which the loss function takes. Yields the keyword arguments to pass to the model's forward call. On other stages it
+    changes nothing.
 
     Args:
-        positions: ``[n]`` places in the row-major ``[B, S]`` tokens of this call (local to a context-parallel rank) whose NEXT token is a target.
+        positions: ``[n]`` places in the row-major ``[B, S]`` tokens of this call (local to a context-parallel rank)
+            whose NEXT token is a target.
         targets: ``[n]`` token ids.
     """
     if not model.post_process:

@@ -1,7 +1,9 @@
-"""What happens to a block of logits between two matrix products, in plain PyTorch: its softmax statistics, and its gradient.
+"""What happens to a block of logits between two matrix products, in plain PyTorch: its softmax statistics, and its
+gradient.
 
-A block is worked on in pieces of a few rows that stay in a CPU's cache: the passes over a piece then cost little beside the products, and the temporaries are as
-small as a piece. :mod:`~dcpo_megatron.mcore.head.triton_blocks` has the same two functions as one kernel each.
+A block is worked on in pieces of a few rows that stay in a CPU's cache: the passes over a piece then cost little beside
+the products, and the temporaries are as small as a piece. :mod:`~dcpo_megatron.mcore.head.triton_blocks` has the same
+two functions as one kernel each.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ def block_statistics(logits: torch.Tensor, columns: torch.Tensor) -> torch.Tenso
 
     Args:
         logits: ``[n, v]`` with v > 0, fp32 or fp64, left as they are.
-        columns: ``[n]`` column of each row's target; any number outside ``0 .. v - 1`` means that it is not in this block.
+        columns: ``[n]`` column of each row's target; any number outside ``0 .. v - 1`` means that it is not in this
+            block.
     """
     stats = logits.new_empty(4, logits.shape[0])
     for rows in _pieces(logits):
@@ -50,7 +53,8 @@ def block_gradient(
     grad_entropy: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """``[n, v]`` gradient with respect to the logits, in ``dtype``, written over ``logits`` where that has the dtype. With p the softmax and H the entropy:
+    """``[n, v]`` gradient with respect to the logits, in ``dtype``, written over ``logits`` where that has the dtype.
+    With p the softmax and H the entropy:
 
         d log p(target) / dz_j = 1[j = target] - p_j            dH / dz_j = -p_j (log p_j + H)
 

@@ -1,7 +1,9 @@
-"""The two functions of :mod:`~dcpo_megatron.mcore.head.torch_blocks` as one Triton kernel each, for a GPU (or Triton's interpreter on a CPU).
+"""The two functions of :mod:`~dcpo_megatron.mcore.head.torch_blocks` as one Triton kernel each, for a GPU (or Triton's
+interpreter on a CPU).
 
-The matrix products stay with the vendor's library; the kernels are what lies between them. Statistics: one program a row walks over the columns once, with the
-running (peak, total, moment) of an online softmax. Gradient: one program for a row and ``COLUMNS`` columns, reading a logit and writing its gradient once.
+The matrix products stay with the vendor's library; the kernels are what lies between them. Statistics: one program a
+row walks over the columns once, with the running (peak, total, moment) of an online softmax. Gradient: one program for
+a row and ``COLUMNS`` columns, reading a logit and writing its gradient once.
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ def block_statistics(logits: torch.Tensor, columns: torch.Tensor) -> torch.Tenso
 
 
 def block_gradient(logits, columns, log_sum, entropy, grad_logprobs, grad_entropy, dtype) -> torch.Tensor:
-    """As :func:`dcpo_megatron.mcore.head.torch_blocks.block_gradient`; a gradient in another dtype is written straight into memory of its own."""
+    """As :func:`dcpo_megatron.mcore.head.torch_blocks.block_gradient`; a gradient in another dtype is written straight
+    into memory of its own."""
     rows, width = logits.shape
     out = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
     if rows:

@@ -1,11 +1,12 @@
 """Equality of two answers by math-verify. Runs inside a worker process only: it may hang, exhaust memory or recurse.
 
-math-verify's own time limits are switched off, because they need SIGALRM and the main thread; the process that started the
-worker holds the limit. Answers come cleaned, so the whole string is the expression: the parser may not go looking for
-another one inside it, and it may not strip units.
+math-verify's own time limits are switched off, because they need SIGALRM and the main thread; the process that started
+the worker holds the limit. Answers come cleaned, so the whole string is the expression: the parser may not go looking
+for another one inside it, and it may not strip units.
 
-An answer that is an equation, where the ground truth is a plain value, is judged by its value: ``m+n=12`` is 12, ``5=x`` is 5. Its sides that are numbers
-must agree (``2+2=5`` is nothing), and an equation that is left to solve (``2x=10``, ``x+1=5``: linear in one letter) is no value.
+An answer that is an equation, where the ground truth is a plain value, is judged by its value: ``m+n=12`` is 12,
+``5=x`` is 5. Its sides that are numbers must agree (``2+2=5`` is nothing), and an equation that is left to solve
+(``2x=10``, ``x+1=5``: linear in one letter) is no value.
 """
 
 import logging

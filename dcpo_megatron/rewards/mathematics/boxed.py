@@ -1,8 +1,8 @@
 r"""Finding the final answer: the content of the last balanced ``\boxed{...}`` of a response.
 
 One pass over the text with a stack of open braces, so that 100,000 unclosed boxes cost no more than 100,000 letters.
-Escaped braces (``\{``, ``\}``) are letters of the answer, not structure. Only ``\boxed`` with braces counts: that is what
-the prompt asks for, so ``\fbox{5}`` and ``\boxed 5`` are not well-formed.
+Escaped braces (``\{``, ``\}``) are letters of the answer, not structure. Only ``\boxed`` with braces counts: that is
+what the prompt asks for, so ``\fbox{5}`` and ``\boxed 5`` are not well-formed.
 """
 
 import re
@@ -32,7 +32,8 @@ def last_boxed(text: str) -> str | None:
 
 
 def final_answer(text: str) -> str | None:
-    r"""As ``last_boxed``; boxes joined by nothing but commas, "and" and "or" are one answer, a list: two guesses are not one right answer."""
+    r"""As ``last_boxed``; boxes joined by nothing but commas, "and" and "or" are one answer, a list: two guesses are
+    not one right answer."""
     boxes = _boxes(text)
     if not boxes:
         return None

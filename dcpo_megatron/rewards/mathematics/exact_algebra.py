@@ -7,8 +7,8 @@ math-verify rounds decimals and takes a difference below about 1e-15 for zero, s
                             at most so many that a difference of expressions of this size would have shown
     a - b with letters:     expanded, and the constants in front of each product of letters together are zero
 
-The first digit of an algebraic number that is not zero stands no farther behind the point than a distance that grows with
-the numbers it is made of; the limit of digits grows with them, several times as fast. Where the limit would pass
+The first digit of an algebraic number that is not zero stands no farther behind the point than a distance that grows
+with the numbers it is made of; the limit of digits grows with them, several times as fast. Where the limit would pass
 ``_MOST_DIGITS``, the two are not equal unless SymPy's rules prove it.
 """
 
@@ -65,7 +65,8 @@ def without_floats(expression: Basic | MatrixBase) -> Basic | MatrixBase:
 
 
 def equal(a: Basic | MatrixBase, b: Basic | MatrixBase) -> bool:
-    """Whether two expressions, or two matrices entry by entry, are the same; ``50%`` is 50 and 0.5. False if unknown."""
+    """Whether two expressions, or two matrices entry by entry, are the same; ``50%`` is 50 and 0.5. False if
+    unknown."""
     if isinstance(a, MatrixBase) or isinstance(b, MatrixBase):
         a, b = a.doit(), b.doit()
         if not (isinstance(a, MatrixBase) and isinstance(b, MatrixBase)) or a.shape != b.shape:

@@ -1,6 +1,8 @@
-r"""Conditions on one letter as intervals: ``0 < x \le 1`` is ``(0,1]``, ``x<1 \text{ or } x>2`` is ``(-\infty,1)\cup(2,\infty)``.
+r"""Conditions on one letter as intervals: ``0 < x \le 1`` is ``(0,1]``, ``x<1 \text{ or } x>2`` is
+``(-\infty,1)\cup(2,\infty)``.
 
-Works on cleaned answers. Ends are copied, not computed: whether ``(0,\frac{2}{2}]`` is ``(0,1]`` is left to those who can.
+Works on cleaned answers. Ends are copied, not computed: whether ``(0,\frac{2}{2}]`` is ``(0,1]`` is left to those who
+can.
 """
 
 import re
@@ -25,7 +27,8 @@ def has_condition(text: str) -> bool:
 
 
 def as_intervals(text: str) -> tuple[str, str] | None:
-    r"""The letter and the union of intervals that a cleaned answer states, with the letter "" for ``\mathbb{R}``; None where it states no such thing."""
+    r"""The letter and the union of intervals that a cleaned answer states, with the letter "" for ``\mathbb{R}``; None
+    where it states no such thing."""
     if _ALL_REALS.fullmatch(text.strip()):
         return "", EVERYTHING
     built = _BUILDER.fullmatch(text.strip())

@@ -1,4 +1,5 @@
-r"""The paper's reward for mathematics: +1 right, 0 well-formed but wrong, -1 where no balanced ``\boxed{...}`` is found.
+r"""The paper's reward for mathematics: +1 right, 0 well-formed but wrong, -1 where no balanced ``\boxed{...}`` is
+found.
 
     response --final_answer--> answer --settle--> True / False
                                        | neither: only algebra can tell
@@ -84,7 +85,8 @@ class MathJudge:
 
 
 def math_reward(response: str, ground_truth: str, timeout_seconds: float = 5.0) -> float:
-    r"""+1.0, 0.0 or -1.0 for one response. ``ground_truth`` is a bare answer, or text that holds one in ``\boxed{...}``.
+    r"""+1.0, 0.0 or -1.0 for one response. ``ground_truth`` is a bare answer, or text that holds one in
+    ``\boxed{...}``.
 
     Nothing in the two strings makes it raise or wait longer than ``timeout_seconds``, plus the start of a worker.
     Raises RewardError if the worker process cannot be started at all.
@@ -95,7 +97,8 @@ def math_reward(response: str, ground_truth: str, timeout_seconds: float = 5.0) 
 def math_reward_batch(
     responses: Sequence[str], ground_truths: Sequence[str], workers: int = 1, timeout_seconds: float = 5.0
 ) -> list[float]:
-    """``math_reward`` of each pair, with ``workers`` processes side by side. Raises ValueError if the lengths differ."""
+    """``math_reward`` of each pair, with ``workers`` processes side by side. Raises ValueError if the lengths
+    differ."""
     outcomes = _shared_judge(workers).judge(responses, ground_truths, timeout_seconds)
     return [WRONG if outcome.value is None else outcome.value for outcome in outcomes]
 

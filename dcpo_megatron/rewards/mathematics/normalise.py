@@ -1,9 +1,9 @@
 r"""One spelling for answers that mean the same: the string that is compared, and the LaTeX that math-verify is given.
 
 ``clean`` removes what carries no value (spacing commands, ``\left``, dollar signs, degree signs, units) and settles
-spellings (``\dfrac12`` becomes ``\frac{1}{2}``). Units are removed here and not by math-verify, because its list of units
-holds single letters: it takes ``2t`` and ``2`` for equal. ``unit_of`` tells the unit that was removed, where it is a known one.
-The patterns hold no nested repetition, so that a hostile answer of 2,000 letters costs milliseconds.
+spellings (``\dfrac12`` becomes ``\frac{1}{2}``). Units are removed here and not by math-verify, because its list of
+units holds single letters: it takes ``2t`` and ``2`` for equal. ``unit_of`` tells the unit that was removed, where it
+is a known one. The patterns hold no nested repetition, so that a hostile answer of 2,000 letters costs milliseconds.
 """
 
 import re
@@ -111,7 +111,8 @@ _NUMBER_WORDS = (
 
 
 def clean(text: str) -> str:
-    """The answer in its settled spelling, without units and other marks that carry no value. Idempotent on most input."""
+    """The answer in its settled spelling, without units and other marks that carry no value. Idempotent on most
+    input."""
     head, words, _ = _split_unit(_spell(text))
     power = _SCALES.get(words.lower().split()[0].removesuffix("s"), scale(words.lower())) if words else None
     return _without_braces_around(head if power is None else rf"{head}\times10^{{{power}}}").strip()
@@ -152,7 +153,8 @@ def _spell(text: str) -> str:
 
 
 def key(text: str) -> str:
-    """The answer without white space that means nothing: ``( 1, 2 )`` and ``(1,2)`` agree, ``1 2`` and ``12`` do not."""
+    """The answer without white space that means nothing: ``( 1, 2 )`` and ``(1,2)`` agree, ``1 2`` and ``12`` do
+    not."""
     text = " ".join(text.split())
     return re.sub(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])", "", text)
 
@@ -160,7 +162,8 @@ def key(text: str) -> str:
 def word(text: str) -> tuple[str, bool] | None:
     r"""Reads a cleaned answer in words, such as ``\text{Evelyn}``, ``(B)`` or ``no solution``.
 
-    Returns its letters in lower case, and whether it is text for sure, by ``\text`` or by its script; None for anything that is not words.
+    Returns its letters in lower case, and whether it is text for sure, by ``\text`` or by its script; None for anything
+    that is not words.
     """
     bare = text.replace(r"\text{", "{")
     marked = bare != text
@@ -172,7 +175,8 @@ def word(text: str) -> tuple[str, bool] | None:
 
 
 def word_list(text: str) -> list[str] | None:
-    r"""The words of a cleaned list of two or more, in order of the alphabet: ``\text{Bob and Ann}``; None for anything else."""
+    r"""The words of a cleaned list of two or more, in order of the alphabet: ``\text{Bob and Ann}``; None for anything
+    else."""
     items = [
         word(item)
         for item in re.split(r",|;|&|\band\b|[和与與及]|\bи\b", text.replace(r"\text{", "").replace("}", ""))

@@ -1,7 +1,9 @@
-r"""Numbers compared exactly, without computer algebra: integers, decimals, fractions, mixed numbers, powers of ten, percent.
+r"""Numbers compared exactly, without computer algebra: integers, decimals, fractions, mixed numbers, powers of ten,
+percent.
 
-Most answers of AIME, AMC and GSM8K are decided here, in microseconds. It is also stricter than math-verify, which rounds to
-a fixed number of decimals: here ``0.3333`` is not ``\frac13``, ``.0000672`` is not ``.0000673``, ``1,234`` is not ``1.234``.
+Most answers of AIME, AMC and GSM8K are decided here, in microseconds. It is also stricter than math-verify, which
+rounds to a fixed number of decimals: here ``0.3333`` is not ``\frac13``, ``.0000672`` is not ``.0000673``, ``1,234`` is
+not ``1.234``.
 """
 
 import re

@@ -1,7 +1,8 @@
 r"""Units behind a number: which are known, and whether two of them measure the same thing.
 
-A unit that only one side writes carries no value (the question names it), and so does a word that is no known unit (``12 \text{ ways}``). Where both sides
-write known units, they count: ``5 cm`` is not ``5 m``, is not ``5 cm^2``, and is ``50 mm``.
+A unit that only one side writes carries no value (the question names it), and so does a word that is no known unit
+(``12 \text{ ways}``). Where both sides write known units, they count: ``5 cm`` is not ``5 m``, is not ``5 cm^2``, and
+is ``50 mm``.
 """
 
 import re
@@ -11,7 +12,8 @@ from typing import NamedTuple
 
 
 class Unit(NamedTuple):
-    """``dimensions``: exponent of each kind of quantity that is not 0. ``factor``: one of it in the base unit of these."""
+    """``dimensions``: exponent of each kind of quantity that is not 0. ``factor``: one of it in the base unit of
+    these."""
 
     dimensions: tuple[tuple[str, int], ...]
     factor: Fraction
@@ -73,7 +75,8 @@ _IRREGULAR = {"inches": "inch", "lbs": "lb", "hrs": "hr", "yrs": "yr", "feet": "
 
 @lru_cache(4096)
 def read_unit(words: str, power: int = 1) -> Unit | None:
-    """The unit that ``words`` name, such as "cm", "square meters", "km/h", "miles per hour"; None where a word is no known unit."""
+    """The unit that ``words`` name, such as "cm", "square meters", "km/h", "miles per hour"; None where a word is no
+    known unit."""
     dimensions: dict[str, int] = {}
     factor = Fraction(1)
     words = re.sub(r"(?i)\bdegrees?\s+(?=c(?:elsius)?\b|f(?:ahrenheit)?\b)", "", words)
@@ -104,7 +107,8 @@ def read_unit(words: str, power: int = 1) -> Unit | None:
 
 
 def same_quantity(answer: Unit, gold: Unit) -> Fraction | None:
-    """What a number in ``answer`` is multiplied by to be one in ``gold``; None where the two measure different things."""
+    """What a number in ``answer`` is multiplied by to be one in ``gold``; None where the two measure different
+    things."""
     if answer == gold:
         return Fraction(1)
     if answer.dimensions != gold.dimensions or not answer.factor or not gold.factor:

@@ -1,9 +1,10 @@
 """The part of the judgement that needs no computer algebra, and therefore no other process.
 
-``quick_verdict`` knows when it knows: True and False are final, None hands the pair on to math-verify. It also holds the
-rules where math-verify is too lenient for a reward: ordered against unordered, open against closed, number bases, and arithmetic left undone: where the ground
-truth is a plain number, ``12+5`` is not yet 17. Else copying a calculation out of the question would be a right answer. Powers, roots, logarithms and binomials of
-numbers (``2^{10}``) are final answers, and so is a sum that states its value (``12+5=17``).
+``quick_verdict`` knows when it knows: True and False are final, None hands the pair on to math-verify. It also holds
+the rules where math-verify is too lenient for a reward: ordered against unordered, open against closed, number bases,
+and arithmetic left undone: where the ground truth is a plain number, ``12+5`` is not yet 17. Else copying a calculation
+out of the question would be a right answer. Powers, roots, logarithms and binomials of numbers (``2^{10}``) are final
+answers, and so is a sum that states its value (``12+5=17``).
 """
 
 import re
@@ -29,12 +30,14 @@ _TWO_NUMBERS = re.compile(r"(?<![_^\d.])\d+(?:\.\d+)?\s+\d")  # but not \log_2 8
 
 
 def quick_verdict(answer: str, gold: str) -> bool | None:
-    """Whether the extracted answer equals the ground truth (both LaTeX, without the box); None where this cannot tell."""
+    """Whether the extracted answer equals the ground truth (both LaTeX, without the box); None where this cannot
+    tell."""
     return settle(answer, gold).equal
 
 
 class Settled(NamedTuple):
-    """``equal``: the verdict, None where only algebra can tell; then ``answer`` and ``gold`` are the LaTeX to compare."""
+    """``equal``: the verdict, None where only algebra can tell; then ``answer`` and ``gold`` are the LaTeX to
+    compare."""
 
     equal: bool | None
     answer: str = ""
@@ -109,7 +112,8 @@ def _left_undone(answer: str) -> bool:
 
 
 def _unit_verdict(raw_answer: str, raw_gold: str, answer: str, gold: str) -> bool | None:
-    """False where both sides are written with units that measure different things, or with other units and no equal numbers; None: units decide nothing."""
+    """False where both sides are written with units that measure different things, or with other units and no equal
+    numbers; None: units decide nothing."""
     answer_unit, gold_unit = unit_of(raw_answer), unit_of(raw_gold)
     if answer_unit is None or gold_unit is None or answer_unit == gold_unit:
         return None
@@ -126,7 +130,8 @@ def _unit_verdict(raw_answer: str, raw_gold: str, answer: str, gold: str) -> boo
 
 
 def _same_count(answer: str, gold: str) -> bool:
-    """Whether two bare lists have as many items; True for anything else. As sets, ``1,1,2`` and ``1,2`` would be equal."""
+    """Whether two bare lists have as many items; True for anything else. As sets, ``1,1,2`` and ``1,2`` would be
+    equal."""
     lists = [_ITEM_BREAK.split(text) for text in (answer, gold)]
     plain = all(len(items) > 1 and all(read_number(item.strip()) for item in items) for items in lists)
     return not plain or len(lists[0]) == len(lists[1])
@@ -138,7 +143,8 @@ def _number_verdict(answer: str, gold: str) -> bool | None:
 
 
 def _based_verdict(answer: str, gold: str) -> bool | None:
-    """``204_5`` against ``204_6`` or ``204``: math-verify drops the base. A gold with a base accepts its bare digits."""
+    """``204_5`` against ``204_6`` or ``204``: math-verify drops the base. A gold with a base accepts its bare
+    digits."""
     answer_based, gold_based = read_based(answer), read_based(gold)
     if gold_based is not None:
         return answer_based == gold_based if answer_based is not None else answer.upper() == gold_based[0]
@@ -152,7 +158,8 @@ def _based_verdict(answer: str, gold: str) -> bool | None:
 
 
 def _bracket_verdict(answer: str, gold: str) -> bool | None:
-    """A pair or an interval is not a set, and an open end is not a closed one; longer vectors may take either bracket."""
+    """A pair or an interval is not a set, and an open end is not a closed one; longer vectors may take either
+    bracket."""
     answer_brackets, gold_brackets = brackets(answer), brackets(gold)
     if answer_brackets is None or gold_brackets is None:
         return None

@@ -39,20 +39,25 @@ def start_servers(
     logs: Path | None = None,
     **watching,
 ) -> Servers:
-    """``with start_servers(MODEL, servers=2) as running: running.urls``. Nothing is started before ``with`` (or ``.start()``).
+    """``with start_servers(MODEL, servers=2) as running: running.urls``. Nothing is started before ``with`` (or
+    ``.start()``).
 
     Args:
-        command: the server environment's interpreter (default: the checkout's ``.venv-sglang``), or a container's command that ends with one.
+        command: the server environment's interpreter (default: the checkout's ``.venv-sglang``), or a container's
+            command that ends with one.
         device: "auto" (cuda where this host shows a GPU), "cuda", "cpu".
         host: the interface: an address of either family, or a name.
-        gpus: which GPUs the servers share out, such as "4-7", "4,5,6,7" or uuids; numbers are among the visible ones (default: those from 0 on).
+        gpus: which GPUs the servers share out, such as "4-7", "4,5,6,7" or uuids; numbers are among the visible ones
+            (default: those from 0 on).
         port: of the first server, the others follow (default: free ports).
         logs: folder (default: a new temporary one).
         arguments: more of SGLang's own.
-        watching: ``start_seconds``, ``hung_seconds``, ``advertise``, ``address_file``, ``say`` of :class:`Servers`; the other arguments are those of :class:`ServerPlan`.
+        watching: ``start_seconds``, ``hung_seconds``, ``advertise``, ``address_file``, ``say`` of :class:`Servers`; the
+            other arguments are those of :class:`ServerPlan`.
 
     Raises:
-        ServingError: no server environment, too few GPUs, a port in use, or a host other than loopback without a key; on starting, a server that dies or is not ready in time.
+        ServingError: no server environment, too few GPUs, a port in use, or a host other than loopback without a key;
+            on starting, a server that dies or is not ready in time.
     """
     command = tuple(command or default_command() or ())
     if not command:
@@ -84,7 +89,8 @@ def start_servers(
 
 
 def gpus_for(device: str, wanted: str | None) -> list[VisibleGpu] | None:
-    """The GPUs for ``device`` "auto" | "cuda" | "cpu" of those that ``wanted`` names (None: all visible ones); None: serve on the CPU.
+    """The GPUs for ``device`` "auto" | "cuda" | "cpu" of those that ``wanted`` names (None: all visible ones); None:
+    serve on the CPU.
 
     Raises:
         ServingError: ``wanted`` on a CPU, or a GPU that is not visible here.

@@ -9,7 +9,8 @@ API_KEY_VARIABLE = "DCPO_SGLANG_API_KEY"
 
 
 def read_api_key(file: str | Path | None) -> str | None:
-    """The content of ``file``, else of the variable; None where neither is given. Raises ValueError for a file that cannot be read or is empty."""
+    """The content of ``file``, else of the variable; None where neither is given. Raises ValueError for a file that
+    cannot be read or is empty."""
     if file is None:
         return os.environ.get(API_KEY_VARIABLE) or None
     try:

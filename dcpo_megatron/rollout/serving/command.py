@@ -1,4 +1,5 @@
-"""One server's command line and environment: the defaults for reinforcement learning, on a GPU and on a CPU, as a pure function.
+"""One server's command line and environment: the defaults for reinforcement learning, on a GPU and on a CPU, as a pure
+function.
 
     python sglang_server.py --model-path MODEL --host H --port P  [defaults of the device]  [what the user gave after --]
 
@@ -22,13 +23,14 @@ UNPUBLISHED = "unpublished"
 
 COMMON = (
     "--weight-version", UNPUBLISHED,
-    # Token ids in, token ids out: a response is never text on its way, and what ends it is said by the trainer's stop_token_ids, not by a second tokenizer.
+    # Token ids in, token ids out: a response is never text on its way, and what ends it is said by the trainer's
+    # stop_token_ids, not by a second tokenizer.
     "--skip-tokenizer-init",
     # An idle scheduler would spin on a core that the trainer wants.
     "--sleep-on-idle",
 )  # fmt: skip
-# The radix cache stays on: the G responses of a prompt share its prefix, and publishing flushes it. The memory fraction is SGLang's own choice where the server has the
-# GPU to itself.
+# The radix cache stays on: the G responses of a prompt share its prefix, and publishing flushes it. The memory fraction
+# is SGLang's own choice where the server has the GPU to itself.
 COLOCATED = (
     # Weights and cache can leave the GPU while the trainer has it (/release_memory_occupation) ...
     "--enable-memory-saver",
@@ -48,7 +50,8 @@ CPU = (
 PLACING = ("--base-gpu-id", "--gpu-id-step", "--tp", "--tp-size", "--tensor-parallel-size", "--dp", "--dp-size", "--data-parallel-size", "--pp-size", "--pipeline-parallel-size")  # fmt: skip
 # Hosts that mean every interface; a server then speaks to itself through loopback.
 WIDE = ("0.0.0.0", "::", "")
-# A launcher among a trainer's ranks must not make the server one of them, and the trainer's import path leads to another torch.
+# A launcher among a trainer's ranks must not make the server one of them, and the trainer's import path leads to
+# another torch.
 NOT_PASSED_ON = (
     "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
     API_KEY_VARIABLE,
@@ -61,7 +64,8 @@ class ServerPlan:
 
     Attributes:
         model: a Hugging Face folder (or a name that the server's machine resolves).
-        command: the words before the module's path: the server environment's interpreter, or a container's command that ends with one.
+        command: the words before the module's path: the server environment's interpreter, or a container's command that
+            ends with one.
         device: "cuda" or "cpu".
         host: the interface to listen on.
         tp: tensor-parallel GPUs of one server.
@@ -69,7 +73,8 @@ class ServerPlan:
         arguments: more of SGLang's, after the defaults.
         api_key: what every request must carry; None: nothing.
         python_path: folders to put on the server's import path, such as an unpacked wheel.
-        gpus: names for CUDA_VISIBLE_DEVICES, of the GPUs that the servers share out; None: that variable stays as it is.
+        gpus: names for CUDA_VISIBLE_DEVICES, of the GPUs that the servers share out; None: that variable stays as it
+            is.
         uuids: of the GPUs that servers take from, in their order; None for one that is not known.
     """
 
@@ -87,7 +92,8 @@ class ServerPlan:
 
 
 def command_line(plan: ServerPlan, number: int, port: int) -> list[str]:
-    """The words that start server ``number`` (it takes the GPUs from ``number * tp`` on, of those visible). The key is not among them."""
+    """The words that start server ``number`` (it takes the GPUs from ``number * tp`` on, of those visible). The key is
+    not among them."""
     words = [*plan.command, str(MODULE), "--model-path", plan.model, "--host", plan.host, "--port", str(port), *COMMON]
     if plan.device == "cpu":
         words += CPU
@@ -125,7 +131,8 @@ def environment(plan: ServerPlan, servers: int, of: Mapping[str, str] = os.envir
         env["SGLANG_USE_CPU_ENGINE"] = "1"
         # SGLang compiles its seeded sampler, which needs a C++ compiler and does not pay on a CPU.
         env["TORCH_COMPILE_DISABLE"] = "1"
-        # glibc keeps the memory of a bucket of weights for the next one: given back, its pages cost as much again as receiving into them.
+        # glibc keeps the memory of a bucket of weights for the next one: given back, its pages cost as much again as
+        # receiving into them.
         for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
             env.setdefault(name, str(2**40))
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // servers)))
@@ -133,8 +140,8 @@ def environment(plan: ServerPlan, servers: int, of: Mapping[str, str] = os.envir
 
 
 def without_proxy(of: Mapping[str, str], hosts: Sequence[str]) -> dict[str, str]:
-    """``no_proxy`` and ``NO_PROXY`` of ``of`` with ``hosts`` besides: SGLang's requests to itself must not go to a proxy.
-    IPv6 addresses without brackets: httpx, which servers import, raises at a bracket."""
+    """``no_proxy`` and ``NO_PROXY`` of ``of`` with ``hosts`` besides: SGLang's requests to itself must not go to a
+    proxy. IPv6 addresses without brackets: httpx, which servers import, raises at a bracket."""
     found = {}
     for name, other in (("no_proxy", "NO_PROXY"), ("NO_PROXY", "no_proxy")):
         # Where one of the two is not set, programs read the other.

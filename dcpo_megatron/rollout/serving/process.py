@@ -66,7 +66,8 @@ class ServerProcess:
             self._process = subprocess.Popen(
                 self._words,
                 env=self._environment,
-                # The guardian reads its end: while this process lives, the pipe is open. No other child gets the writing end (it is closed on exec).
+                # The guardian reads its end: while this process lives, the pipe is open. No other child gets the
+                # writing end (it is closed on exec).
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -99,7 +100,8 @@ class ServerProcess:
         return "\n".join(f"    {line[:400]}" for line in lines[-LAST_LINES:])
 
     def end(self) -> None:
-        """Ends the server with its whole group, and waits until nothing of it is left. It is not asked politely: it has nothing that could be lost, and would wait for its requests."""
+        """Ends the server with its whole group, and waits until nothing of it is left. It is not asked politely: it has
+        nothing that could be lost, and would wait for its requests."""
         if self._process is None:
             return
         with contextlib.suppress(OSError):

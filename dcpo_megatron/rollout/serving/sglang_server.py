@@ -7,8 +7,10 @@ project needs.
     sglang.launch_server: HTTP in this process, scheduler and detokenizer in spawned ones
 
 1. The API key comes through the pipe: neither `ps` nor the log shows it.
-2. However the launcher ends, the server ends: a killed launcher closes the pipe too. This also reaches through ssh and into containers, where a parent-death signal does not.
-3. On a CPU, inert stand-ins for the two imports that have nothing behind them there. They stand in the module's body because spawned processes run it too.
+2. However the launcher ends, the server ends: a killed launcher closes the pipe too. This also reaches through ssh and
+   into containers, where a parent-death signal does not.
+3. On a CPU, inert stand-ins for the two imports that have nothing behind them there. They stand in the module's body
+   because spawned processes run it too.
 4. On a CPU, what SGLang lacks there for sampling by each request's own seed (``--enable-deterministic-inference``).
 5. GET /dcpo_environment: what of this environment must be the trainer's too where weights come over NCCL.
 6. The group of the weights listens at the address that leads to the trainer, whatever this host's own name resolves to.
@@ -39,8 +41,8 @@ sys.path[:] = [
     entry for entry in sys.path if os.path.abspath(entry or ".") != os.path.dirname(os.path.abspath(__file__))
 ]
 
-# `sgl_kernel` has CUDA kernels; SGLang 0.5.20 imports nothing from it on a CPU, 0.5.23 one function that torch_native attention never calls. torchvision's wheels
-# need a CUDA build of torch; SGLang imports it for pictures.
+# `sgl_kernel` has CUDA kernels; SGLang 0.5.20 imports nothing from it on a CPU, 0.5.23 one function that torch_native
+# attention never calls. torchvision's wheels need a CUDA build of torch; SGLang imports it for pictures.
 STAND_INS = ("sgl_kernel", "torchvision")
 TRACKER_SECONDS = 1.0
 SNAPSHOTS = "/dev/shm/sglang_loads_"
@@ -89,8 +91,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def put_stand_ins() -> None:
     """Makes ``STAND_INS`` importable where nothing real is installed."""
-    # transformers asks once whether torchvision is there, and would import more of it: it asks while it is absent. It then offers a dummy of this class, which
-    # SGLang registers its own processors with.
+    # transformers asks once whether torchvision is there, and would import more of it: it asks while it is absent. It
+    # then offers a dummy of this class, which SGLang registers its own processors with.
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     import transformers  # isort: skip -- the import above may replace this module by another object
@@ -100,10 +102,12 @@ def put_stand_ins() -> None:
 
 
 def make_seeds_work() -> None:
-    """Lets ``--enable-deterministic-inference`` start on a CPU: then each request's ``sampling_seed`` decides its tokens, in whatever company it is sampled.
+    """Lets ``--enable-deterministic-inference`` start on a CPU: then each request's ``sampling_seed`` decides its
+    tokens, in whatever company it is sampled.
 
-    SGLang has three things for it on accelerators only: attention backends that it calls deterministic (torch_native attends to one sequence at a time, so that no other one
-    can matter), kernels whose sums do not depend on the batch (on a CPU matrix products do, by some 1e-7), and the hash of seed and position.
+    SGLang has three things for it on accelerators only: attention backends that it calls deterministic (torch_native
+    attends to one sequence at a time, so that no other one can matter), kernels whose sums do not depend on the batch
+    (on a CPU matrix products do, by some 1e-7), and the hash of seed and position.
     """
     import sglang.srt.batch_invariant_ops as batch_invariant_ops
     import torch
@@ -120,7 +124,8 @@ def make_seeds_work() -> None:
 
 
 def murmur_hash32(seed, positions, columns):
-    """MurmurHash3 of (64-bit ``seed`` [n], 32-bit ``positions`` [n], 32-bit ``columns`` [m]) -> uint32 [n, m], as SGLang's Triton kernel computes it."""
+    """MurmurHash3 of (64-bit ``seed`` [n], 32-bit ``positions`` [n], 32-bit ``columns`` [m]) -> uint32 [n, m], as
+    SGLang's Triton kernel computes it."""
     import torch
 
     mask = 0xFFFFFFFF
@@ -143,7 +148,8 @@ def murmur_hash32(seed, positions, columns):
 
 
 def tell_environment() -> None:
-    """Adds GET /dcpo_environment to the server: torch, NCCL's version (null where this torch has none) and NCCL_CUMEM_ENABLE, as SGLang has set it."""
+    """Adds GET /dcpo_environment to the server: torch, NCCL's version (null where this torch has none) and
+    NCCL_CUMEM_ENABLE, as SGLang has set it."""
     import torch
     from sglang.srt.entrypoints.http_server import app
 
@@ -207,7 +213,8 @@ def interface_with(address: str) -> str | None:
 
 
 def read_api_key() -> str | None:
-    """The key from the launcher's line on standard input. Ends the process where standard input is not the launcher's pipe."""
+    """The key from the launcher's line on standard input. Ends the process where standard input is not the launcher's
+    pipe."""
     if not stat.S_ISFIFO(os.fstat(0).st_mode) and not stat.S_ISSOCK(os.fstat(0).st_mode):
         sys.exit("standard input is not the launcher's pipe: a container's command must pass it on (docker run -i)")
     line = b""
@@ -220,10 +227,12 @@ def read_api_key() -> str | None:
 
 
 def fork_guardian() -> None:
-    """A small process that waits for the end of standard input and then ends the server. Call it before there are threads.
+    """A small process that waits for the end of standard input and then ends the server. Call it before there are
+    threads.
 
-    The server's own children die with it (SGLang asks the kernel for that), and multiprocessing's tracker then removes what they left in /dev/shm; what it does not know of
-    is removed here. What is still in the process group after ``TRACKER_SECONDS`` is killed, the guardian with it.
+    The server's own children die with it (SGLang asks the kernel for that), and multiprocessing's tracker then removes
+    what they left in /dev/shm; what it does not know of is removed here. What is still in the process group after
+    ``TRACKER_SECONDS`` is killed, the guardian with it.
     """
     parent = os.getpid()
     if os.fork() == 0:
@@ -248,7 +257,8 @@ def fork_guardian() -> None:
 
 
 def shared_files() -> set[str]:
-    """The files of SGLang's load snapshots that this process group has mapped. They are named at random, and nobody removes those of a killed server."""
+    """The files of SGLang's load snapshots that this process group has mapped. They are named at random, and nobody
+    removes those of a killed server."""
     found = set()
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):  # it has just ended, or is not ours to look at

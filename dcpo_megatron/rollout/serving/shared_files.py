@@ -1,4 +1,5 @@
-"""Files in shared memory that a killed server leaves: SGLang names them at random, and none but a live server removes its own.
+"""Files in shared memory that a killed server leaves: SGLang names them at random, and none but a live server removes
+its own.
 
     healthy         what its process group has mapped is noted, here and beside its log: server-30000.shared
     ended           all of the group is gone: what is noted is removed

@@ -4,7 +4,8 @@
         servers.urls                                        what the trainer is given
     ...                                                     none is left, also after kill -9 of this process
 
-A restarted server holds the model's own weights again, under the tag "unpublished": the client does not use it until the trainer has published to it.
+A restarted server holds the model's own weights again, under the tag "unpublished": the client does not use it until
+the trainer has published to it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Servers:
         logs: folder for ``server-PORT.log``.
         start_seconds: each must be healthy that many seconds after a start.
         hung_seconds: a server whose HTTP process does not answer for so long counts as dead.
-        advertise: the name under which other hosts reach this one (default: ``plan.host``, or this host's name where that is every interface).
+        advertise: the name under which other hosts reach this one (default: ``plan.host``, or this host's name where
+            that is every interface).
         address_file: gets the JSON list of the servers once all are healthy (:func:`addresses`); removed on stopping.
         say: takes one line of progress.
 
@@ -105,7 +107,8 @@ class Servers:
         return [watched.process.url for watched in self._servers if watched.given_up]
 
     def start(self) -> None:
-        """Starts all and returns when all are healthy; watches them from then on. Raises ServingError, with none left, where one is not."""
+        """Starts all and returns when all are healthy; watches them from then on. Raises ServingError, with none left,
+        where one is not."""
         try:
             for watched in self._servers:
                 watched.start()
@@ -223,8 +226,8 @@ class _Watched:
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Ports of ``host`` that nobody listens on, below those that the kernel gives to outgoing connections: they are still
-    free a little later."""
+    """Ports of ``host`` that nobody listens on, below those that the kernel gives to outgoing connections: they are
+    still free a little later."""
     found: list[int] = []
     for port in random.sample(range(20000, 30000), 500):
         if len(found) < count and not _taken(host, port):
@@ -257,8 +260,8 @@ def _taken(host: str, port: int) -> bool:
 
 
 def _own_name(host: str) -> str:
-    """This host's name, under which servers on all of its interfaces (``host``) are reached. Raises ServingError where it
-    leads to none of them."""
+    """This host's name, under which servers on all of its interfaces (``host``) are reached. Raises ServingError where
+    it leads to none of them."""
     name = socket.gethostname()
     family = {"0.0.0.0": socket.AF_INET, "::": socket.AF_INET6}.get(host, socket.AF_UNSPEC)
     try:
@@ -290,7 +293,8 @@ def _refuse_loopback(host: str) -> None:
 
 
 def addresses(plan: ServerPlan, urls: Sequence[str]) -> list:
-    """What an address file says: of each server its URL, or ``{"url": ..., "gpus": [uuid, ...]}`` where its GPUs are known."""
+    """What an address file says: of each server its URL, or ``{"url": ..., "gpus": [uuid, ...]}`` where its GPUs are
+    known."""
     found = [(url, uuids_of(plan, number)) for number, url in enumerate(urls)]
     return [url if gpus is None else {"url": url, "gpus": gpus} for url, gpus in found]
 

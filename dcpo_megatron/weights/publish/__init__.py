@@ -1,4 +1,5 @@
-"""Publishing the trained weights to rollout servers as a transaction, see :mod:`~dcpo_megatron.weights.publish.transaction`.
+"""Publishing the trained weights to rollout servers as a transaction, see
+:mod:`~dcpo_megatron.weights.publish.transaction`.
 
 buckets.py          the walk cut into buckets                         (pure)
 process_group.py    nccl or gloo          }

@@ -2,8 +2,9 @@
 
     q k v | o gate up | down ... | embedding         each "|" where the next tensor would make the bucket larger than the limit
 
-A bucket is complete, with the collectives that gathered it, before anything of it is sent. A tensor larger than the limit is a bucket of its own, so a bucket holds
-``max(limit, largest tensor)`` bytes at most, and a rank its model shard, one bucket and the tensor that opens the next one.
+A bucket is complete, with the collectives that gathered it, before anything of it is sent. A tensor larger than the
+limit is a bucket of its own, so a bucket holds ``max(limit, largest tensor)`` bytes at most, and a rank its model
+shard, one bucket and the tensor that opens the next one.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Bucket:
 def buckets(
     tensors: Iterable[tuple[str, torch.Tensor]], limit: int, dtype: torch.dtype | None = None
 ) -> Iterator[Bucket]:
-    """The tensors in their order, in buckets of at most ``limit`` bytes (or one tensor). ``dtype``: what they are cast to; None: nothing is cast.
+    """The tensors in their order, in buckets of at most ``limit`` bytes (or one tensor). ``dtype``: what they are cast
+    to; None: nothing is cast.
 
     Raises:
         ValueError: ``limit`` below 1.
@@ -49,7 +51,8 @@ def buckets(
         tensor = tensor.detach().to(dtype or tensor.dtype).contiguous()
         if bucket.tensors and bucket.bytes + tensor.nbytes > limit:
             yield bucket
-            # The caller may have dropped its own reference: the tensors must not live on in this frame while the next bucket is gathered.
+            # The caller may have dropped its own reference: the tensors must not live on in this frame while the next
+            # bucket is gathered.
             bucket = Bucket()
         bucket.tensors.append((name, tensor))
         bucket.bytes += tensor.nbytes

@@ -2,8 +2,9 @@
 
     FOLDER/.incomplete-7/model-00001-of-....safetensors ...   -- complete, on the disk -->   FOLDER/version-7   -- committed -->  the older ones are removed
 
-A file or folder gets its name when all of it is on the disk; what a full disk or a killed trainer leaves is under a name that nobody reads, and the servers go on with
-the weights that they have. Servers sample until all files are written.
+A file or folder gets its name when all of it is on the disk; what a full disk or a killed trainer leaves is under a
+name that nobody reads, and the servers go on with the weights that they have. Servers sample until all files are
+written.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class DiskTransport:
             raise self._failed(error) from error
 
     def write(self, bucket: Bucket) -> None:
-        """Adds a shard. Raises RolloutError where the disk is full or not writable; nothing is left of the version then."""
+        """Adds a shard. Raises RolloutError where the disk is full or not writable; nothing is left of the version
+        then."""
         entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in bucket.tensors]
         try:
             write_safetensors(

@@ -2,11 +2,12 @@
 
     ranks on a server's GPU: pickled handles of their copy of the bucket  --all-gather-->  rank 0: POST /update_weights_from_tensor, one entry a tensor-parallel rank
 
-Server ``i`` of ``tp`` GPUs takes entries ``i * tp ...``: servers are listed in the order of the GPUs they share with the training ranks. The handles are pickles that the
-server reads with its own list of allowed names; nothing pickled is read here. No bytes of weights pass through HTTP.
+Server ``i`` of ``tp`` GPUs takes entries ``i * tp ...``: servers are listed in the order of the GPUs they share with
+the training ranks. The handles are pickles that the server reads with its own list of allowed names; nothing pickled is
+read here. No bytes of weights pass through HTTP.
 
-A handle keeps its memory until somebody has opened it, so only ranks make one whose server will. It names its GPU by uuid, as SGLang's own senders do: with another
-CUDA_VISIBLE_DEVICES the index is another GPU's.
+A handle keeps its memory until somebody has opened it, so only ranks make one whose server will. It names its GPU by
+uuid, as SGLang's own senders do: with another CUDA_VISIBLE_DEVICES the index is another GPU's.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class IpcTransport:
         self._first: dict[str, tuple[int, int]] = {}
 
     def prepare(self, bucket: Bucket) -> list[str]:
-        """The bucket as handles, of all ranks in their order, "" of one that no server shares a GPU with. Collective; also keeps a rank from dropping a bucket before it was loaded."""
+        """The bucket as handles, of all ranks in their order, "" of one that no server shares a GPU with. Collective;
+        also keeps a rank from dropping a bucket before it was loaded."""
         rank = dist.get_rank() if dist.is_initialized() else 0
         wanted = sorted({rank for first, tp in self._first.values() for rank in range(first, first + tp)})
         # Rank 0 alone speaks to servers.
@@ -73,7 +75,8 @@ class IpcTransport:
         return written.getvalue()
 
     def connect(self, server: Server, known: bool, seconds: float) -> None:
-        """Finds out which handles are the server's. Raises RolloutError where servers and training ranks do not lie on the same GPUs."""
+        """Finds out which handles are the server's. Raises RolloutError where servers and training ranks do not lie on
+        the same GPUs."""
         tp = int(server.get("/server_info", timeout=seconds).get("tp_size") or 1)
         first, world = self.urls.index(server.url) * tp, dist.get_world_size() if dist.is_initialized() else 1
         if self.device.type != "cuda":
@@ -109,7 +112,8 @@ class IpcTransport:
 
 
 def _reduce(tensor: torch.Tensor) -> tuple:
-    """torch's own handle; for a GPU's memory with the GPU's uuid in the place of its index (SGLang's ``utils/patch_torch.py`` takes either)."""
+    """torch's own handle; for a GPU's memory with the GPU's uuid in the place of its index (SGLang's
+    ``utils/patch_torch.py`` takes either)."""
     rebuild, arguments = reductions.reduce_tensor(tensor)
     if rebuild is reductions.rebuild_cuda_tensor:
         uuid = str(torch.cuda.get_device_properties(arguments[_DEVICE]).uuid)

@@ -4,7 +4,8 @@
     version              torch.cuda.nccl.version()      GET /dcpo_environment (dcpo serve)   NCCL refuses the group: "Mismatched NCCL version"
     NCCL_CUMEM_ENABLE    "0", unless the user set it    "0", unless the user set it          the two sides open each other's buffers in other ways
 
-Sources: SGLang 0.5.20 (`entrypoints/engine.py`, `_set_envs_and_config`), NCCL (`init.cc`), torch 2.13 (`ProcessGroupNCCL`).
+Sources: SGLang 0.5.20 (`entrypoints/engine.py`, `_set_envs_and_config`), NCCL (`init.cc`), torch 2.13
+(`ProcessGroupNCCL`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from dcpo_megatron.rollout.server import Server
 CUMEM = "NCCL_CUMEM_ENABLE"
 ENVIRONMENT = "/dcpo_environment"
 WAY_OUT = "set publish.mode=disk"
-# What a version of SGLang brings along, through the torch that it pins: (first, last, NCCL). Its environment may have been changed since.
+# What a version of SGLang brings along, through the torch that it pins: (first, last, NCCL). Its environment may have
+# been changed since.
 _PINNED = (
     ((0, 5, 12), (0, 5, 16), (2, 28, 9)),
     ((0, 5, 18), (0, 5, 20), (2, 29, 7)),
@@ -33,7 +35,8 @@ _PINNED = (
 
 
 def settle_cumem(environment: MutableMapping[str, str] = os.environ) -> str | None:
-    """Sets NCCL_CUMEM_ENABLE to "0", as SGLang does, where it is not set; before NCCL's first call, on every rank. Returns a warning where the user's value is another."""
+    """Sets NCCL_CUMEM_ENABLE to "0", as SGLang does, where it is not set; before NCCL's first call, on every rank.
+    Returns a warning where the user's value is another."""
     value = environment.setdefault(CUMEM, "0")
     if value == "0":
         return None
@@ -43,7 +46,8 @@ def settle_cumem(environment: MutableMapping[str, str] = os.environ) -> str | No
 def compare(server: Server, info: dict, seconds: float) -> str:
     """Refuses a server whose NCCL cannot make a group with ours. ``info``: its ``/server_info``.
 
-    Returns what may be the reason if the group fails all the same, for a server that does not tell its NCCL (one that `dcpo serve` did not start); "" where there is none.
+    Returns what may be the reason if the group fails all the same, for a server that does not tell its NCCL (one that
+    `dcpo serve` did not start); "" where there is none.
 
     Raises:
         RolloutError: another version of NCCL, or another NCCL_CUMEM_ENABLE.
@@ -67,7 +71,8 @@ def compare(server: Server, info: dict, seconds: float) -> str:
 
 
 def options(timeout: datetime.timedelta) -> dist.ProcessGroupNCCL.Options:
-    """Of a group whose communicator can be aborted while it waits for the server: NCCL's calls return at once, and torch waits beside them."""
+    """Of a group whose communicator can be aborted while it waits for the server: NCCL's calls return at once, and
+    torch waits beside them."""
     made = dist.ProcessGroupNCCL.Options()
     made.config.blocking = 0
     made._timeout = timeout
@@ -75,7 +80,8 @@ def options(timeout: datetime.timedelta) -> dist.ProcessGroupNCCL.Options:
 
 
 def bound_waiting(seconds: float) -> None:
-    """How long torch waits for a communicator of :func:`options`, holding the lock that an abort needs; its own default is half an hour. Read once in a process."""
+    """How long torch waits for a communicator of :func:`options`, holding the lock that an abort needs; its own default
+    is half an hour. Read once in a process."""
     os.environ.setdefault("TORCH_NCCL_NONBLOCKING_TIMEOUT", str(math.ceil(seconds)))
 
 
@@ -83,8 +89,9 @@ def bound_waiting(seconds: float) -> None:
 def errors_stay_here() -> Iterator[None]:
     """While a group is made, whose failures are ours to handle: torch reads these variables in the group's constructor.
 
-    By default a watchdog thread looks at a group's broadcasts, and a server that dies or is late ends the trainer: at once, or through the default group's monitor eight
-    minutes later, whatever the error handling says. With TORCH_NCCL_BLOCKING_WAIT the group has no watchdog, and ``wait`` raises; 2: clean up, end nothing.
+    By default a watchdog thread looks at a group's broadcasts, and a server that dies or is late ends the trainer: at
+    once, or through the default group's monitor eight minutes later, whatever the error handling says. With
+    TORCH_NCCL_BLOCKING_WAIT the group has no watchdog, and ``wait`` raises; 2: clean up, end nothing.
     """
     wanted = {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2"}
     before = {name: os.environ.get(name) for name in wanted}

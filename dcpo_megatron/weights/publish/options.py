@@ -13,19 +13,24 @@ Pause = Literal["abort", "retract", "in_place"]
 @dataclass(frozen=True)
 class PublishOptions:
     """Attributes:
-        mode: ``distributed`` (a process group), ``disk`` (safetensors that both sides see) or ``ipc`` (shared memory on one host, CUDA IPC on a GPU).
+        mode: ``distributed`` (a process group), ``disk`` (safetensors that both sides see) or ``ipc`` (shared memory on
+            one host, CUDA IPC on a GPU).
         backend: of the process group, "nccl" or "gloo".
         bucket_bytes: weights on their way at a time, at most (or one tensor).
         timeout: deadline of a phase, in seconds.
         bucket_timeout: deadline of one bucket at one server, in seconds: so long a hung server holds up the others.
-        address: how servers reach this host (default: loopback for servers on it, else the address this host has on the way to the server).
+        address: how servers reach this host (default: loopback for servers on it, else the address this host has on the
+            way to the server).
         folder: mode disk: where servers read the weights.
         verify: weights are checked before they are committed.
         tolerance: mean |log-prob of the training model - log-prob of the server| that the check allows.
         min_servers: how many servers must hold the new weights.
-        pause: what becomes of requests under way: ``abort`` ends them, ``retract`` lets them go on with their cache computed anew, ``in_place`` with the old cache.
-        scrub: before a server takes its first weights, its own are overwritten with noise, so that a tensor which does not arrive cannot go unnoticed.
-        dtype: what the weights are sent as ("bfloat16" for servers that run in it); None: as the training model has them.
+        pause: what becomes of requests under way: ``abort`` ends them, ``retract`` lets them go on with their cache
+            computed anew, ``in_place`` with the old cache.
+        scrub: before a server takes its first weights, its own are overwritten with noise, so that a tensor which does
+            not arrive cannot go unnoticed.
+        dtype: what the weights are sent as ("bfloat16" for servers that run in it); None: as the training model has
+            them.
 
     Raises:
         ValueError: a value out of range, or mode disk without a folder.

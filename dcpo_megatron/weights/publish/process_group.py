@@ -1,14 +1,17 @@
-"""Weights through a process group: one group for each server, of this rank (0) and the server's tensor-parallel ranks (1, 2, ...).
+"""Weights through a process group: one group for each server, of this rank (0) and the server's tensor-parallel ranks
+(1, 2, ...).
 
     POST /init_weights_update_group            ---->  server joins            |   TCPStore, PrefixStore(name), stand-alone group, as SGLang makes its own
     POST /update_weights_from_distributed      ---->  server broadcasts       |   one broadcast a tensor; the server answers when it has loaded them
          at the same time, in a thread: our broadcasts                        |   NCCL's first one blocks until the server has made its side, on that POST
          both over, one failed, or the deadline: abort the group, evict       |
 
-A group for each server and not one for all: where a server dies or stops in the middle of a broadcast, those behind it in the tree would wait for it until their own
-deadline of half an hour, which cannot be set. A group is kept as long as its server lives.
+A group for each server and not one for all: where a server dies or stops in the middle of a broadcast, those behind it
+in the tree would wait for it until their own deadline of half an hour, which cannot be set. A group is kept as long as
+its server lives.
 
-Whatever can block in C++ (joining, broadcasts, taking a group down) runs in a thread that nobody joins, and the wait for it has a deadline.
+Whatever can block in C++ (joining, broadcasts, taking a group down) runs in a thread that nobody joins, and the wait
+for it has a deadline.
 """
 
 from __future__ import annotations
@@ -67,7 +70,8 @@ class ProcessGroupTransport:
 
     @contextmanager
     def connecting(self):
-        """Around :meth:`connect`. A default group that is bound to a device would make NCCL split its communicator, on which this rank then hangs alone."""
+        """Around :meth:`connect`. A default group that is bound to a device would make NCCL split its communicator, on
+        which this rank then hangs alone."""
         default = c10d._get_default_group() if dist.is_initialized() else None
         bound = getattr(default, "bound_device_id", None)
         if bound is not None:
@@ -80,11 +84,12 @@ class ProcessGroupTransport:
                 default.bound_device_id = bound
 
     def connect(self, server: Server, known: bool, seconds: float) -> None:
-        """Joins a group with ``server``, or keeps the one it has if the server is still the one that joined it (``known``).
+        """Joins a group with ``server``, or keeps the one it has if the server is still the one that joined it
+        (``known``).
 
         Raises:
-            RolloutError: a server of several pipeline stages or data-parallel copies, with another NCCL, whose name does
-                not resolve, or one that did not join within ``seconds``.
+            RolloutError: a server of several pipeline stages or data-parallel copies, with another NCCL, whose name
+                does not resolve, or one that did not join within ``seconds``.
         """
         if known and server.url in self._groups:
             return
@@ -142,7 +147,8 @@ class ProcessGroupTransport:
         )
 
     def send(self, server: Server, bucket: Bucket, payload: None, seconds: float) -> None:
-        """One bucket to one server; returns when the server has loaded it. Raises ServerError or RolloutError; :meth:`drop` the server then."""
+        """One bucket to one server; returns when the server has loaded it. Raises ServerError or RolloutError;
+        :meth:`drop` the server then."""
         held = self._groups[server.url]
         body = {
             "names": bucket.names, "dtypes": bucket.dtypes, "shapes": bucket.shapes, "group_name": held.name, "flush_cache": False,
@@ -225,7 +231,8 @@ def _beside(call: Callable[[], object]) -> Future:
 
 
 def _both(asked: Future, done: Future, seconds: float, what: str) -> None:
-    """Waits until the server has answered and our part is done. Raises what the server says; RolloutError (``what``) where only our part failed, or nothing came."""
+    """Waits until the server has answered and our part is done. Raises what the server says; RolloutError (``what``)
+    where only our part failed, or nothing came."""
     wait([asked, done], timeout=seconds + 1, return_when=FIRST_EXCEPTION)
     if done.done() and done.exception() is not None:
         wait([asked], timeout=_WORDS_SECONDS)

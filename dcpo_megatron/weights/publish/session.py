@@ -1,4 +1,5 @@
-"""Small requests around the weights themselves: update sessions, the tag of weights under way, the prefix cache, memory of servers that share the trainer's GPUs."""
+"""Small requests around the weights themselves: update sessions, the tag of weights under way, the prefix cache, memory
+of servers that share the trainer's GPUs."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ def tag_weights(server: Server, tag: str, seconds: float) -> None:
 
 
 def begin_session(server: Server, seconds: float) -> None:
-    """Opens an update session where the server's version has them; one that a killed trainer left open is closed first. Raises ServerError."""
+    """Opens an update session where the server's version has them; one that a killed trainer left open is closed first.
+    Raises ServerError."""
     if not server.offers(_BEGIN):
         return
     try:
@@ -38,7 +40,8 @@ def end_session(server: Server, seconds: float) -> None:
 def flush_cache(server: Server, pause: str, seconds: float) -> None:
     """Empties the prefix cache, whose entries are of the old weights. Raises ServerError.
 
-    Some versions refuse it while retracted requests wait; those requests are ended then, as no token may come from two versions' weights.
+    Some versions refuse it while retracted requests wait; those requests are ended then, as no token may come from two
+    versions' weights.
     """
     if pause == "in_place":
         return
@@ -52,11 +55,12 @@ def flush_cache(server: Server, pause: str, seconds: float) -> None:
 
 
 def release_memory(server: Server, seconds: float) -> None:
-    """Frees all memory that an idle server can free (started with --enable-memory-saver): weights, cache, and captured graphs where it knows that. Raises ServerError."""
+    """Frees all memory that an idle server can free (started with --enable-memory-saver): weights, cache, and captured
+    graphs where it knows that. Raises ServerError."""
     tag = server.weight_version()
     if not tag.endswith(RELEASED):
-        # The tag first: memory taken back that was never released ends the server, memory never taken back only this publication.
-        # Without tags: every kind of memory that its version knows.
+        # The tag first: memory taken back that was never released ends the server, memory never taken back only this
+        # publication. Without tags: every kind of memory that its version knows.
         server.post("/release_memory_occupation", {}, timeout=seconds)
         tag_weights(server, tag + RELEASED, seconds)
 

@@ -9,9 +9,10 @@
     resume    whatever happened, also on Ctrl-C
               outcome  -------------------------------------->    adopt the fleet's state, or raise the same error
 
-(mode disk writes before it pauses.) A server that fails in any phase is evicted with the reason and takes no further part; the others go on. It is admitted again by the
-next publication, which gives it all weights anew. Nothing but the servers' own tags is remembered between runs, so a trainer killed at any moment leaves nothing that the
-next run's first publication does not mend.
+(mode disk writes before it pauses.) A server that fails in any phase is evicted with the reason and takes no further
+part; the others go on. It is admitted again by the next publication, which gives it all weights anew. Nothing but the
+servers' own tags is remembered between runs, so a trainer killed at any moment leaves nothing that the next run's first
+publication does not mend.
 """
 
 from __future__ import annotations
@@ -75,13 +76,16 @@ class WeightPublisher:
         return ProcessGroupTransport(options.backend, self.device, options.address, options.bucket_timeout)
 
     def publish(self, tensors: Tensors, version: int) -> PublishReport:
-        """Gives the weights ``tensors`` to every server that answers, as ``version``. Collective over the training ranks.
+        """Gives the weights ``tensors`` to every server that answers, as ``version``. Collective over the training
+        ranks.
 
         Args:
-            tensors: (Hugging Face name, full tensor), the same walk on every rank (:class:`~dcpo_megatron.weights.transfer.WeightGatherer`); tied weights once.
+            tensors: (Hugging Face name, full tensor), the same walk on every rank
+                (:class:`~dcpo_megatron.weights.transfer.WeightGatherer`); tied weights once.
 
         Raises:
-            RolloutError: fewer than ``options.min_servers`` servers hold the version; the same on every rank. Servers that failed are evicted.
+            RolloutError: fewer than ``options.min_servers`` servers hold the version; the same on every rank. Servers
+                that failed are evicted.
         """
         probe = None
         if self.options.verify and self.probe is not None:
@@ -332,7 +336,8 @@ class _Publication:
             self.transport.committed()
 
     def _resume(self) -> None:
-        """Undoes the pauses. What still runs on a server with weights that we do not know is ended first; one that does not answer here was evicted before."""
+        """Undoes the pauses. What still runs on a server with weights that we do not know is ended first; one that does
+        not answer here was evicted before."""
 
         def let_go(server: Server) -> None:
             if server in self.touched:

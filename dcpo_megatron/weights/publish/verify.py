@@ -4,8 +4,9 @@
     checksums   of every tensor on every server (where its version computes them)     -> a tensor still noise is named; servers of one layout agree bit for bit
     log-probs   of fixed token sequences, training model beside server                -> the weights are the training model's, used as the training model uses them
 
-Checksums alone cannot say that the weights are the trainer's: a server stores fused and padded tensors of its own, and on a GPU hashes them with a kernel of its own. So
-log-probs are compared whenever the training model's are given, and checksums stand alone only where they are not.
+Checksums alone cannot say that the weights are the trainer's: a server stores fused and padded tensors of its own, and
+on a GPU hashes them with a kernel of its own. So log-probs are compared whenever the training model's are given, and
+checksums stand alone only where they are not.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ Checksums = dict[str, str]
 
 
 def scrub(server: Server, seconds: float) -> Checksums | None:
-    """Overwrites the server's weights with noise; the checksums of the noise, None where the server cannot compute any. Raises ServerError."""
+    """Overwrites the server's weights with noise; the checksums of the noise, None where the server cannot compute any.
+    Raises ServerError."""
     server.post(_CHECKER, {"action": "reset_tensors"}, timeout=seconds)
     return checksums(server, seconds)
 
 
 def checksums(server: Server, seconds: float) -> Checksums | None:
-    """``{rank.tensor: checksum}`` of everything the server holds; None where its version cannot compute them (0.5.20 and older without a GPU). Raises ServerError."""
+    """``{rank.tensor: checksum}`` of everything the server holds; None where its version cannot compute them (0.5.20
+    and older without a GPU). Raises ServerError."""
     try:
         answer = server.post(_CHECKER, {"action": "checksum"}, timeout=seconds)
     except ServerError as error:
@@ -41,7 +44,8 @@ def checksums(server: Server, seconds: float) -> Checksums | None:
 
 
 def check_arrived(noise: Checksums, now: Checksums) -> None:
-    """Raises RolloutError naming the server's tensors that are still the noise of :func:`scrub`: nothing that was sent is for them."""
+    """Raises RolloutError naming the server's tensors that are still the noise of :func:`scrub`: nothing that was sent
+    is for them."""
     left = sorted(name.split(".", 1)[1] for name, value in now.items() if noise.get(name) == value)
     if left:
         raise RolloutError(
@@ -51,7 +55,8 @@ def check_arrived(noise: Checksums, now: Checksums) -> None:
 
 
 def odd_ones(found: dict[str, Checksums]) -> dict[str, str]:
-    """Of ``{address: checksums}``, the servers that differ from the majority of those with the same tensors: ``{address: what differs}``."""
+    """Of ``{address: checksums}``, the servers that differ from the majority of those with the same tensors:
+    ``{address: what differs}``."""
     odd: dict[str, str] = {}
     layouts: dict[tuple[str, ...], list[str]] = {}
     for url, sums in found.items():
@@ -67,7 +72,8 @@ def odd_ones(found: dict[str, Checksums]) -> dict[str, str]:
 
 
 def logprob_difference(server: Server, sequences: list[list[int]], wanted: list[list[float]], seconds: float) -> float:
-    """Mean |training log-prob - server log-prob| over all tokens but each sequence's first. Raises ServerError; RolloutError for a number that is not finite."""
+    """Mean |training log-prob - server log-prob| over all tokens but each sequence's first. Raises ServerError;
+    RolloutError for a number that is not finite."""
     body = {
         "input_ids": sequences, "return_logprob": True, "logprob_start_len": 0,
         "sampling_params": {"max_new_tokens": 1, "temperature": 1.0, "ignore_eos": True},

@@ -6,8 +6,8 @@
     fused_rope_forward, fused_rope_backward     rotary embedding
     multi_tensor_adam, _sgd, _l2norm, _scale    FusedAdam, FusedSGD, gradient norms
 
-Fused attention is refused (:func:`get_fused_attn_backend`), so the unfused one is chosen. FP8, communication overlap and all else raise
-NotImplementedError by name when they are called.
+Fused attention is refused (:func:`get_fused_attn_backend`), so the unfused one is chosen. FP8, communication overlap
+and all else raise NotImplementedError by name when they are called.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ TORCH = {DType.kByte: torch.uint8, DType.kInt32: torch.int32, DType.kFloat32: to
 
 
 class _Numbered(type):
-    """An enumeration whose members are numbered as they are asked for: what they are called is all that matters here."""
+    """An enumeration whose members are numbered as they are asked for: what they are called is all that matters
+    here."""
 
     def __getattr__(cls, name: str) -> int:
         if name.startswith("__"):
@@ -128,7 +129,7 @@ def get_fused_attn_backend(*args, **kwargs):
     return NVTE_Fused_Attn_Backend.NVTE_No_Backend, "the stand-in has none"
 
 
-# -- products -------------------------------------------------------------------------------------------------------------------------------------
+# -- products --------------------------------------------------------------------------------------
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -145,7 +146,8 @@ def generic_gemm(
     a, transa, b, transb, out, quantizer, out_dtype, bias, bias_dtype, gelu, gelu_in, grad, workspace, workspace_size, accumulate, split,
     comm_overlap=None, comm_type=None, extra_output=None, bulk_overlap=False, alpha=1.0, beta=None,
 ):  # fmt: skip
-    """Returns ``(out, bias gradient, None, extra_output)``. A bias is added forward; backward (``grad``) its gradient is the sum over rows of ``b``."""
+    """Returns ``(out, bias gradient, None, extra_output)``. A bias is added forward; backward (``grad``) its gradient
+    is the sum over rows of ``b``."""
     if quantizer is not None or gelu or comm_overlap is not None:
         raise NotImplementedError("the stand-in multiplies plain tensors: no quantizer, no fused gelu, no overlap")
     result = _product(a, transa, b, transb) * alpha
@@ -172,7 +174,8 @@ def te_general_grouped_gemm(
     a, transa, b, transb, out, out_dtype, m_splits, bias, bias_dtype, single_output, pre_gelu_out, grad, workspaces, workspace_size, accumulate,
     split, sm_count,
 ):  # fmt: skip
-    """One product a group, into ``out`` (one tensor a group, or the groups' rows one after the other). Returns the bias gradients, filled in ``bias``."""
+    """One product a group, into ``out`` (one tensor a group, or the groups' rows one after the other). Returns the bias
+    gradients, filled in ``bias``."""
     outs = list(out[0].split(list(m_splits))) if single_output else out
     for left, right, into, offset in zip(a, b, outs, bias, strict=True):
         result = _product(left, transa, right, transb).reshape(into.shape)
@@ -184,7 +187,7 @@ def te_general_grouped_gemm(
     return bias
 
 
-# -- norms ----------------------------------------------------------------------------------------------------------------------------------------
+# -- norms -----------------------------------------------------------------------------------------
 
 
 layernorm_fwd, layernorm_bwd = (
@@ -210,7 +213,7 @@ def rmsnorm_bwd(dy, x, inverse, weight, sm_margin, zero_centered):
     return dx.to(x.dtype), _rows(dy.float() * normed).sum(0).to(weight.dtype)
 
 
-# -- packed rows ----------------------------------------------------------------------------------------------------------------------------------
+# -- packed rows -----------------------------------------------------------------------------------
 
 
 def _token_places(cu_seqlens: torch.Tensor, longest: int) -> torch.Tensor:
@@ -232,12 +235,12 @@ def convert_bshd_to_thd(rows, cu_seqlens, tokens):
     return packed
 
 
-# -- rotary embedding -----------------------------------------------------------------------------------------------------------------------------
+# -- rotary embedding ------------------------------------------------------------------------------
 
 
 def fused_rope_forward(x, freqs, start, layout, interleaved, cu_seqlens, cp_size, cp_rank):
-    """x cos + (-x2, x1) sin for the first dimensions of ``x`` [tokens, heads, d] or [sequence, batch, heads, d]; with context parallelism a sequence's
-    rows are chunks ``cp_rank`` and ``2 cp_size - 1 - cp_rank`` of it."""
+    """x cos + (-x2, x1) sin for the first dimensions of ``x`` [tokens, heads, d] or [sequence, batch, heads, d]; with
+    context parallelism a sequence's rows are chunks ``cp_rank`` and ``2 cp_size - 1 - cp_rank`` of it."""
     if interleaved or start is not None or layout not in (NVTE_QKV_Format.NVTE_SBHD, NVTE_QKV_Format.NVTE_THD):
         raise NotImplementedError("the stand-in rotates halves, of layouts sbhd and thd, from position 0")
     lengths = torch.tensor([len(x)]) if cu_seqlens is None else (cu_seqlens // cp_size).diff()
@@ -263,11 +266,12 @@ def fused_rope_backward(dy, freqs, *rest):
     return fused_rope_forward(dy, -freqs, *rest)
 
 
-# -- several tensors at once ----------------------------------------------------------------------------------------------------------------------
+# -- several tensors at once -----------------------------------------------------------------------
 
 
 def multi_tensor_adam(chunk, noop, tensors, lr, beta1, beta2, eps, step, mode, bias_correction, weight_decay):
-    """Adam on lists of gradients, parameters, first and second moments; ``mode`` 1 decays weights apart from the gradient (AdamW), 0 within it."""
+    """Adam on lists of gradients, parameters, first and second moments; ``mode`` 1 decays weights apart from the
+    gradient (AdamW), 0 within it."""
     if not isinstance(step, int):
         raise TypeError(f"step is {type(step).__name__}: the extension takes an int")
     first, second = (1 - beta1**step, 1 - beta2**step) if bias_correction else (1.0, 1.0)

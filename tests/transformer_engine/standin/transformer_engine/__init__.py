@@ -1,7 +1,8 @@
 """Transformer Engine's own Python over a stand-in for its C extension, on a machine without a GPU. For tests only.
 
-This folder goes on the import path together with an unpacked wheel of ``transformer_engine`` (PyPI, nothing but Python in it). All modules of the
-package are that wheel's; only this opening is ours, in place of the wheel's own, which would load CUDA's libraries:
+This folder goes on the import path together with an unpacked wheel of ``transformer_engine`` (PyPI, nothing but Python
+in it). All modules of the package are that wheel's; only this opening is ours, in place of the wheel's own, which would
+load CUDA's libraries:
 
     transformer_engine               this file: where torch asks for a GPU's properties, those of an H100 are given
     transformer_engine.pytorch ...   the wheel's, unchanged
