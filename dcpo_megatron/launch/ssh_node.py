@@ -3,7 +3,7 @@ which takes orders on standard input.
 
     launcher == ssh ==> stdin: "TERM", "USR1", ...  -->  that signal to every rank of this host, once
                         end of stdin, or silence    -->  the launcher or the connection is gone: SIGTERM to the ranks, which save and end
-    launcher <== ssh == stdout: READY, then what the ranks say;  exit code of the rank that failed first
+    launcher <== ssh == stdout: READY, then what the ranks say, through a pipe that outlives the connection;  exit code of the rank that failed first
 
 Plain torchrun gives its ranks 30 seconds after SIGTERM, dies of SIGUSR1, and ends with 1 whatever its ranks ended with:
 "start me again" would be lost.
@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 
 READY = "dcpo: this host is ready"
 BAD_INPUT = 2
@@ -47,10 +48,24 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dcpo: error: {said}: give --master-addr an address of the first host", file=sys.stderr, flush=True)
         return BAD_INPUT
     orders = os.dup(0)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # not for the ranks
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)  # not for the ranks
+    lost = threading.Event()
+    relay = _relay_output(lost)
     print(READY, flush=True)
-    threading.Thread(target=_obey, args=(orders,), daemon=True).start()
+    threading.Thread(target=_obey, args=(orders, GIVEN_UP_SECONDS, lost), daemon=True).start()
+    try:
+        code = _run(args, master)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    for number in (1, 2):  # the pipe's end, where no rank is left: what is in it is still to be read
+        os.dup2(0, number)
+    relay.join(10)
+    return code
 
+
+def _run(args: argparse.Namespace, master: str) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
@@ -84,7 +99,29 @@ def is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
-def _obey(orders: int, silence: float = GIVEN_UP_SECONDS) -> None:
+def _relay_output(lost: threading.Event) -> threading.Thread:
+    """Puts a pipe in the place of this process's output, and of its ranks': they can write, and so save, when nobody reads any more. ``lost``: that is so."""
+    out = os.dup(1)
+    source, into = os.pipe()
+    for number in (1, 2):
+        os.dup2(into, number)
+    os.close(into)
+
+    def relay() -> None:
+        while said := os.read(source, 65536):
+            while said and not lost.is_set():
+                try:
+                    if select.select([], [out], [], 1.0)[1]:
+                        said = said[os.write(out, said[: select.PIPE_BUF]) :]
+                except OSError:
+                    lost.set()
+
+    thread = threading.Thread(target=relay, daemon=True)
+    thread.start()
+    return thread
+
+
+def _obey(orders: int, silence: float, lost: threading.Event) -> None:
     rest = b""
     while select.select([orders], [], [], silence)[0] and (said := os.read(orders, 4096)):
         *lines, rest = (rest + said).split(b"\n")

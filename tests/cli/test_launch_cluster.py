@@ -175,9 +175,27 @@ rank.stdout.readline()
 orders, launcher = os.pipe()  # stays open: the connection does not end
 threading.Timer(1.5, os.write, [launcher, b"\\n"]).start()
 began = time.monotonic()
-_obey(orders, silence=3.0)
+_obey(orders, 3.0, threading.Event())
 print(rank.wait(10), time.monotonic() - began > 4.0)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.stdout.split() == ["75", "True"], done.stderr
     assert "the launcher or the way to it is gone" in done.stderr
+
+
+def test_what_a_host_writes_when_nobody_reads_any_more_is_no_error():
+    program = """
+import os, sys, threading
+from dcpo_megatron.cli.cluster_node import _relay_output
+relay = _relay_output(threading.Event())
+print("here", flush=True)
+sys.stdin.read()
+for line in range(10000):
+    print("a line that a rank writes, and nobody reads", flush=True)
+os._exit(7)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout.readline() == b"here\n"
+    process.stdout.close()
+    process.stdin.close()
+    assert process.wait(30) == 7
