@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from dcpo_megatron import network
-from dcpo_megatron.distributed import forget_host_group, make_host_group
 from dcpo_megatron.mcore.meeting import alone, explained, meet
 
 # Until all ranks of a run have started.
@@ -149,6 +148,8 @@ def start(
     Raises:
         MeetingError: ranks that did not come to the first meeting, or do not reach one another.
     """
+    from dcpo_megatron.distributed import make_host_group
+
     prepare(platform)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if not dist.is_initialized():
@@ -173,6 +174,8 @@ def stop() -> None:
     """Destroys the process groups, so that a finished rank leaves no thread behind."""
     if dist.is_initialized():
         from megatron.core import parallel_state
+
+        from dcpo_megatron.distributed import forget_host_group
 
         parallel_state.destroy_model_parallel()
         forget_host_group()

@@ -1,6 +1,7 @@
 """``dcpo convert`` as a user meets it: round trips, what inspect says, and every refusal as one clear sentence with
 exit code 2."""
 
+import functools
 import json
 import os
 import shutil
@@ -148,7 +149,9 @@ def test_an_interrupted_command_says_so_and_the_same_command_goes_on(tmp_path):
         tmp_path / "out",
     ]
     for _ in range(5):
-        running = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        # Tests started in the background of a shell have it ignored, and so would their children.
+        heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        running = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
         deadline = time.monotonic() + 120
         # Stopped while we look: on a busy machine it would have done all parts before this process sees the first.
         while time.monotonic() < deadline and running.poll() is None:

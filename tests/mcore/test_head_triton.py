@@ -21,7 +21,8 @@ PROGRAM = """
 import sys
 
 import torch
-from dcpo_megatron.mcore import head_torch, head_triton
+from dcpo_megatron.mcore.head import torch_blocks as head_torch
+from dcpo_megatron.mcore.head import triton_blocks as head_triton
 from dcpo_megatron.mcore.platform import prepare, select_platform
 
 device = sys.argv[1]
