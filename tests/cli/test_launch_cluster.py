@@ -186,7 +186,7 @@ print(rank.wait(10), time.monotonic() - began > 4.0)
 def test_what_a_host_writes_when_nobody_reads_any_more_is_no_error():
     program = """
 import os, sys, threading
-from dcpo_megatron.cli.cluster_node import _relay_output
+from dcpo_megatron.launch.ssh_node import _relay_output
 relay = _relay_output(threading.Event())
 print("here", flush=True)
 sys.stdin.read()
