@@ -69,6 +69,11 @@ def loopback() -> str:
         return interface_with("::1")
 
 
+def is_loopback(address: str) -> bool:
+    """Whether ``address`` (of either family, a scope after it or not) leads to the host that asks. Raises ValueError."""
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
 def is_here(host: str) -> bool:
     """Whether ``host`` (a name or an address) is this host: only then can a socket be bound to it."""
     with contextlib.suppress(OSError, UnicodeError):  # a name that does not resolve, or can be none

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dcpo_megatron.doctor.checks import Finding, counted
+from dcpo_megatron.network import is_loopback
 
 # Heartbeats of other hosts are judged by their age: clocks should agree to within seconds.
 CLOCK_SECONDS = 1.0
@@ -67,7 +67,7 @@ def check_names(record: Record) -> list[Finding]:
             addresses = host["resolves"][name]
             if isinstance(addresses, str):
                 unknown.setdefault(addresses, []).append(at)
-            elif all(_is_loopback(address) for address in addresses):
+            elif all(is_loopback(address) for address in addresses):
                 loopback.append((at, addresses[0]))
             elif own and not any(address in own for address in addresses):
                 foreign.setdefault(", ".join(addresses), []).append(at)
@@ -220,12 +220,8 @@ def check_shared_folder(record: Record) -> list[Finding]:
 
 def _own_addresses(host: dict) -> list[str]:
     """The addresses of a host at which others may reach it."""
-    listed = [one for addresses in host["interfaces"].values() for one in addresses if not _is_loopback(one)]
+    listed = [one for addresses in host["interfaces"].values() for one in addresses if not is_loopback(one)]
     return listed or ([host["address"]] if host["address"] else [])
-
-
-def _is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def _names(names: Sequence[str] | dict) -> str:

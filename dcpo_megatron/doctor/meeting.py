@@ -11,13 +11,14 @@ table.
 from __future__ import annotations
 
 import errno
-import ipaddress
 import json
 import secrets
 import socket
 import threading
 import time
 from collections.abc import Sequence
+
+from dcpo_megatron import network
 
 PROTOCOL = "dcpo doctor"
 LONGEST_LINE = 1 << 22
@@ -228,7 +229,7 @@ def _not_met(first: str, port: int, reason: Exception, seconds: float) -> NoMeet
         what = f"the name of the first host, {first}, does not resolve here"
         return NoMeeting(what, "write it into /etc/hosts, or give addresses: --peers 10.0.0.1,10.0.0.2")
     found = sorted({plain(entry[4][0]) for entry in socket.getaddrinfo(first, port)})
-    if all(ipaddress.ip_address(address).is_loopback for address in found):
+    if all(map(network.is_loopback, found)):
         what = f"the name of the first host, {first}, is {', '.join(found)} here, which is this host itself"
         return NoMeeting(what, "write its address into /etc/hosts, or give addresses: --peers 10.0.0.1,10.0.0.2")
     if isinstance(reason, ConnectionRefusedError):

@@ -26,7 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dcpo_megatron.launch.signals import START_AGAIN
-from dcpo_megatron.launch.ssh_node import READY, SIGN_OF_LIFE_SECONDS, is_loopback
+from dcpo_megatron.launch.ssh_node import READY, SIGN_OF_LIFE_SECONDS
+from dcpo_megatron.network import is_loopback
 
 BAD_INPUT = 2
 NO_CONNECTION = 255  # ssh's own exit code

@@ -12,7 +12,6 @@ Plain torchrun gives its ranks 30 seconds after SIGTERM, dies of SIGUSR1, and en
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import os
 import select
 import signal
@@ -20,6 +19,8 @@ import socket
 import sys
 import threading
 import traceback
+
+from dcpo_megatron.network import is_loopback
 
 READY = "dcpo: this host is ready"
 BAD_INPUT = 2
@@ -93,10 +94,6 @@ def choose_address(places: list[str]) -> str | None:
             continue
     routed = [place for place, addresses in known.items() if not all(map(is_loopback, addresses))]
     return next(iter([*routed, *known]), None)
-
-
-def is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def _relay_output(lost: threading.Event) -> threading.Thread:

@@ -30,7 +30,7 @@ def settle(cards: Sequence[dict]) -> dict:
     )
     away = [
         card["address"] for card in cards
-        if card["stack"] != cards[0]["stack"] and card["address"] and not is_loopback(card["address"])
+        if card["stack"] != cards[0]["stack"] and card["address"] and not network.is_loopback(card["address"])
     ]  # fmt: skip
     stacks = {card["stack"]: rank for rank, card in reversed(list(enumerate(cards)))}
     return {
@@ -46,7 +46,7 @@ def choose_interface(verdict: dict, card: dict) -> str | None:
     try:
         if verdict["alone"]:
             return network.loopback()
-        if card["address"] and not is_loopback(card["address"]):
+        if card["address"] and not network.is_loopback(card["address"]):
             return card["interface"]
         # On the store's own host, where MASTER_ADDR may be a name for the loopback.
         return network.interface_towards(verdict["peer"]) if verdict["peer"] else None
@@ -126,7 +126,3 @@ def rendezvous_host() -> str | None:
                 said = value or following
     host, colon, port = said.rpartition(":")
     return network.bare(host if colon and port.isdecimal() else said) or None
-
-
-def is_loopback(address: str) -> bool:
-    return address == "::1" or address.startswith("127.")

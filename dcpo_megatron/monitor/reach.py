@@ -107,9 +107,7 @@ def look_around(peers: Sequence[Peer], rank: int, seconds: float = SECONDS) -> d
     asked = [peer for peer in peers if (peer.host, peer.stack) != here]
     if len(peers) > _ALL_ARE_ASKED:
         asked = _one_a_host(asked, sum((peer.host, peer.stack) == here for peer in peers[:rank]))
-    pairs = [
-        (peer.rank, door) for peer in asked for door in peer.doors if not ipaddress.ip_address(door[0]).is_loopback
-    ]
+    pairs = [(peer.rank, door) for peer in asked for door in peer.doors if not network.is_loopback(door[0])]
     order = ("there", "gone", "lost")
     with ThreadPoolExecutor(min(_AT_ONCE, len(pairs) or 1)) as pool:
         for (number, _), state in zip(pairs, pool.map(lambda pair: _knock(pair[1], seconds), pairs), strict=True):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import ipaddress
 import json
 import os
 import random
@@ -23,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dcpo_megatron import network
 from dcpo_megatron.rollout.addresses import LOOPBACK, in_url
 from dcpo_megatron.rollout.protocol import RolloutError
 from dcpo_megatron.rollout.serving.command import WIDE, ServerPlan, command_line, environment, uuids_of
@@ -285,7 +285,7 @@ def _refuse_loopback(host: str) -> None:
     if host in LOOPBACK or host in WIDE or ":" in host or host.replace(".", "").isdigit():
         return
     found = {entry[4][0] for entry in socket.getaddrinfo(host, None)}  # it resolves: _taken() has tried
-    if all(ipaddress.ip_address(address).is_loopback for address in found):
+    if all(map(network.is_loopback, found)):
         raise ServingError(
             f"--host {host} is {', '.join(sorted(found))} on this host, which no other host reaches: give an address of "
             f"its network, or --host 0.0.0.0 --advertise {host}"
