@@ -81,7 +81,7 @@ class First:
         self._until = time.monotonic() + seconds
         self._seconds = seconds
         try:
-            self._listener = _listen(port)
+            self._listener = listen(port)
         except OSError as error:
             taken = error.errno == errno.EADDRINUSE
             raise NoMeeting(
@@ -251,7 +251,8 @@ def _ahead(line: Line) -> tuple[float, float]:
     return there - (sent + half), half
 
 
-def _listen(port: int) -> socket.socket:
+def listen(port: int) -> socket.socket:
+    """At ``port`` of every interface, for both families where this host has both. Raises OSError."""
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
     return socket.create_server(("", port), backlog=1024)

@@ -12,7 +12,6 @@ Nothing needs torch, or a shell on another host: srun, ssh or a hand starts it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import os
 import queue
@@ -26,8 +25,9 @@ from pathlib import Path
 from dcpo_megatron import __version__, network
 from dcpo_megatron.doctor.between import Record, judge
 from dcpo_megatron.doctor.checks import Finding
-from dcpo_megatron.doctor.meeting import First, NoMeeting, Other, plain
+from dcpo_megatron.doctor.meeting import First, NoMeeting, Other, listen, plain
 from dcpo_megatron.doctor.probes import find_megatron
+from dcpo_megatron.files import digest_of_sources
 
 # Seconds: a name resolved or a file written; one connection; a file of another host seen.
 ANSWER, CONNECT, SEE = 10.0, 3.0, 5.0
@@ -134,12 +134,7 @@ def versions() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
         found["torch"] = "none"
     found["megatron-core"] = find_megatron(sys.path) or "none"
-    # Two checkouts have the same number: their files tell them apart.
-    package, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
-    for file in sorted(package.rglob("*.py")):
-        with contextlib.suppress(OSError):
-            digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
-    found["dcpo_megatron"] = f"{__version__} (sources {digest.hexdigest()[:8]})"
+    found["dcpo_megatron"] = f"{__version__} (sources {digest_of_sources()[:8]})"
     return found
 
 
@@ -162,7 +157,7 @@ class Listening:
             start = low + (high - low) * number // max(count - 1, 1)
             for port in range(start, start + 100) if number < count - 1 else range(start, start - 100, -1):
                 with contextlib.suppress(OSError):
-                    self._sockets.append(_server(port))
+                    self._sockets.append(listen(port))
                     break
         self.ports = [one.getsockname()[1] for one in self._sockets]
 
@@ -187,12 +182,6 @@ class Listening:
             with connection, contextlib.suppress(OSError):
                 connection.settimeout(CONNECT)
                 connection.sendall(f"{plain(caller[0])}\n".encode())
-
-
-def _server(port: int) -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
-    return socket.create_server(("", port), backlog=1024)
 
 
 def reach(me: str, everyone: Mapping[str, dict]) -> dict[str, dict]:

@@ -10,8 +10,6 @@ collective that the others do not join.
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
 import os
 import secrets
@@ -22,11 +20,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-import dcpo_megatron
 from dcpo_megatron import network
 from dcpo_megatron.checkpoint.resume import flat, versions
 from dcpo_megatron.config.schema import Config, ConfigError
 from dcpo_megatron.distributed import all_gather_on_host
+from dcpo_megatron.files import digest_of_sources
 from dcpo_megatron.monitor.heartbeat import health_folder, ranks_in_words
 from dcpo_megatron.monitor.reach import Door, Peer
 
@@ -102,15 +100,7 @@ def _runs() -> dict[str, str]:
     """The packages that the ranks' numbers depend on; the project's own by its sources, for two checkouts have one
     version."""
     python = ".".join(map(str, sys.version_info[:2]))
-    return {"sources of dcpo_megatron": _sources(), **versions(), "python": python}
-
-
-@functools.cache
-def _sources() -> str:
-    root, digest = Path(dcpo_megatron.__file__).parent, hashlib.blake2b(digest_size=6)
-    for file in sorted(root.rglob("*.py")):
-        digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
-    return digest.hexdigest()
+    return {"sources of dcpo_megatron": digest_of_sources(), **versions(), "python": python}
 
 
 def _refuse_another_folder(output: Path, hosts: list[str], patience: float) -> None:
