@@ -17,10 +17,8 @@ import json
 import os
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
@@ -38,6 +36,7 @@ from dcpo_megatron.mcore.meeting_facts import (
     unreached,
     wrong_names,
 )
+from dcpo_megatron.threads import beside
 
 FIRST_WORD_SECONDS, NEXT_WORD_SECONDS = 15.0, 60.0  # what the wait is for is said after so long, and then so often
 _STORE_SECONDS = 30.0  # one answer of the store
@@ -98,15 +97,7 @@ def meet(
             interface that does not exist.
     """
     guest = _Guest(seconds, variables)
-    over: Future = Future()
-
-    def run() -> None:
-        try:
-            over.set_result(guest.meet())
-        except BaseException as error:
-            over.set_exception(error)
-
-    threading.Thread(target=run, name="meeting", daemon=True).start()
+    over = beside(guest.meet, "meeting")
     while time.monotonic() < guest.until:
         tick()
         with suppress(TimeoutError):

@@ -19,7 +19,6 @@ from __future__ import annotations
 import datetime
 import threading
 import zlib
-from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -34,11 +33,15 @@ from dcpo_megatron import network
 from dcpo_megatron.rollout.addresses import bare, in_url, own_address
 from dcpo_megatron.rollout.protocol import RolloutError
 from dcpo_megatron.rollout.server import Server, ServerError
+from dcpo_megatron.threads import beside
 from dcpo_megatron.weights.publish import nccl
 from dcpo_megatron.weights.publish.buckets import Bucket
 
 # How long the server's own words are waited for after our side failed, and both sides' leaving.
 _WORDS_SECONDS, _FAREWELL_SECONDS = 2.0, 5.0
+
+
+_beside = partial(beside, name="weights")
 
 
 @dataclass
@@ -214,20 +217,6 @@ class _Gloo:
 
     def broadcast(self, tensor: torch.Tensor) -> dist.Work:
         return self._backend.broadcast([tensor], dist.BroadcastOptions())
-
-
-def _beside(call: Callable[[], object]) -> Future:
-    """``call`` in a thread that nobody joins, not at the interpreter's end either: it may block in C++."""
-    future: Future = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="weights", daemon=True).start()
-    return future
 
 
 def _both(asked: Future, done: Future, seconds: float, what: str) -> None:
