@@ -25,9 +25,8 @@ from pathlib import Path
 import yaml
 
 from dcpo_megatron.console.quiet import quiet_libraries
-from dcpo_megatron.launch.signals import START_AGAIN
+from dcpo_megatron.launch.signals import BAD_INPUT, START_AGAIN
 
-BAD_INPUT = 2
 # Keys that may differ when a comparison goes on: they change no number of it.
 _FREE = ("logging.", "checkpoint.", "training.timeout_seconds", "training.steps")
 

@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 from dcpo_megatron.console.quiet import quiet_libraries
+from dcpo_megatron.launch.signals import BAD_INPUT, INTERRUPTED
 
-BAD_INPUT, INTERRUPTED = 2, 130
 _FLAGS = {
     "tensor": "--tp",
     "pipeline": "--pp",

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from dcpo_megatron.console.progress import LINE_SECONDS
 from dcpo_megatron.console.quiet import quiet_libraries, write_any_letter
-
-BAD_INPUT, AGAIN, INTERRUPTED = 2, 75, 130
+from dcpo_megatron.launch.signals import BAD_INPUT, INTERRUPTED, START_AGAIN
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         return _evaluate(args)
     except OutOfTime:
         print(f"dcpo eval: {args.deadline:g} minutes are over; what is finished is kept in {args.output}, the same command goes on", file=sys.stderr)  # fmt: skip
-        return AGAIN
+        return START_AGAIN
     except KeyboardInterrupt:
         print(f"\ndcpo eval: interrupted; what is finished is kept in {args.output}, the same command goes on", file=sys.stderr)  # fmt: skip
         return INTERRUPTED

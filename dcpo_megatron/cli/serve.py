@@ -12,10 +12,10 @@ import sys
 import time
 from pathlib import Path
 
+from dcpo_megatron.launch.signals import BAD_INPUT
 from dcpo_megatron.rollout.serving import ServingError, start_servers
 from dcpo_megatron.rollout.serving.api_key import API_KEY_VARIABLE, read_api_key
 
-BAD_INPUT = 2
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 

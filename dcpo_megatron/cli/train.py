@@ -20,9 +20,8 @@ from pathlib import Path
 
 from dcpo_megatron.console.quiet import quiet_libraries, write_any_letter
 from dcpo_megatron.launch.local import Place, run_ranks
-from dcpo_megatron.launch.signals import START_AGAIN, STOOD_STILL, Stopped, StopRequest
+from dcpo_megatron.launch.signals import BAD_INPUT, START_AGAIN, STOOD_STILL, Stopped, StopRequest
 
-BAD_INPUT = 2
 # A rank that has said why it ends has so long to close what it holds.
 CLOSING_SECONDS = 20.0
 _OF_LAUNCHER = ("--ranks", "--nodes", "--node-rank", "--master-addr", "--master-port", "--grace")

@@ -24,9 +24,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcpo_megatron.launch.signals import START_AGAIN, STOOD_STILL
+from dcpo_megatron.launch.signals import BAD_INPUT, START_AGAIN, STOOD_STILL
 
-BAD_INPUT = 2
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Seconds that ranks have to end by themselves.
 AFTER_A_FAILURE = 10.0

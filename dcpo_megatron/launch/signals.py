@@ -11,8 +11,11 @@ import os
 import signal
 import threading
 
-START_AGAIN = 75
+# Exit codes, of sysexits.h where it has one.
+BAD_INPUT = 2
 STOOD_STILL = 70  # EX_SOFTWARE: a watchdog ended the rank
+START_AGAIN = 75
+INTERRUPTED = 128 + signal.SIGINT
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 

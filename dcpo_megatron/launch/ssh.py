@@ -25,11 +25,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dcpo_megatron.launch.signals import START_AGAIN
+from dcpo_megatron.launch.signals import BAD_INPUT, START_AGAIN
 from dcpo_megatron.launch.ssh_node import READY, SIGN_OF_LIFE_SECONDS
 from dcpo_megatron.network import is_loopback
 
-BAD_INPUT = 2
 NO_CONNECTION = 255  # ssh's own exit code
 AFTER_A_FAILURE = 30.0  # seconds for the other hosts to end
 AFTER_A_KILL = 10.0

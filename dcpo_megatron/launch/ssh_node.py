@@ -20,10 +20,10 @@ import sys
 import threading
 import traceback
 
+from dcpo_megatron.launch.signals import BAD_INPUT
 from dcpo_megatron.network import is_loopback
 
 READY = "dcpo: this host is ready"
-BAD_INPUT = 2
 # The launcher writes an empty line so often. Where its host has lost its power nothing ends the connection: what has
 # heard nothing for so long gives it up.
 SIGN_OF_LIFE_SECONDS = 15.0
