@@ -70,7 +70,8 @@ def loopback() -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether ``address`` (of either family, a scope after it or not) leads to the host that asks. Raises ValueError."""
+    """Whether ``address`` (of either family, a scope after it or not) leads to the host that asks. Raises
+    ValueError."""
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 

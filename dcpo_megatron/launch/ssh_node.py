@@ -97,7 +97,8 @@ def choose_address(places: list[str]) -> str | None:
 
 
 def _relay_output(lost: threading.Event) -> threading.Thread:
-    """Puts a pipe in the place of this process's output, and of its ranks': they can write, and so save, when nobody reads any more. ``lost``: that is so."""
+    """Puts a pipe in the place of this process's output, and of its ranks': they can write, and so save, when nobody
+    reads any more. ``lost``: that is so."""
     out = os.dup(1)
     source, into = os.pipe()
     for number in (1, 2):
