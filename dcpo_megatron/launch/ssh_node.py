@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     threading.Thread(target=_obey, args=(orders, GIVEN_UP_SECONDS, lost), daemon=True).start()
     try:
         code = _run(args, master)
-    except Exception:
+    except Exception:  # printed here: the interpreter would print it where nobody reads any more
         traceback.print_exc()
         code = 1
     sys.stdout.flush()

@@ -173,6 +173,7 @@ def _bear(pipes: dict, device: str, python_path: list[str], codes) -> None:
             for other in pipes.values():
                 other.close()
             _serve(rank, device, pipe)
+            sys.stdout.flush()
             os._exit(0)
         ranks[pid] = rank
         pipes.pop(rank).close()

@@ -174,3 +174,8 @@ def test_no_rank_outlives_a_launcher_that_was_killed(tmp_path):
 def test_a_grace_that_is_no_number_is_refused(tmp_path):
     code, err = Launched(tmp_path, WAIT, DCPO_GRACE_SECONDS="soon").end()
     assert code == 2 and "DCPO_GRACE_SECONDS='soon'" in err
+
+
+def test_who_only_starts_ranks_does_not_wait_for_torch():
+    code = "import sys, dcpo_megatron.cli.train, dcpo_megatron.launch.local; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
