@@ -1,6 +1,7 @@
 """`dcpo doctor --peers`: started on each host, it tells the same on all; whatever is wrong between them is named, and
 nobody waits for ever."""
 
+import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -8,8 +9,8 @@ import sys
 import time
 
 from tests.hosts.machines import CHECKOUT, Host, Hosts
+from tests.other_megatron import other_megatron
 
-OTHER_MEGATRON = CHECKOUT / ".venv" / "megatron-core-0.19.2"
 RUN = ["-m", "dcpo_megatron.cli", "doctor", "--json", "--peers"]
 
 
@@ -72,6 +73,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_each_thing_that_is_wrong_between_hosts_is_named(make_hosts):
+    other, installed = other_megatron(), importlib.metadata.version("megatron-core")
     hosts = make_hosts(3, names="loopback")
     one, two, three = hosts
     one.call("sh", "-c", "sed 's/10.77.0.3 h3/10.77.0.33 h3/' /etc/hosts > /tmp/other; cat /tmp/other > /etc/hosts")
@@ -87,7 +89,7 @@ def test_each_thing_that_is_wrong_between_hosts_is_named(make_hosts):
         file.write("# another revision\n")
     shared = ("--shared", str(hosts.shared))
     doctors = [
-        start(one, "h1,h2,h3", *shared, env={"PYTHONPATH": str(OTHER_MEGATRON)}),
+        start(one, "h1,h2,h3", *shared, env={"PYTHONPATH": str(other)}),
         start(two, "h1,h2,h3", *shared, env={"GLOO_SOCKET_IFNAME": "docker0", "NCCL_SOCKET_IFNAME": "ib"}),
         start(three, "h1,h2,h3", *shared, python=["-c", LATER, *RUN[2:]], cwd=checkout),
     ]
@@ -102,7 +104,7 @@ def test_each_thing_that_is_wrong_between_hosts_is_named(make_hosts):
         "routes fail NCCL_SOCKET_IFNAME=ib on h2, which has ",
         "ports fail h1 cannot reach h3 (10.77.0.3) at 2 of 5 ports tried, ",
         "clocks warn the clock of h3 is 7.0 s ahead of that of h1",
-        "versions fail megatron-core: 0.19.2 on h1; 0.16.1 on h2 and h3",
+        f"versions fail megatron-core: {other.name.removeprefix('megatron-core-')} on h1; {installed} on h2 and h3",
         "versions fail dcpo_megatron: ",
         "versions ok the same on all: Python 3.",
         f"shared folder fail what h1 writes into {hosts.shared}, h2 cannot see: not seen within ",
