@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import random
 import socket
 from pathlib import Path
 
@@ -28,6 +29,26 @@ def in_url(host: str) -> str:
     """``host`` as it stands in front of a port."""
     host = bare(host)
     return f"[{host}]" if ":" in host else host
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on, below those that the kernel gives to outgoing
+    connections: it is still free a little later."""
+    return free_ports(1)[0]
+
+
+def free_ports(count: int) -> list[int]:
+    """``count`` of them, all different. Raises OSError where there are not so many."""
+    found: list[int] = []
+    for port in random.sample(range(20000, 30000), 500):
+        if len(found) == count:
+            break
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+    if len(found) < count:
+        raise OSError(f"{count} free ports were looked for between 20000 and 30000 on 127.0.0.1, {len(found)} found")
+    return found
 
 
 def own_address(host: str, port: int = 9) -> str:

@@ -15,9 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dcpo_megatron.launch.signals import BAD_INPUT, START_AGAIN, STOOD_STILL
+from dcpo_megatron.network import free_port
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Seconds that ranks have to end by themselves.
@@ -90,18 +89,6 @@ def _grace() -> float:
         if 0 < float(text) < 1e9:
             return float(text)
     raise ValueError(f"DCPO_GRACE_SECONDS={text!r} must be a number of seconds above 0")
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on, below those that the kernel gives to outgoing
-    connections: it is still free a little later."""
-    for port in random.sample(range(20000, 30000), 200):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _say(text: str) -> None:

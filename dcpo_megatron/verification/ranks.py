@@ -17,10 +17,11 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Sequence
+
+from dcpo_megatron.network import free_port
 
 # Under "spawn" a child imports this module first: nothing heavy at its top.
 
@@ -80,7 +81,7 @@ class RankPool:
         if not 1 <= world <= self.size:
             raise ValueError(f"{world} ranks were asked for, the pool has {self.size}")
         self.runs += 1
-        port = _free_port()
+        port = free_port()
         for rank in range(world):
             self._pipes[rank].send((function, rank, world, port, timeout, args, kwargs))
         results: list = [None] * world
@@ -137,12 +138,6 @@ class RankPool:
 
     def __exit__(self, *exception) -> None:
         self.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _bear(pipes: dict, device: str, python_path: list[str], codes) -> None:

@@ -61,6 +61,7 @@ NO_SYMBOL = Problem("error", "ImportError: undefined symbol: _ZN3c10")
 REFUSED = Problem("error", "DistNetworkError: connection refused")
 NO_NAME = Problem("error", "RuntimeError: unable to resolve hostname")
 NO_RANK = Problem("error", "ValueError: LOCAL_RANK=5, but this host shows 2 GPUs")
+HALF = Problem("error", "FileNotFoundError: Could not find shared object file for Transformer Engine torch lib.")
 DIED = Problem("died", "the process ended with SIGSEGV")
 SILENT = Problem("silent", "no answer within 8 s")
 SKIPPED = Problem("skipped", "not tried, because of torch")
@@ -118,6 +119,7 @@ FAULTS = {
     },
     "impostor apex": (but(CPU, apex=Apex("impostor", "/x/apex")), "optional", "fail", "/x/apex", "pip uninstall apex"),
     "foreign te": (but(GPU, transformer_engine=NO_SYMBOL), "optional", "warn", "undefined symbol", "pip install"),
+    "half a te": (but(GPU, transformer_engine=HALF), "optional", "fail", "torch lib", "pip install"),
     "te crashes": (but(GPU, transformer_engine=DIED), "optional", "fail", "2.9.0: the process ended", "pip install"),
     "te is slow": (but(GPU, transformer_engine=SILENT), "optional", "warn", "no answer within 8 s", "--timeout 60"),
     "no tensorboard": (

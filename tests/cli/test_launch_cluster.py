@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_megatron.launch.local import free_port
 from dcpo_megatron.launch.ssh import meeting_places, read_hosts
 from dcpo_megatron.launch.ssh_node import choose_address
+from dcpo_megatron.network import free_port
 from dcpo_megatron.verification.resumption import make_task, steps_done
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -112,7 +112,8 @@ except ValueError as error:
 
 
 def test_on_a_host_with_gpus_the_cpu_platform_has_none_and_compiled_functions_run():
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    found = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": found, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", ON_A_GPU_HOST],
         env=environment,

@@ -9,8 +9,8 @@ import time
 import pytest
 import torch.distributed as dist
 
-from dcpo_megatron.launch.local import free_port
 from dcpo_megatron.mcore import platform as platforms
+from dcpo_megatron.network import free_port
 
 
 def _rank(rank: int, world: int, port: int, late: float, answers) -> None:

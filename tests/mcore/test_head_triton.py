@@ -100,6 +100,8 @@ def run_program(device: str, **environment: str) -> None:
         text=True,
         timeout=240,
     )
+    if device == "cpu" and "only 0-dimensional arrays can be converted to Python scalars" in done.stderr:
+        pytest.skip("this Triton's interpreter does not know this numpy (3.6 with numpy 2.5)")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.endswith("equal\n")
 

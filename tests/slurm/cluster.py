@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from dcpo_megatron.network import free_ports
 from tests import debian
 from tests.hosts.machines import Host
 
@@ -74,7 +75,7 @@ class Cluster:
             time.sleep(0.3)
 
     def _configuration(self) -> str:
-        folder, ports = self.folder, _free_ports(1 + len(self.nodes))
+        folder, ports = self.folder, free_ports(1 + len(self.nodes))
         places = [(host.name, host.ipv4) for host in self.hosts] or [(socket.gethostname(), "127.0.0.1")] * len(
             self.nodes
         )
@@ -193,9 +194,3 @@ def _end(pid: int, seconds: float = 10.0) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]

@@ -15,9 +15,9 @@ import pytest
 from dcpo_megatron.cli import status
 from dcpo_megatron.data import decode_responses
 from dcpo_megatron.files import write_jsonl
-from dcpo_megatron.launch.local import free_port
 from dcpo_megatron.monitor.heartbeat import read_heartbeats
 from dcpo_megatron.monitor.status import read_status
+from dcpo_megatron.network import free_port
 from dcpo_megatron.toys.arithmetic import make_arithmetic
 
 ROOT = Path(__file__).resolve().parents[2]
