@@ -115,7 +115,7 @@ def _environment(s: Settings) -> list[list[str]]:
 def _tests(*files: str, tiny: str) -> Callable[[Settings], list[list[str]]]:
     def commands(s: Settings) -> list[list[str]]:
         junit = f"--junit-xml={s.folder / 'tests.xml'}"
-        return [[s.python, "-m", "pytest", "-rs", junit, *([tiny] if s.tiny else files)]]
+        return [[s.python, "-m", "pytest", "-rfEs", junit, *([tiny] if s.tiny else files)]]
 
     return commands
 

@@ -455,6 +455,8 @@ def tell_what_will_be_used(facts: Facts) -> list[Finding]:
     if name == "cuda" and facts.transformer_engine is True:
         layers = "Transformer Engine's, with its norm and its attention"
         optimizer = "Transformer Engine's fused Adam"
+    elif name == "cuda" and isinstance(facts.transformer_engine, Problem) and facts.transformer_engine.kind == "silent":
+        layers = optimizer = "Transformer Engine's if it imports: it gave no answer in time"
     else:
         layers = (
             "Megatron-Core's local ones, with RMSNorm and causal attention in PyTorch (scaled_dot_product_attention)"

@@ -169,7 +169,7 @@ class _Ranks:
                 continue
             self._passed_on.add(number)
             seconds = min(AFTER_AN_INTERRUPT, self._grace_seconds) if number == signal.SIGINT else self._grace_seconds
-            _say(f"{name}: passed on to {_ranks(self._running())}, which have {seconds:g} s to end")
+            _say(f"{name}: passed on to {_ranks(self._running())}, with {seconds:g} s to end")
             self._signal(number)
             self._end_within(seconds, f"it had not ended {seconds:g} s after {name}")
 

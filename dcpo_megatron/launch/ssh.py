@@ -224,7 +224,7 @@ class _Launch:
                 continue
             self._passed_on.add(number)
             name = signal.Signals(number).name
-            _say(f"{name}: passed on to {len(self._running())} hosts, which have {self._grace:g} s to end")
+            _say(f"{name}: passed on to {len(self._running())} hosts, with {self._grace:g} s to end")
             self._order(name.removeprefix("SIG"), self._grace)
 
     def _order(self, name: str, seconds: float) -> None:

@@ -36,7 +36,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dcpo_megatron.mcore.head.chunks import BLOCK_BYTES, FUSED_BLOCK_BYTES
+from dcpo_megatron.mcore.head.chunks import BLOCK_BYTES, COPY_BYTES, FUSED_BLOCK_BYTES
 from dcpo_megatron.mcore.hf_config import ModelShape
 from dcpo_megatron.mcore.layout import ParallelLayout, padded_vocab
 from dcpo_megatron.memory.states import BYTES
@@ -208,13 +208,14 @@ def head_bytes(shape: ModelShape, layout: ParallelLayout, compute: Compute, resp
         block = FUSED_BLOCK_BYTES[compute.device]
         chunk = max(1, min(compute.chunk_tokens, block // (4 * rows)))
         block = min(block, 4 * chunk * rows)
-        forward = block + pieces + 4 * chunk * hidden + ((block // 2 if on_gpu else 0) + BLOCK_BYTES if bf16 else 0)
+        forward = block + pieces + 4 * chunk * hidden + ((block // 2 if on_gpu else 0) + COPY_BYTES if bf16 else 0)
         return gathered + 8 * n + max(forward, w * rows * hidden if bf16 else 0)
-    chunk_vocab = min(rows, max(1, BLOCK_BYTES // (4 * compute.chunk_tokens) // 128) * 128)
-    forward = BLOCK_BYTES + pieces + 32 * n
-    backward = BLOCK_BYTES + pieces + w * (n + rows) * hidden
+    block = BLOCK_BYTES[compute.device]
+    chunk_vocab = min(rows, max(1, block // (4 * compute.chunk_tokens) // 128) * 128)
+    forward = block + pieces + 32 * n
+    backward = block + pieces + w * (n + rows) * hidden
     if bf16:
-        backward += 4 * n * hidden + (4 if on_gpu else 8) * chunk_vocab * hidden + (BLOCK_BYTES // 2 if on_gpu else 0)
+        backward += 4 * n * hidden + (4 if on_gpu else 8) * chunk_vocab * hidden + (block // 2 if on_gpu else 0)
     return gathered + 8 * n + max(forward, backward)
 
 

@@ -269,6 +269,7 @@ def used(facts: Facts) -> dict[str, str]:
 def test_what_will_be_used_follows_from_the_gpu_transformer_engine_and_apex():
     assert used(GPU)["platform"] == "cuda with nccl"
     assert "Transformer Engine" in used(GPU)["layers"] and "Transformer Engine" in used(GPU)["optimizer"]
+    assert "gave no answer" in used(but(GPU, transformer_engine=SILENT))["layers"]
     plain = but(GPU, transformer_engine=None)
     assert "local" in used(plain)["layers"] and "PyTorch" in used(plain)["optimizer"]
     apex = but(plain, apex=Apex("nvidia", "/env/apex"))

@@ -192,5 +192,3 @@ def _end(pid: int, seconds: float = 10.0) -> None:
             os.kill(pid, 0)  # raises once it is gone
             time.sleep(0.05)
         os.kill(pid, signal.SIGKILL)
-
-

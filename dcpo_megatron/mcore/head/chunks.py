@@ -27,10 +27,13 @@ import torch.distributed as dist
 
 # Bytes of one block of logits. Large enough for full speed of the products, small beside everything else that a
 # training step holds.
-BLOCK_BYTES = 64 * 2**20  # recomputing head: tokens x a chunk of the vocabulary
+# Recomputing head: tokens x a chunk of the vocabulary. On a GPU (an H200) a smaller block's products are over before
+# the host has launched the next ones.
+BLOCK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 # Fused head: tokens x the whole local vocabulary. Every chunk reads and writes the weight's whole gradient; a GPU,
 # whose products are fast beside its memory, wants more tokens to that.
 FUSED_BLOCK_BYTES = {"cpu": 256 * 2**20, "cuda": 512 * 2**20}
+COPY_BYTES = 64 * 2**20  # of a tensor that is converted or added up piece by piece
 _NOTHING = -1.0e30  # the peak of no logits at all; finite, so that differences of two of them are 0
 
 
@@ -68,7 +71,7 @@ def make_settings(
     chunk_vocab: int | None = None,
 ) -> HeadSettings:
     """Settings for this rank's ``weight [V_padded / tp, H]``; without ``chunk_vocab`` a block of fp32 logits has about
-    ``BLOCK_BYTES``.
+    ``BLOCK_BYTES`` of its device.
 
     Raises:
         ValueError: a chunk of nothing, or a temperature that is not positive.
@@ -80,9 +83,14 @@ def make_settings(
     rank = dist.get_rank(group) if group is not None else 0
     first_row = rank * weight.shape[0]
     if chunk_vocab is None:
-        chunk_vocab = max(128, whole_blocks(BLOCK_BYTES // (4 * chunk_tokens)))
+        chunk_vocab = max(128, whole_blocks(of_device(BLOCK_BYTES, weight.device) // (4 * chunk_tokens)))
     real_rows = max(0, min(weight.shape[0], vocab - first_row))
     return HeadSettings(first_row, real_rows, temperature, group, blocks, chunk_tokens, chunk_vocab)
+
+
+def of_device(budget: dict[str, int], device: torch.device) -> int:
+    """``budget`` for a device; for one that is no GPU, the CPU's."""
+    return budget.get(device.type, budget["cpu"])
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:
@@ -147,7 +155,7 @@ def add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> N
     if adds_in_place(out.device.type, left.dtype, out.dtype):
         torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
         return
-    rows = whole_blocks(BLOCK_BYTES // (4 * max(1, out.shape[1])))
+    rows = whole_blocks(COPY_BYTES // (4 * max(1, out.shape[1])))
     for part in chunks(out.shape[0], rows):
         out[part] += torch.mm(left[part], right, out_dtype=out.dtype)
 
@@ -157,7 +165,7 @@ def _converted(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice
     if weight.dtype == dtype:
         yield slice(0, weight.shape[0]), weight
         return
-    for part in chunks(weight.shape[0], whole_blocks(BLOCK_BYTES // (4 * max(1, weight.shape[1])))):
+    for part in chunks(weight.shape[0], whole_blocks(COPY_BYTES // (4 * max(1, weight.shape[1])))):
         yield part, weight[part].to(dtype)
 
 

@@ -29,6 +29,7 @@ from dcpo_megatron.mcore.head.chunks import (
     factor_dtype,
     merge_over_ranks,
     no_statistics,
+    of_device,
     outcome,
     times_weight,
     whole_blocks,
@@ -41,7 +42,7 @@ TokenLoss = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
 def fused_chunk_tokens(weight: torch.Tensor, chunk_tokens: int) -> int:
     """Tokens of a chunk: a block of fp32 logits over the local vocabulary has at most ``FUSED_BLOCK_BYTES``. The same
     on every tensor-parallel rank."""
-    budget = FUSED_BLOCK_BYTES["cuda" if weight.device.type == "cuda" else "cpu"]
+    budget = of_device(FUSED_BLOCK_BYTES, weight.device)
     return min(chunk_tokens, whole_blocks(budget // (4 * weight.shape[0])))
 
 

@@ -10,8 +10,8 @@ the same forward contract:
   matrix product in four is saved.
 
 Bytes, with V rows of the output layer on this rank, H hidden size, w bytes of a weight or hidden state (2 or 4), B = 64
-MiB for a block of logits (``chunk_tokens`` x the chunk of the vocabulary v), F = 256 MiB for the fused head's (512 on a
-GPU; its tokens c x V), P = two pieces of a block (4 MiB on a CPU, 128 on a GPU, none with Triton):
+MiB for a block of logits (256 on a GPU; ``chunk_tokens`` x the chunk of the vocabulary v), F = 256 MiB for the fused
+head's (512 on a GPU; its tokens c x V), P = two pieces of a block (4 MiB on a CPU, 128 on a GPU, none with Triton):
 
                            forward only     recompute                      fused
     kept for backward      -                n H w + 16 n                   n H w + 4 V H      (the gradients themselves)
@@ -21,7 +21,7 @@ GPU; its tokens c x V), P = two pieces of a block (4 MiB on a CPU, 128 on a GPU,
     what bf16 adds, CPU    4 v H            8 v H                          B, and 2 V H when the gradient is rounded
     what bf16 adds, GPU    -                4 v H + B / 2                  F / 2, and 2 V H when the gradient is rounded
 
-Where torch cannot add half-precision products in place, a GPU takes B more.
+Where torch cannot add half-precision products in place, a GPU takes 64 MiB more.
 
 Kept by the recomputing head: the selected hidden states (they exist once more as the layers' output), the target,
 log-sum-exp and entropy of each. In fp32 the gradients 4 n H and 4 V H are what the backward pass returns, so no extra.
@@ -82,7 +82,8 @@ def logprobs_from_hidden(
         targets: ``[n]`` token ids below ``vocab``.
         vocab: real vocabulary size; rows from there on are padding and receive no probability.
         temperature: logits are divided by it, as the rollout engine does when it samples.
-        chunk_tokens, chunk_vocab: the largest block of logits; by default ``chunk_vocab`` fits a block into 64 MiB.
+        chunk_tokens, chunk_vocab: the largest block of logits; by default ``chunk_vocab`` fits a block into
+            64 MiB, on a GPU into 256.
         head: auto | torch | triton, see :func:`~dcpo_megatron.mcore.head.backend.head_blocks`.
 
     Returns:
