@@ -86,7 +86,10 @@ def remove(path: Path) -> str | None:
     except OSError as error:
         if os.path.lexists(path):
             where = f" ({os.path.basename(error.filename)})" if error.filename else ""
-            return f"{path} could not be removed: {error.strerror or error}{where}; nothing reads it, remove it when you can"
+            return (
+                f"{path} could not be removed: {error.strerror or error}{where}; nothing reads it, remove it when"
+                " you can"
+            )
     return None
 
 

@@ -149,7 +149,10 @@ def unknown_interface(variable: str) -> str | None:
         missing = [] if any(fits(there, name) for there in found for name in names) else names
     if not missing:
         return None
-    return f"{variable}={value}, but host {socket.gethostname()} has no interface {', '.join(missing)} with an address: it has {text(found)}"
+    return (
+        f"{variable}={value}, but host {socket.gethostname()} has no interface {', '.join(missing)} with an address: it"
+        f" has {text(found)}"
+    )
 
 
 def interfaces() -> dict[str, list[str]]:

@@ -14,10 +14,12 @@ torch.set_num_threads(1)
 
 # `make test` runs files side by side (pytest-xdist): these begin, being the longest. A minute or more each.
 LONGEST = (
-    "tests/training/test_resume.py", "tests/verification/test_certificate.py", "tests/comparison/test_small_comparison.py",
+    "tests/training/test_resume.py", "tests/verification/test_certificate.py",
+    "tests/comparison/test_small_comparison.py",
     "tests/slurm/test_jobs.py", "tests/weights/test_stock_checkpoints.py", "tests/transformer_engine/test_on_a_cpu.py",
     "tests/mcore/test_training_state.py", "tests/rollout/test_serving.py", "tests/training/test_faults.py",
-    "tests/training/test_runs_on_servers.py", "tests/weights/test_publish.py", "tests/rollout/test_server_client_real.py",
+    "tests/training/test_runs_on_servers.py", "tests/weights/test_publish.py",
+    "tests/rollout/test_server_client_real.py",
     "tests/training/test_layouts_train_alike.py", "tests/cli/test_convert.py", "tests/cli/test_launch_cluster.py",
     "tests/hosts/test_exact.py", "tests/hosts/test_late_hosts.py", "tests/hosts/test_link_faults.py",
 )  # fmt: skip

@@ -36,7 +36,8 @@ def install(programs: Sequence[str], packages: Sequence[str], deadline: float = 
         try:
             for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *packages]):
                 done = subprocess.run(
-                    ["apt-get", *words], env=env, capture_output=True, text=True, timeout=deadline, stdin=subprocess.DEVNULL
+                    ["apt-get", *words], env=env, capture_output=True, text=True, timeout=deadline,
+                    stdin=subprocess.DEVNULL
                 )  # fmt: skip
         except subprocess.TimeoutExpired:
             return f"{names}: apt-get took longer than {deadline:.0f} s"

@@ -48,7 +48,8 @@ def test_collectives_are_told_an_interface_where_the_user_has_not_named_one(monk
     ("variable", "value", "missing"),
     [
         (network.GLOO, "lo", None), (network.GLOO, "lo,eth7", "eth7"), (network.GLOO, "l", "l"),
-        (network.NCCL, "l", None), (network.NCCL, "=lo", None), (network.NCCL, "=l", "l"), (network.NCCL, "^eth7", None),
+        (network.NCCL, "l", None), (network.NCCL, "=lo", None), (network.NCCL, "=l", "l"),
+        (network.NCCL, "^eth7", None),
         (network.NCCL, "eth7,lo", None), (network.NCCL, "eth7,ib", "eth7, ib"),
     ],
 )  # fmt: skip

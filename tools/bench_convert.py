@@ -58,8 +58,10 @@ def make_model(folder: Path, gigabytes: float, dtype: str, vocab: int = VOCABULA
     layers = max(2, round((wanted - outer * hidden) / layer(hidden)))
     folder.mkdir(parents=True)
     config = dict(
-        architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_size=hidden, intermediate_size=5 * hidden, num_hidden_layers=layers, vocab_size=vocab,
-        num_attention_heads=hidden // head, num_key_value_heads=2, max_position_embeddings=4096, rms_norm_eps=1e-6, tie_word_embeddings=tied,
+        architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_size=hidden, intermediate_size=5 * hidden,
+        num_hidden_layers=layers, vocab_size=vocab,
+        num_attention_heads=hidden // head, num_key_value_heads=2, max_position_embeddings=4096, rms_norm_eps=1e-6,
+        tie_word_embeddings=tied,
         rope_theta=1e6, hidden_act="silu", torch_dtype=dtype,
     )  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -164,7 +166,8 @@ def in_child(name: str, args: argparse.Namespace) -> dict:
     words = ["--workdir", args.workdir, "--gigabytes", args.gigabytes, "--dtype", args.dtype, "--tp", args.tp]
     words += ["--workers", args.workers, "--vocab", args.vocab, "--step", name]
     done = subprocess.run(
-        [sys.executable, __file__, *map(str, words)], stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [sys.executable, __file__, *map(str, words)], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}
     )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"bench_convert: {name} failed, see above")
@@ -199,8 +202,11 @@ def table(found: dict) -> str:
     """The result as text."""
     model = found["model"]
     lines = [
-        f"qwen2, {model['num_hidden_layers']} layers, hidden size {model['hidden_size']}, vocabulary {model['vocab_size']}, {model['torch_dtype']}; "
-        f"--tp {found['tensor_parallel']}, --workers {found['workers']}",
+        (
+            f"qwen2, {model['num_hidden_layers']} layers, hidden size {model['hidden_size']}, vocabulary"
+            f" {model['vocab_size']}, {model['torch_dtype']}; --tp {found['tensor_parallel']}, --workers"
+            f" {found['workers']}"
+        ),
         f"{'':<32}{'bytes':>16}{'seconds':>10}{'MB/s':>8}{'of copy':>9}{'peak memory, MB':>17}",
     ]
     for row in found["rows"]:

@@ -268,7 +268,10 @@ def summary(results: list[dict]) -> dict:
 
 def table(found: dict[str, dict]) -> str:
     """The measured rows as text; ratios are to the first one that ran."""
-    head = f"{'':50} {'peak extra':>12} {'ratio':>7} {'forward':>9} {'backward':>9} {'together':>9} {'ratio':>6} {'gradient':>9}"
+    head = (
+        f"{'':50} {'peak extra':>12} {'ratio':>7} {'forward':>9} {'backward':>9} {'together':>9} {'ratio':>6}"
+        f" {'gradient':>9}"
+    )
     lines, base = [head], None
     for row, result in found.items():
         label = f"{row:18} {ROWS[row]}"[:50]
@@ -279,8 +282,9 @@ def table(found: dict[str, dict]) -> str:
         together, of = result["forward"] + result["backward"], base["forward"] + base["backward"]
         apart = max(abs(a - b) / max(b, 1e-30) for a, b in zip(result["norms"], base["norms"], strict=True))
         lines.append(
-            f"{label:50} {result['extra'] / 2**20:>8.0f} MiB {result['extra'] / max(base['extra'], 1):>7.3f} {result['forward']:>7.2f} s "
-            f"{result['backward']:>7.2f} s {together:>7.2f} s {together / of:>6.2f} {apart:>9.1e}"
+            f"{label:50} {result['extra'] / 2**20:>8.0f} MiB {result['extra'] / max(base['extra'], 1):>7.3f}"
+            f" {result['forward']:>7.2f} s {result['backward']:>7.2f} s {together:>7.2f} s {together / of:>6.2f}"
+            f" {apart:>9.1e}"
         )
     return "\n".join(lines)
 
@@ -327,8 +331,9 @@ def main(options: list[str] | None = None) -> int:
     import torch
 
     print(
-        f"{args.tokens} tokens, hidden {args.hidden}, vocabulary {args.vocab}, tp {args.tp}, {args.dtype} on {args.device}, torch {torch.__version__}, "
-        f"{args.threads} threads a rank, {args.repeats} repetitions" + (", with entropy" if args.entropy else "")
+        f"{args.tokens} tokens, hidden {args.hidden}, vocabulary {args.vocab}, tp {args.tp}, {args.dtype} on"
+        f" {args.device}, torch {torch.__version__}, {args.threads} threads a rank, {args.repeats} repetitions"
+        + (", with entropy" if args.entropy else "")
     )
     results: dict[str, list[dict]] = {row: [] for row in rows}
     for row in rows:

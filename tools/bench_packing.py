@@ -217,7 +217,8 @@ def show(found: dict[str, dict[str, dict[str, float]]]) -> None:
     for name, rows in found.items():
         for row, m in rows.items():
             table.add_row(
-                name if row == ROWS[0] else "", row, f"{m['padding']:.2%}", f"{m['alignment']:.2%}", f"{m['busiest_rank']:.4f}", f"{m['costliest_micro_batch']:.3f}",
+                name if row == ROWS[0] else "", row, f"{m['padding']:.2%}", f"{m['alignment']:.2%}",
+                f"{m['busiest_rank']:.4f}", f"{m['costliest_micro_batch']:.3f}",
                 f"{m['micro_batches']:.1f} / {m['lower_bound']:.1f}", f"{m['plan_seconds'] * 1e3:.1f} ms",
             )  # fmt: skip
         table.add_section()
@@ -264,17 +265,21 @@ def main(arguments: list[str] | None = None) -> int:
             draws = [random.Random(args.seed + n).choices(solutions, k=count) for n in range(args.draws)]
             found[f"gsm8k, {count}"] = bench(draws, args.ranks, args.budget, args.align, args.row_align, args.hidden)
     print(
-        f"{args.ranks} data-parallel ranks, budget {args.budget} tokens, align {args.align}, row align {args.row_align}, hidden {args.hidden}, {args.draws} minibatches a row, seed {args.seed}; "
-        f"log-normal responses: median {args.median:g}, sigma {args.sigma:g}, at most {args.longest} tokens, prompts of {args.prompt}"
+        f"{args.ranks} data-parallel ranks, budget {args.budget} tokens, align {args.align}, row align"
+        f" {args.row_align}, hidden {args.hidden}, {args.draws} minibatches a row, seed {args.seed}; log-normal"
+        f" responses: median {args.median:g}, sigma {args.sigma:g}, at most {args.longest} tokens, prompts of"
+        f" {args.prompt}"
     )
     show(found)
     if solutions is None:
         print(
-            "gsm8k: not run: give the file of GSM8K's problems, one JSON object with question and answer a line, as --gsm8k FILE.jsonl"
+            "gsm8k: not run: give the file of GSM8K's problems, one JSON object with question and answer a line, as"
+            " --gsm8k FILE.jsonl"
         )
     else:
         print(
-            f"gsm8k: {len(solutions)} solutions, {'characters / 4' if args.tokenizer is None else 'tokens of ' + args.tokenizer}"
+            f"gsm8k: {len(solutions)} solutions,"
+            f" {'characters / 4' if args.tokenizer is None else 'tokens of ' + args.tokenizer}"
         )
     if args.json:
         Path(args.json).write_text(

@@ -58,7 +58,8 @@ def model_config(millions: float):
     heads, kv_heads = hidden // 64, max(1, hidden // 256)
     layers = max(2, round((wanted - vocab * hidden) / ((14 + 2 * kv_heads / heads) * hidden**2)))
     return Qwen2Config(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+        num_attention_heads=heads,
         num_key_value_heads=kv_heads, max_position_embeddings=512, tie_word_embeddings=True,
     )  # fmt: skip
 
@@ -200,7 +201,8 @@ class RawBroadcast:
         env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         self.processes = [
             subprocess.Popen(
-                [sys.executable, __file__, "--receive", str(folder), str(store.port), str(rank), str(1 + receivers)], env=env,
+                [sys.executable, __file__, "--receive", str(folder), str(store.port), str(rank), str(1 + receivers)],
+                env=env,
                 stdin=subprocess.PIPE,
             )
             for rank in range(1, 1 + receivers)
@@ -301,7 +303,10 @@ def show(found: dict, servers: int) -> None:
     size = next(iter(found["modes"].values()))["bytes"]
     raw = {kind: statistics.median(taken) for kind, taken in found["raw"].items()}
     table = Table(
-        title=f"{found['parameters'] / 1e6:.3g} M parameters, {found['tensors']} tensors, {size / 1e6:.3g} MB, {servers} server(s), medians of {len(next(iter(found['modes'].values()))['whole'])}"
+        title=(
+            f"{found['parameters'] / 1e6:.3g} M parameters, {found['tensors']} tensors, {size / 1e6:.3g} MB, {servers}"
+            f" server(s), medians of {len(next(iter(found['modes'].values()))['whole'])}"
+        )
     )
     for name in ("mode", "stream", "rate", "of raw", "whole", "its other phases", "first", "peak"):
         table.add_column(name, justify="left" if name in ("mode", "its other phases") else "right")
@@ -311,7 +316,8 @@ def show(found: dict, servers: int) -> None:
         others = ", ".join(f"{name} {row['phases'][name]:.2f}" for name in PHASES if name != "stream")
         of_raw = "\n".join(f"{kind} {ratio:.2f}" for kind, ratio in row["of_raw"].items())
         table.add_row(
-            mode, f"{row['stream']:.3f} s", f"{row['rate'] / 1e6:.0f} MB/s", of_raw, f"{row['whole']:.2f} s", others, f"{row['first']:.2f} s",
+            mode, f"{row['stream']:.3f} s", f"{row['rate'] / 1e6:.0f} MB/s", of_raw, f"{row['whole']:.2f} s", others,
+            f"{row['first']:.2f} s",
             f"{row['peak'] / 1e6:.0f} MB",
         )  # fmt: skip
     console = Console()

@@ -171,7 +171,10 @@ def from_table(file: str, timeout: float) -> dict:
 def table(rows: list[dict]) -> str:
     """For people."""
     lines = [
-        "| file | answers | rows | distinct | ours wrong: +1, 0 | ms median, p95, worst | math-verify wrong: +1, 0 | ms median, p95, worst | math-verify's time / ours |",
+        (
+            "| file | answers | rows | distinct | ours wrong: +1, 0 | ms median, p95, worst | math-verify wrong: +1, 0"
+            " | ms median, p95, worst | math-verify's time / ours |"
+        ),
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

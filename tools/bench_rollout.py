@@ -134,7 +134,10 @@ def show(found: dict) -> None:
 
     numbers = summary(found)
     table = Table(
-        title=f"{found['requests']} responses, {found['tokens']:,} tokens, {found['servers']} server(s), medians of {len(found['seconds']['client'])}"
+        title=(
+            f"{found['requests']} responses, {found['tokens']:,} tokens, {found['servers']} server(s), medians of"
+            f" {len(found['seconds']['client'])}"
+        )
     )
     for name in ("what", "seconds (least to most)", "tokens/s", "client / straight (least to most)"):
         table.add_column(name, justify="left" if name == "what" else "right")

@@ -67,8 +67,10 @@ def bench_rank(args, folder: Path) -> None:
     hf, rank = folder / "hf", dist.get_rank()
     if rank == 0:
         config = Qwen2Config(
-            vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=4 * args.hidden, num_hidden_layers=args.layers,
-            num_attention_heads=args.hidden // 64, num_key_value_heads=args.hidden // 64, max_position_embeddings=512, tie_word_embeddings=False,
+            vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=4 * args.hidden,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.hidden // 64, num_key_value_heads=args.hidden // 64, max_position_embeddings=512,
+            tie_word_embeddings=False,
         )  # fmt: skip
         Qwen2ForCausalLM(config).save_pretrained(hf)
     dist.barrier()

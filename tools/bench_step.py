@@ -44,14 +44,18 @@ MODEL = ("old_logprobs", "forward_backward", "optimizer")
 _QWEN = dict(vocab_size=151936, num_key_value_heads=2, max_position_embeddings=32768, rope_theta=1e6, rms_norm_eps=1e-6)
 SHAPES = {
     "qwen2.5-0.5b": _QWEN | dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14),
-    "qwen2.5-1.5b": _QWEN
-    | dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12),
-    "tiny": _QWEN
-    | dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2),
+    "qwen2.5-1.5b": (
+        _QWEN | dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12)
+    ),
+    "tiny": (
+        _QWEN | dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+    ),
 }
 SHAPE_RECIPE = [
-    "data.template=plain", "data.max_prompt_tokens=16", "rollout.prompts_per_step=32", "rollout.group_size=8", "rollout.max_response_tokens=512",
-    "training.minibatch_prompts=16", "training.micro_batch_tokens=16384", "logging.tensorboard=false", "checkpoint.every=0",
+    "data.template=plain", "data.max_prompt_tokens=16", "rollout.prompts_per_step=32", "rollout.group_size=8",
+    "rollout.max_response_tokens=512",
+    "training.minibatch_prompts=16", "training.micro_batch_tokens=16384", "logging.tensorboard=false",
+    "checkpoint.every=0",
 ]  # fmt: skip
 PARTS = {
     "rollout": "sampling",

@@ -118,7 +118,10 @@ def _disturb(run: Ranks, cuts: int, steps: int, chance: random.Random, say) -> N
         seconds = math.inf if chance.random() < SHARE_FOR_EVER else SHORTEST * (LONGEST / SHORTEST) ** chance.random()
         met, at = watch.phase, watch.steps
         host.pull_the_plug() if way == "down" else host.fall_silent()
-        what = f"cut {number}: {host.name} {way} for {'ever' if seconds == math.inf else f'{seconds:.0f} s'} in {met} after step {at}"
+        what = (
+            f"cut {number}: {host.name} {way} for {'ever' if seconds == math.inf else f'{seconds:.0f} s'} in {met}"
+            f" after step {at}"
+        )
         say(f"{what}: {_after(run, watch, host, seconds)}")
         if run.poll() is not None:
             run.start()

@@ -51,10 +51,13 @@ def holder(checkpoints: Path, steps: int) -> str:
             words = "there is no checkpoint either: free space and start the same command again, it begins anew"
         else:
             holds = "everything" if step == steps else f"the run up to step {step}"
-            words = f"{checkpoints / checkpoint_name(step)} holds {holds}: free space and start the same command again, it goes on from there"
+            words = (
+                f"{checkpoints / checkpoint_name(step)} holds {holds}: free space and start the same command again, it"
+                " goes on from there"
+            )
     return _said_by_the_first(words)
 
 
 def _said_by_the_first(words: str) -> str:
-    (first, *_) = all_gather_on_host(words.encode())
+    first, *_ = all_gather_on_host(words.encode())
     return first.decode()

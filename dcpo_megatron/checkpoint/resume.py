@@ -28,13 +28,17 @@ _VERSION = 1
 # Keys that a resumed run may have otherwise: where things go, how long and how the work is laid out. The layout changes
 # results by rounding only.
 _FREE = (
-    "output", "logging.", "evaluation.", "checkpoint.", "training.steps", "training.timeout_seconds", "training.save_every",
-    "training.platform", "training.max_bad_steps", "reward.timeout_seconds", "reward.workers", "data.files", "servers.", "publish.",
+    "output", "logging.", "evaluation.", "checkpoint.", "training.steps", "training.timeout_seconds",
+    "training.save_every",
+    "training.platform", "training.max_bad_steps", "reward.timeout_seconds", "reward.workers", "data.files",
+    "servers.", "publish.",
     "rollout.max_mismatch", "training.start_timeout_seconds",
 )  # fmt: skip
 _LAYOUT = (
-    "parallel.", "training.micro_batch_tokens", "training.packing", "model.head", "model.fused_head_loss", "model.recompute",
-    "model.transformer_engine", "model.bias_activation_fusion", "model.gradient_accumulation_fusion", "model.grouped_experts",
+    "parallel.", "training.micro_batch_tokens", "training.packing", "model.head", "model.fused_head_loss",
+    "model.recompute",
+    "model.transformer_engine", "model.bias_activation_fusion", "model.gradient_accumulation_fusion",
+    "model.grouped_experts",
     "model.moe_permute_fusion", "rollout.batch_size",
 )  # fmt: skip
 
@@ -152,7 +156,8 @@ def refuse_another_run(folder: Path, config: Config) -> None:
             raise ConfigError(
                 "\n".join(
                     [
-                        f"output={folder} holds a run of another configuration: give another output, or the run's own values, or name the keys in checkpoint.allow_changed"
+                        f"output={folder} holds a run of another configuration: give another output, or the run's own"
+                        " values, or name the keys in checkpoint.allow_changed"
                     ]
                     + [f"{key}: the run has {old!r}, this command {new!r}" for key, (old, new) in changed.items()]
                 )
@@ -182,7 +187,7 @@ def find_checkpoint(folder: Path) -> Found:
         step = None
         if rank == 0:
             step = max(set(folders.complete_steps(root)) - skipped, default=None)
-        (answer, *_) = all_gather_on_host(json.dumps(step).encode())
+        answer, *_ = all_gather_on_host(json.dumps(step).encode())
         step = json.loads(answer)
         if step is None:
             return Found(None, None, notes)

@@ -175,7 +175,8 @@ class CheckpointSaver:
             self._thread.join(self.timeout)
             if self._thread.is_alive():
                 raise StuckSaveError(
-                    f"the checkpoint of step {self._step} was not written within {self.timeout:.0f} s: is the disk of {self.root} reachable?"
+                    f"the checkpoint of step {self._step} was not written within {self.timeout:.0f} s: is the disk of"
+                    f" {self.root} reachable?"
                 )
             reports += self.poll()[0]
         return reports
@@ -197,7 +198,7 @@ class CheckpointSaver:
             except OSError as error:
                 problem = f"{error.strerror or error} ({work})"
                 self._discard(work)
-        (problem_bytes, *_) = all_gather_on_host((problem or "").encode())
+        problem_bytes, *_ = all_gather_on_host((problem or "").encode())
         warnings, self._warnings = tuple(self._warnings), []
         self._step, self._thread, self._common = None, None, {}
         return SaveReport(step, problem_bytes.decode() or None, time.monotonic() - self._started, warnings)

@@ -114,8 +114,8 @@ def _run(plan, file: Path, parallel: int | None, quiet: bool) -> int:
     runs = sum(job.name.partition(", seed ")[1] != "" for job in jobs)
     if not quiet:
         print(
-            f"dcpo compare: {total} runs ({len(plan.methods)} methods, {len(plan.seeds)} seeds), {total - runs} of them done before; "
-            f"{len(slots)} side by side, {plan.ranks} rank{'s' if plan.ranks > 1 else ''} each",
+            f"dcpo compare: {total} runs ({len(plan.methods)} methods, {len(plan.seeds)} seeds), {total - runs} of them"
+            f" done before; {len(slots)} side by side, {plan.ranks} rank{'s' if plan.ranks > 1 else ''} each",
             file=sys.stderr,
         )
     started = time.monotonic()
@@ -167,7 +167,8 @@ def _write_recipe(config, folder: Path) -> None:
         if changed:
             key, (old, new) = next(iter(changed.items()))
             raise PlanError(
-                f"{folder} holds a run with {key}={old!r}, the plan now has {new!r}: give another --output, or remove that folder"
+                f"{folder} holds a run with {key}={old!r}, the plan now has {new!r}: give another --output, or remove"
+                " that folder"
             )
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(to_yaml(config), encoding="utf-8")

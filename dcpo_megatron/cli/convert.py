@@ -37,7 +37,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
         prog="dcpo convert",
-        description="Weights between Hugging Face folders and Megatron checkpoints (torch_dist) of any parallel layout.",
+        description=(
+            "Weights between Hugging Face folders and Megatron checkpoints (torch_dist) of any parallel layout."
+        ),
     )
     commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -173,7 +175,8 @@ def _convert(args: argparse.Namespace) -> int:
         written = sum(file.stat().st_size for file in files)
         before = f"; {resumed} of {len(job.units())} parts were done before" if resumed else ""
         print(
-            f"{args.destination}: {len(files)} files, {size(written)} in {seconds:.1f} s ({size(written / seconds)}/s){before}"
+            f"{args.destination}: {len(files)} files, {size(written)} in {seconds:.1f} s"
+            f" ({size(written / seconds)}/s){before}"
         )
         print(f"next: {_next(args)}")
     return 0
@@ -194,7 +197,8 @@ def _job(args: argparse.Namespace):
     if find_checkpoint(args.source) is None:
         if args.command != "hf-to-megatron" and (Path(args.source) / "config.json").is_file():
             raise CheckpointError(
-                f"{args.source} is a Hugging Face folder, {args.command} reads a Megatron checkpoint: use hf-to-megatron"
+                f"{args.source} is a Hugging Face folder, {args.command} reads a Megatron checkpoint: use"
+                " hf-to-megatron"
             )
         if not (Path(args.source) / "config.json").is_file():
             _neither(args.source)
@@ -228,7 +232,8 @@ def _neither(path: str) -> None:
 
     missing = "an interrupted save has no metadata.json" if list(Path(path).glob("*.distcp")) else "is the path right?"
     raise CheckpointError(
-        f"{path} is neither a Hugging Face folder (config.json) nor a Megatron checkpoint ({FORMAT_FILE}, {INDEX_FILE}): {missing}"
+        f"{path} is neither a Hugging Face folder (config.json) nor a Megatron checkpoint ({FORMAT_FILE},"
+        f" {INDEX_FILE}): {missing}"
     )
 
 
@@ -291,9 +296,9 @@ def _verify(args: argparse.Namespace) -> int:
     passed = found.worst <= tolerance
     what = args.against or ("its own weights in transformers" if megatron is None else "its own export")
     print(
-        f"{'same' if passed else 'DIFFERENT'}: {args.source} against {what}, {args.dtype}: largest difference of a logit "
-        f"{found.worst:.1e} (token {found.token} at position {found.position}; tolerance {tolerance:.1e}, largest logit {found.scale:.2g}), "
-        f"{100 * found.agree:.0f}% of the tokens have the same most likely successor"
+        f"{'same' if passed else 'DIFFERENT'}: {args.source} against {what}, {args.dtype}: largest difference of a"
+        f" logit {found.worst:.1e} (token {found.token} at position {found.position}; tolerance {tolerance:.1e},"
+        f" largest logit {found.scale:.2g}), {100 * found.agree:.0f}% of the tokens have the same most likely successor"
     )
     return 0 if passed else 1
 

@@ -49,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--pretrained",
         metavar="MODEL",
-        help="train this model, a Hugging Face folder or a GGUF file, on word problems (default: a small one made here)",
+        help=(
+            "train this model, a Hugging Face folder or a GGUF file, on word problems (default: a small one made here)"
+        ),
     )
     parser.add_argument(
         "--data",
@@ -100,8 +102,8 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config([recipe, *args.config], settings)
         if args.pretrained and config.training.steps < 2 * demo_pretrained.WINDOW:
             raise ConfigError(
-                f"training.steps={config.training.steps}: the first {demo_pretrained.WINDOW} steps are compared with the last "
-                f"{demo_pretrained.WINDOW}, so {2 * demo_pretrained.WINDOW} are needed"
+                f"training.steps={config.training.steps}: the first {demo_pretrained.WINDOW} steps are compared with"
+                f" the last {demo_pretrained.WINDOW}, so {2 * demo_pretrained.WINDOW} are needed"
             )
     except ConfigError as error:
         print(f"dcpo: error: {error}", file=sys.stderr)
@@ -212,7 +214,8 @@ def prepare(
         )
     save(model, tokenizer, folder / "start")
     print(
-        f"warmed up in {steps} supervised steps ({time.perf_counter() - started:.0f} s): right {accuracy:.0%} of the time at temperature 1",
+        f"warmed up in {steps} supervised steps ({time.perf_counter() - started:.0f} s): right {accuracy:.0%} of the"
+        " time at temperature 1",
         flush=True,
     )
 
@@ -220,8 +223,9 @@ def prepare(
 def _tell(folder: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     print(
-        f"\naccuracy on held-out problems: {summary['accuracy_before']:.3f} before, {summary['accuracy_after']:.3f} after "
-        f"(greedy {summary['greedy_before']:.3f} -> {summary['greedy_after']:.3f}); {summary['steps']} steps in {summary['train_seconds']:.0f} s\n"
-        f"mean |log-prob difference| between rollout and trainer: {summary['mismatch_abs']:.1e}\n"
-        f"summary: {folder / 'summary.json'}\npicture: {folder / 'report.png'}\nmodel:   {folder / 'model'}"
+        f"\naccuracy on held-out problems: {summary['accuracy_before']:.3f} before, {summary['accuracy_after']:.3f}"
+        f" after (greedy {summary['greedy_before']:.3f} -> {summary['greedy_after']:.3f}); {summary['steps']} steps in"
+        f" {summary['train_seconds']:.0f} s\nmean |log-prob difference| between rollout and trainer:"
+        f" {summary['mismatch_abs']:.1e}\nsummary: {folder / 'summary.json'}\npicture: {folder / 'report.png'}\nmodel: "
+        f"  {folder / 'model'}"
     )

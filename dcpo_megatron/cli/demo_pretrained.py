@@ -184,7 +184,8 @@ def _write_page(folder: Path, config) -> None:
             "--samples", "1", "--limit", str(SHOWN), "--temperature", str(config.rollout.temperature),
             "--max-response-tokens", str(config.rollout.max_response_tokens),
             "--max-prompt-tokens", str(config.data.max_prompt_tokens), "--template", config.data.template,
-            "--reward", config.reward.function, "--seed", str(config.training.seed), "--device", config.training.platform,
+            "--reward", config.reward.function, "--seed", str(config.training.seed), "--device",
+            config.training.platform,
         ]  # fmt: skip
         if config.data.system_prompt is not None:
             words += ["--system-prompt", config.data.system_prompt]
@@ -204,9 +205,10 @@ def _write_page(folder: Path, config) -> None:
     blocks = [
         Heading("Responses before and after", 1),
         Paragraph(
-            f"Held-out problems, at most {config.rollout.max_response_tokens} tokens a response: the most likely one, and one sampled at temperature "
-            f"{config.rollout.temperature:g} with the same random numbers. The reward stands before each; its mean is {before:+.2f} before and {after:+.2f} after "
-            f"{config.training.steps} steps."
+            f"Held-out problems, at most {config.rollout.max_response_tokens} tokens a response: the most likely one,"
+            f" and one sampled at temperature {config.rollout.temperature:g} with the same random numbers. The reward"
+            f" stands before each; its mean is {before:+.2f} before and {after:+.2f} after {config.training.steps}"
+            " steps."
         ),
         Paragraph(f"Each problem follows this conversation. {turns}"),
         Table(["problem", "answer", "response", "before", "after"], rows),

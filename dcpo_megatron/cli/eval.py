@@ -23,7 +23,10 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="dcpo eval",
         allow_abbrev=False,
-        description="Accuracy of a model on verl-style parquet, jsonl and GSM8K files: greedy, mean of samples, pass@k, with intervals.",
+        description=(
+            "Accuracy of a model on verl-style parquet, jsonl and GSM8K files: greedy, mean of samples, pass@k, with"
+            " intervals."
+        ),
         epilog="Started again with the same command, it goes on where it was.",
     )
     add = result.add_argument
@@ -35,7 +38,14 @@ def parser() -> argparse.ArgumentParser:
     add("--max-response-tokens", type=_at_least(1), default=3072, metavar="N", help="3072")
     add("--temperature", type=float, default=1.0, help="of the samples (1)")
     add("--top-p", type=float, default=1.0, help="of the samples (1)")
-    add("--stop-token-ids", nargs="+", type=_at_least(0), default=[], metavar="ID", help="tokens that end a response, beside the model's own end-of-text tokens")  # fmt: skip
+    add(
+        "--stop-token-ids",
+        nargs="+",
+        type=_at_least(0),
+        default=[],
+        metavar="ID",
+        help="tokens that end a response, beside the model's own end-of-text tokens",
+    )
     add("--seed", type=int, default=0)
     add("--limit", type=_at_least(1), default=None, metavar="N", help="problems of each file")
     add("--template", choices=("auto", "chat", "qwen-math", "plain"), default="auto")
@@ -47,7 +57,13 @@ def parser() -> argparse.ArgumentParser:
     add("--correct-at", type=float, default=1.0, help="least reward of a right response (1)")
     add("--reward-timeout", type=float, default=5.0, metavar="SECONDS", help="for one response (5)")
     add("--reward-workers", type=_at_least(1), default=1, metavar="N")
-    add("--servers", nargs="+", default=[], metavar="URL", help="SGLang servers that serve the model; default: in this process")  # fmt: skip
+    add(
+        "--servers",
+        nargs="+",
+        default=[],
+        metavar="URL",
+        help="SGLang servers that serve the model; default: in this process",
+    )
     add(
         "--request-timeout",
         type=float,
@@ -55,10 +71,22 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="of a server's silence until it is asked whether it still samples",
     )
-    add("--batch-size", type=_at_least(1), default=None, metavar="N", help="responses sampled together, and lost together by a kill (64; 512 with servers)")  # fmt: skip
+    add(
+        "--batch-size",
+        type=_at_least(1),
+        default=None,
+        metavar="N",
+        help="responses sampled together, and lost together by a kill (64; 512 with servers)",
+    )
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     add("--dtype", choices=("float32", "bfloat16"), default=None, help="default: float32 on a CPU, bfloat16 on a GPU")
-    add("--deadline", type=float, default=None, metavar="MINUTES", help="stop after the batch under way then, with exit code 75")  # fmt: skip
+    add(
+        "--deadline",
+        type=float,
+        default=None,
+        metavar="MINUTES",
+        help="stop after the batch under way then, with exit code 75",
+    )
     add("--json", action="store_true", help="print result.json instead of the table")
     add("--quiet", action="store_true", help="no progress")
     return result
@@ -80,12 +108,28 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _evaluate(args)
     except OutOfTime:
-        print(f"dcpo eval: {args.deadline:g} minutes are over; what is finished is kept in {args.output}, the same command goes on", file=sys.stderr)  # fmt: skip
+        print(
+            f"dcpo eval: {args.deadline:g} minutes are over; what is finished is kept in {args.output}, the same"
+            " command goes on",
+            file=sys.stderr,
+        )
         return START_AGAIN
     except KeyboardInterrupt:
-        print(f"\ndcpo eval: interrupted; what is finished is kept in {args.output}, the same command goes on", file=sys.stderr)  # fmt: skip
+        print(
+            f"\ndcpo eval: interrupted; what is finished is kept in {args.output}, the same command goes on",
+            file=sys.stderr,
+        )
         return INTERRUPTED
-    except (EvaluationError, DataError, ConfigError, ModelConfigError, RewardError, RolloutError, OSError, ValueError) as error:  # fmt: skip
+    except (
+        EvaluationError,
+        DataError,
+        ConfigError,
+        ModelConfigError,
+        RewardError,
+        RolloutError,
+        OSError,
+        ValueError,
+    ) as error:
         print(f"dcpo: error: {error}", file=sys.stderr)
         return BAD_INPUT
 
@@ -124,8 +168,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     longest = max(len(prompt.token_ids) for s in sets for prompt in s.prompts) + args.max_response_tokens
     if longest > shape.max_positions:
         raise EvaluationError(
-            f"the longest prompt and --max-response-tokens {args.max_response_tokens} make {longest} tokens, the model computes {shape.max_positions}: "
-            "lower --max-response-tokens, or leave long prompts out with --max-prompt-tokens"
+            f"the longest prompt and --max-response-tokens {args.max_response_tokens} make {longest} tokens, the model"
+            f" computes {shape.max_positions}: lower --max-response-tokens, or leave long prompts out with"
+            " --max-prompt-tokens"
         )
     platform = select_platform(args.device)
     dtype = args.dtype or ("float32" if platform.is_cpu else "bfloat16")
@@ -155,13 +200,29 @@ def _evaluate(args: argparse.Namespace) -> int:
     try:
         store = ResponseStore(Path(args.output), settings)
         try:
-            with Rewarder(args.reward, args.reward_timeout, workers=args.reward_workers) as rewarder, _Progress(args.quiet) as bar:  # fmt: skip
+            with (
+                Rewarder(args.reward, args.reward_timeout, workers=args.reward_workers) as rewarder,
+                _Progress(args.quiet) as bar,
+            ):
                 for s in sets:
-                    bar.say(f"{s.name}: {len(s.prompts):,} problems of {s.rows:,} rows ({s.copies:,} copies, {s.left_out:,} left out){s.notes}")  # fmt: skip
+                    bar.say(
+                        f"{s.name}: {len(s.prompts):,} problems of {s.rows:,} rows ({s.copies:,} copies, {s.left_out:,}"
+                        f" left out){s.notes}"
+                    )
                 for line in introduce(sets[0].prompts[0], tokenizer, sampling.stop_token_ids, args.template, key):
                     bar.say(line)
                 deadline = None if args.deadline is None else started + 60 * args.deadline
-                eval_run.answer(engine, tokenizer, rewarder, sets, sampling, store, batch=batch, deadline=deadline, progress=bar.report)  # fmt: skip
+                eval_run.answer(
+                    engine,
+                    tokenizer,
+                    rewarder,
+                    sets,
+                    sampling,
+                    store,
+                    batch=batch,
+                    deadline=deadline,
+                    progress=bar.report,
+                )
             found = eval_run.result(sets, sampling, store)
         finally:
             store.close()

@@ -28,7 +28,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dcpo: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"dcpo: error: {output} cannot be written ({error.strerror}): name another file with --output", file=sys.stderr)  # fmt: skip
+        print(
+            f"dcpo: error: {output} cannot be written ({error.strerror}): name another file with --output",
+            file=sys.stderr,
+        )
         return 2
     print(f"{output} ({len(page.encode()) / 1e6:.1f} MB): open it in a browser")
     return 0

@@ -25,7 +25,9 @@ def parser() -> argparse.ArgumentParser:
         prog="dcpo serve",
         allow_abbrev=False,
         usage="%(prog)s MODEL [options] [-- SGLANG'S OWN ARGUMENTS]",
-        description="Starts stock SGLang servers of one model on this host and keeps them alive. docs/serving.md tells more.",
+        description=(
+            "Starts stock SGLang servers of one model on this host and keeps them alive. docs/serving.md tells more."
+        ),
     )
     result.add_argument("model", metavar="MODEL", help="a Hugging Face folder: the one that the trainer starts from")
     where = result.add_mutually_exclusive_group()
@@ -39,7 +41,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--gpus",
         metavar="LIST",
-        help="which GPUs the servers share out: 4-7, or 4,5,6,7 (numbers among the visible ones), or uuids (default: from 0 on)",
+        help=(
+            "which GPUs the servers share out: 4-7, or 4,5,6,7 (numbers among the visible ones), or uuids (default:"
+            " from 0 on)"
+        ),
     )
     result.add_argument(
         "--colocated", action="store_true", help="the trainer shares the GPUs: their memory can be released"

@@ -57,7 +57,10 @@ def parser() -> argparse.ArgumentParser:
         type=_seconds,
         default=None,
         metavar="SECONDS",
-        help="with --ranks: time for the ranks to save and end after SIGTERM or SIGUSR1 (default: DCPO_GRACE_SECONDS, else 600)",
+        help=(
+            "with --ranks: time for the ranks to save and end after SIGTERM or SIGUSR1 (default: DCPO_GRACE_SECONDS,"
+            " else 600)"
+        ),
     )
     result.add_argument("--keys", action="store_true", help="list every key with its default, and stop")
     result.add_argument(
@@ -70,7 +73,10 @@ def parser() -> argparse.ArgumentParser:
         type=_seconds,
         default=None,
         metavar="GB",
-        help="with --check: refuse what does not fit into so many GB (10^9 bytes) a GPU (default: this machine's GPU, where there is one)",
+        help=(
+            "with --check: refuse what does not fit into so many GB (10^9 bytes) a GPU (default: this machine's GPU,"
+            " where there is one)"
+        ),
     )
     result.add_argument(
         "--server-gpus",

@@ -21,7 +21,10 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="dcpo verify",
         allow_abbrev=False,
-        description="Compares loss, gradients and one optimizer step of every parallel layout with a dense single-process reference.",
+        description=(
+            "Compares loss, gradients and one optimizer step of every parallel layout with a dense single-process"
+            " reference."
+        ),
     )
     result.add_argument(
         "--layouts",
@@ -31,7 +34,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--preset",
         default="all",
-        help="objectives: all, or names separated by commas: those of --list, or any preset, with switches like dapo+kl",
+        help=(
+            "objectives: all, or names separated by commas: those of --list, or any preset, with switches like dapo+kl"
+        ),
     )
     result.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="cpu with gloo, or cuda with nccl (a GPU a rank)"
@@ -103,7 +108,8 @@ def _check(args: argparse.Namespace, layouts: list) -> None:
         needed = max(layout.world for layout in layouts)
         if torch.cuda.device_count() < needed:
             raise ValueError(
-                f"these layouts need {needed} GPUs and {torch.cuda.device_count()} are visible: lower --max-ranks, or --device cpu"
+                f"these layouts need {needed} GPUs and {torch.cuda.device_count()} are visible: lower --max-ranks, or"
+                " --device cpu"
             )
 
 
@@ -127,7 +133,10 @@ def _run(args: argparse.Namespace, layouts: list, objectives: dict, engine: str)
     console.print(", ".join(f"{name} {value}" for name, value in facts.items()))
     bound = f"relative error per parameter, at most {certificate.GRADIENT_TOLERANCE:.0e}"
     if args.dtype == "bfloat16":
-        bound = f"error per parameter in multiples of bf16's own in one process, at most {certificate.BOUNDS[args.dtype].error:g}"
+        bound = (
+            "error per parameter in multiples of bf16's own in one process, at most"
+            f" {certificate.BOUNDS[args.dtype].error:g}"
+        )
     console.print(f"{len(layouts)} layouts x {len(objectives)} objectives; {bound}")
     started = time.perf_counter()
     pending: list = []
@@ -172,9 +181,11 @@ def _print_layout(console, verdicts) -> None:
 
     mark = "[green]pass[/green]" if all(v.passed for v in verdicts) else "[red]FAIL[/red]"
     line = (
-        f"{mark}  {worst.layout:<28} {worst.world} ranks  gradient {worst.gradient_error:.1e} ({worst.objective}, {worst.worst_parameter})  "
-        f"loss {max(v.loss_error for v in verdicts):.1e}  norm {show(last.norm_error)}  SGD {show(last.sgd_error)}  Adam {show(last.adam_error)}  "
-        f"log-probs {max(v.distribution_error for v in verdicts):.1e}  SAS {last.history_error:.0e}  {sum(v.seconds for v in verdicts):.1f} s"
+        f"{mark}  {worst.layout:<28} {worst.world} ranks  gradient {worst.gradient_error:.1e} ({worst.objective},"
+        f" {worst.worst_parameter})  loss {max(v.loss_error for v in verdicts):.1e}  norm {show(last.norm_error)}  SGD"
+        f" {show(last.sgd_error)}  Adam {show(last.adam_error)}  log-probs"
+        f" {max(v.distribution_error for v in verdicts):.1e}  SAS {last.history_error:.0e} "
+        f" {sum(v.seconds for v in verdicts):.1f} s"
     )
     console.print(line, soft_wrap=True)
     if not all(v.replicas_agree for v in verdicts if not v.failure):

@@ -84,7 +84,10 @@ def as_html(blocks: list[Block], title: str) -> str:
             data = base64.b64encode(block.file.read_bytes()).decode()
             caption = html.escape(block.caption)
             parts.append(f'<p><img alt="{caption}" src="data:image/png;base64,{data}"></p>')
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width,'
+        f' initial-scale=1"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
+    )
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
 
 

@@ -104,7 +104,8 @@ class Plan(_Section):
             foreign = [key for key in keys if not key.startswith("objective.")]
             if foreign:
                 raise ValueError(
-                    f"method {name} sets {foreign[0]!r}: only objective.* may differ between methods, all else belongs in train"
+                    f"method {name} sets {foreign[0]!r}: only objective.* may differ between methods, all else belongs"
+                    " in train"
                 )
         taken = [
             key

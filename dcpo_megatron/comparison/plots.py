@@ -12,7 +12,10 @@ from dcpo_megatron.comparison.statistics import Interval, mean_interval
 PICTURES = (
     (
         "training.png",
-        "Reward, response utilisation, entropy, response length, gradient norm and the share of tokens whose upper DAC bound cannot bind",
+        (
+            "Reward, response utilisation, entropy, response length, gradient norm and the share of tokens whose upper"
+            " DAC bound cannot bind"
+        ),
         (
             ("reward", "reward"),
             ("RUR", "response_utilization_ratio"),

@@ -25,8 +25,10 @@ from dcpo_megatron.comparison.statistics import CONFIDENCE, Interval, mean_inter
 
 STEP_COLUMNS = (
     "reward", "accuracy", "response_length", "truncated", "responses_generated", "responses_trained", "sampling_rounds",
-    "response_utilization_ratio", "advantage_abs", "token_clipping_ratio", "clipped_upper", "clipped_lower", "clipped_cap", "ratio",
-    "bound_lower", "bound_upper", "vacuous_upper", "entropy", "gradient_norm", "loss", "updates", "updates_skipped", "tokens_trained",
+    "response_utilization_ratio", "advantage_abs", "token_clipping_ratio", "clipped_upper", "clipped_lower",
+    "clipped_cap", "ratio",
+    "bound_lower", "bound_upper", "vacuous_upper", "entropy", "gradient_norm", "loss", "updates", "updates_skipped",
+    "tokens_trained",
     "mismatch_abs", "seconds", "seconds_rollout",
 )  # fmt: skip
 
@@ -80,16 +82,19 @@ def _blocks(plan: Plan, runs: Sequence[Run], claims: Sequence[Claim], pictures) 
             mark=3,
         ),
         Paragraph(
-            f"Intervals are t intervals at {CONFIDENCE:.0%} over seeds, of differences (and of logarithms of ratios) between two methods at the same seed: the same start model, "
-            "the same prompts in the same order. Reproduced: the whole interval is beyond the limit; not reproduced: it is on the other side; undecided: the limit lies within it. "
-            "A claim of several parts needs all of them. Verdicts are not corrected for the number of claims."
+            f"Intervals are t intervals at {CONFIDENCE:.0%} over seeds, of differences (and of logarithms of ratios)"
+            " between two methods at the same seed: the same start model, the same prompts in the same order."
+            " Reproduced: the whole interval is beyond the limit; not reproduced: it is on the other side; undecided:"
+            " the limit lies within it. A claim of several parts needs all of them. Verdicts are not corrected for the"
+            " number of claims."
         ),
         Heading("Methods"),
         _methods_table(runs),
         Paragraph(
-            f"Mean over seeds, with the {CONFIDENCE:.0%} t interval where there is more than one. Accuracy is on held-out prompts, sampled at temperature 1. RUR is the mean over the steps after "
-            "the first visit of every prompt, TCR and its parts the mean over all steps; seconds leave evaluations out. At equal responses and seconds: accuracy, interpolated between evaluations, "
-            "where the run with the fewest ended."
+            f"Mean over seeds, with the {CONFIDENCE:.0%} t interval where there is more than one. Accuracy is on"
+            " held-out prompts, sampled at temperature 1. RUR is the mean over the steps after the first visit of"
+            " every prompt, TCR and its parts the mean over all steps; seconds leave evaluations out. At equal"
+            " responses and seconds: accuracy, interpolated between evaluations, where the run with the fewest ended."
         ),
     ]
     blocks += [Heading("Curves")] + [Picture(file, caption) for file, caption in pictures]
@@ -101,13 +106,15 @@ def _introduction(plan: Plan, runs: Sequence[Run], seeds: Sequence[int], total: 
     config = plan.recipe(next(iter(plan.methods)), plan.seeds[0])
     rollout, training = config.rollout, config.training
     text = (
-        f"{len(runs)} of {total} runs: {len({run.method for run in runs})} methods, seeds {', '.join(map(str, seeds))}. Each run: {training.steps} steps of {rollout.prompts_per_step} prompts x "
-        f"{rollout.group_size} responses, minibatches of {training.minibatch_prompts} prompts, {runs[0].prompts} prompts, lr {config.optimizer.lr:g}."
+        f"{len(runs)} of {total} runs: {len({run.method for run in runs})} methods, seeds {', '.join(map(str, seeds))}."
+        f" Each run: {training.steps} steps of {rollout.prompts_per_step} prompts x {rollout.group_size} responses,"
+        f" minibatches of {training.minibatch_prompts} prompts, {runs[0].prompts} prompts, lr {config.optimizer.lr:g}."
     )
     if plan.task is not None:
         text += (
-            f" Task: chains of {plan.task.terms[0]} to {plan.task.terms[1]} terms of {plan.task.digits[0]} to {plan.task.digits[1]} digits ({plan.task.operations}), "
-            f"a model of {plan.task.model.layers} layers of {plan.task.model.hidden}, warmed up from nothing, one a seed."
+            f" Task: chains of {plan.task.terms[0]} to {plan.task.terms[1]} terms of {plan.task.digits[0]} to"
+            f" {plan.task.digits[1]} digits ({plan.task.operations}), a model of {plan.task.model.layers} layers of"
+            f" {plan.task.model.hidden}, warmed up from nothing, one a seed."
         )
     file = plan.folder / "time.json"
     if file.is_file():

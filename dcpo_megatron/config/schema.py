@@ -30,11 +30,17 @@ class Section(BaseModel):
 
 class ModelSection(Section):
     path: str = Field(
-        description="Hugging Face folder (config.json, safetensors weights, tokenizer), or a Megatron checkpoint that carries one"
+        description=(
+            "Hugging Face folder (config.json, safetensors weights, tokenizer), or a Megatron checkpoint that"
+            " carries one"
+        )
     )
     weights: str | None = Field(
         None,
-        description="start from these weights instead: a Hugging Face folder or a Megatron checkpoint of the same model, in any layout",
+        description=(
+            "start from these weights instead: a Hugging Face folder or a Megatron checkpoint of the same model, in any"
+            " layout"
+        ),
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="of weights and activations; gradients and optimizer state are fp32"
@@ -52,14 +58,20 @@ class ModelSection(Section):
     head_chunk_tokens: int = Field(1024, ge=1, description="tokens whose logits exist at a time, at most")
     fused_head_loss: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="gradients formed in the head's forward pass where the objective has a ratio per token; auto: where that holds at most 1 GiB",
+        description=(
+            "gradients formed in the head's forward pass where the objective has a ratio per token; auto: where that"
+            " holds at most 1 GiB"
+        ),
     )
     bias_activation_fusion: Literal["auto", "on", "off"] = Field(
         "auto", description="a feed-forward layer's activation in one kernel; auto: on a GPU where Triton compiles"
     )
     gradient_accumulation_fusion: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="weights' gradients added up by the products themselves; auto: on a GPU with Transformer Engine's layers or Apex's kernel",
+        description=(
+            "weights' gradients added up by the products themselves; auto: on a GPU with Transformer Engine's layers or"
+            " Apex's kernel"
+        ),
     )
     grouped_experts: Literal["auto", "on", "off"] = Field(
         "auto", description="one product for all experts of a rank; auto: with Transformer Engine's layers"
@@ -105,11 +117,17 @@ class ParallelSection(Section):
     )
     overlap_param_gather: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="updated weights travel while the next forward pass goes on; auto: on a GPU, with overlap_grad_reduce and Adam",
+        description=(
+            "updated weights travel while the next forward pass goes on; auto: on a GPU, with overlap_grad_reduce and"
+            " Adam"
+        ),
     )
     token_dispatcher: Literal["alltoall", "allgather", "flex"] = Field(
         "alltoall",
-        description="how tokens reach their experts' ranks; flex needs DeepEP, allgather as many tokens on every rank that shares experts",
+        description=(
+            "how tokens reach their experts' ranks; flex needs DeepEP, allgather as many tokens on every rank that"
+            " shares experts"
+        ),
     )
 
     @field_validator("overlap_grad_reduce", "overlap_param_gather", mode="before")
@@ -169,12 +187,18 @@ class RolloutSection(Section):
         0,
         ge=0,
         le=1,
-        description="0: strictly on-policy; 1: the next batch is sampled while this one trains (engine sglang), its tokens at most one version old",
+        description=(
+            "0: strictly on-policy; 1: the next batch is sampled while this one trains (engine sglang), its tokens at"
+            " most one version old"
+        ),
     )
     max_mismatch: float | None = Field(
         0.2,
         gt=0,
-        description="stops the run where |training log-prob - rollout log-prob| of the batch, on average over tokens of the current weights, is above it; null: never",
+        description=(
+            "stops the run where |training log-prob - rollout log-prob| of the batch, on average over tokens of the"
+            " current weights, is above it; null: never"
+        ),
     )
 
 
@@ -214,14 +238,18 @@ class ServersSection(Section):
 class PublishSection(Section):
     mode: Literal["distributed", "disk", "ipc"] = Field(
         "distributed",
-        description="how weights reach the servers: a process group, files that both sides see, or CUDA IPC on the same GPUs",
+        description=(
+            "how weights reach the servers: a process group, files that both sides see, or CUDA IPC on the same GPUs"
+        ),
     )
     bucket_bytes: int = Field(512 * 1024**2, ge=1, description="weights on their way at a time, at most")
     timeout_seconds: float = Field(600.0, gt=0, description="deadline of each phase of a publication")
     bucket_timeout_seconds: float = Field(120.0, gt=0, description="deadline of one bucket at one server")
     address: str | None = Field(
         None,
-        description="how servers reach rank 0 (mode distributed; default: loopback for servers on it, else this host's address)",
+        description=(
+            "how servers reach rank 0 (mode distributed; default: loopback for servers on it, else this host's address)"
+        ),
     )
     folder: str | None = Field(
         None, description="mode disk: where servers read the weights (default: OUTPUT/published)"
@@ -230,7 +258,10 @@ class PublishSection(Section):
     tolerance: float | None = Field(
         None,
         gt=0,
-        description="mean |log-prob difference| that the check by log-probs allows (default: 1e-3 for float32, 0.1 for bfloat16)",
+        description=(
+            "mean |log-prob difference| that the check by log-probs allows (default: 1e-3 for float32, 0.1 for"
+            " bfloat16)"
+        ),
     )
     colocated: bool = Field(
         False, description="servers share the trainer's GPUs: their memory is released while training goes on"
@@ -274,7 +305,10 @@ class TrainingSection(Section):
         1800.0,
         gt=0,
         le=1e6,
-        description="deadline of every phase of a step and of every collective (whole minutes, rounded up, within a model's ranks)",
+        description=(
+            "deadline of every phase of a step and of every collective (whole minutes, rounded up, within a model's"
+            " ranks)"
+        ),
     )
     start_timeout_seconds: float | None = Field(
         None,

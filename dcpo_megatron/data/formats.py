@@ -91,8 +91,8 @@ def find_schema(table: Table, name: str, prompt_key: str | None, answer_key: str
         for what, paths in (("prompt", schema.prompts), ("answer", schema.answers)):
             if not any(path in table.columns or path.split(".")[0] in table.columns for path in paths):
                 raise DataError(
-                    f"{table.path} has no {what} column {' or '.join(paths)}: set data.{what}_key to one of its columns, "
-                    f"{', '.join(table.columns[:20])}"
+                    f"{table.path} has no {what} column {' or '.join(paths)}: set data.{what}_key to one of its"
+                    f" columns, {', '.join(table.columns[:20])}"
                 )
         if CONTENT not in schema.ids and not any(path.split(".")[0] in table.columns for path in schema.ids):
             raise DataError(f"{table.rows[0][0]} {_no_id(schema)}")
@@ -168,7 +168,8 @@ def _written_messages(text: str) -> list | None:
             return None  # a question that begins with a piece of JSON
         raise BadRow(
             "broken messages",
-            "has a prompt that begins like the text of messages and is not JSON: give a list of messages, or its JSON text",
+            "has a prompt that begins like the text of messages and is not JSON: give a list of messages, or its JSON"
+            " text",
         ) from None
     return value if isinstance(value, list) else [value]
 

@@ -143,8 +143,8 @@ def check_ports(record: Record) -> list[Finding]:
             of = f"{len(ports)} of {len(facts['ports'])} ports tried"
             what = f"{names} cannot reach {peer} ({facts['address']}) at {of}, {', '.join(ports)}: {why}"
             fix = (
-                f"open {low} to {high} (net.ipv4.ip_local_port_range) from each host of the run to each: collectives and "
-                "the group of the weights listen on any of them"
+                f"open {low} to {high} (net.ipv4.ip_local_port_range) from each host of the run to each: collectives"
+                " and the group of the weights listen on any of them"
             )
             found.append(Finding("ports", "fail", what, fix))
     if not found and tried:

@@ -317,7 +317,10 @@ def check_distributed(facts: Facts) -> list[Finding]:
     if not missing:
         findings.append(Finding("distributed", "ok", f"backends: {', '.join(torch.backends)}"))
     else:
-        what = f"torch {torch.version} was built without {' and '.join(missing)} (it has {', '.join(torch.backends) or 'no backend'})"
+        what = (
+            f"torch {torch.version} was built without {' and '.join(missing)} (it has"
+            f" {', '.join(torch.backends) or 'no backend'})"
+        )
         findings.append(Finding("distributed", "fail", what, REINSTALL_TORCH))
     if isinstance(facts.store, Problem):
         fix = "allow TCP connections on 127.0.0.1: see the firewall, the sandbox, and `ip addr show lo`"
@@ -470,7 +473,8 @@ def tell_what_will_be_used(facts: Facts) -> list[Finding]:
         Finding(
             area,
             "info",
-            "rollout engine: embedded (transformers inside the trainer), or sglang (servers in an environment of their own)",
+            "rollout engine: embedded (transformers inside the trainer), or sglang (servers in an environment of their"
+            " own)",
         ),
     ]
 

@@ -75,6 +75,7 @@ def check_folder(folder: str) -> None:
         raise EvaluationError(f"{folder} does not exist: name a Hugging Face folder (config.json, weights, tokenizer)")
     if (path / ".metadata").is_file() or (path / "latest").is_file() or list(path.glob("*/.metadata")):
         raise EvaluationError(
-            f"{folder} is a Megatron checkpoint: run `dcpo convert megatron-to-hf {folder} NEW_FOLDER` and evaluate NEW_FOLDER"
+            f"{folder} is a Megatron checkpoint: run `dcpo convert megatron-to-hf {folder} NEW_FOLDER` and evaluate"
+            " NEW_FOLDER"
         )
     raise EvaluationError(f"{folder} has no config.json: name a Hugging Face folder, such as a run's model/")

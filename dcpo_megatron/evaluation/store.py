@@ -70,8 +70,8 @@ class ResponseStore:
             self._file.close()
             key = other[0]
             raise EvaluationError(
-                f"{self.folder} holds responses made with another {', '.join(other)} ({key}: {_short(before.get(key))} then, {_short(settings.get(key))} now): "
-                "give the same settings, or another --output"
+                f"{self.folder} holds responses made with another {', '.join(other)} ({key}: {_short(before.get(key))}"
+                f" then, {_short(settings.get(key))} now): give the same settings, or another --output"
             )
 
     def _read(self) -> dict[tuple[str, str, int], dict]:
@@ -88,7 +88,8 @@ class ResponseStore:
             except (ValueError, KeyError, TypeError):
                 self._file.close()
                 raise EvaluationError(
-                    f"line {number} of {self.folder / RESPONSES} is not a response of dcpo eval: remove the line, or name another --output"
+                    f"line {number} of {self.folder / RESPONSES} is not a response of dcpo eval: remove the line, or"
+                    " name another --output"
                 ) from None
         return rows
 

@@ -67,8 +67,8 @@ def check_weights(
         say(f"{what}; they are quantized ({info['quantization']}), and are taken at their word")
     else:
         raise EvaluationError(
-            f"{what}, above {_TOLERANCE[dtype]:g}: start servers of {folder} (dcpo serve {folder}), or evaluate the folder "
-            "whose weights they hold"
+            f"{what}, above {_TOLERANCE[dtype]:g}: start servers of {folder} (dcpo serve {folder}), or evaluate the"
+            " folder whose weights they hold"
         )
 
 

@@ -49,7 +49,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--nproc-per-node", type=int, required=True, help="ranks on each host: its number of GPUs")
     result.add_argument(
         "--master-addr",
-        help="where ranks meet (default: the first host, by its name, or by its address on hosts that do not know the name)",
+        help=(
+            "where ranks meet (default: the first host, by its name, or by its address on hosts that do not know the"
+            " name)"
+        ),
     )
     result.add_argument("--master-port", type=int, default=29500)
     result.add_argument("--ssh", default="ssh -o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=30")
@@ -192,7 +195,8 @@ class _Launch:
                 if silent and time.monotonic() > answer_by and self._failure is None:
                     names = ", ".join(node.host for node in silent)
                     _say(
-                        f"error: no answer within {self._start_deadline:g} s from {names}: does `ssh {silent[0].host} true` end?"
+                        f"error: no answer within {self._start_deadline:g} s from {names}: does `ssh {silent[0].host}"
+                        " true` end?"
                     )
                     for node in silent:
                         node.process.kill()

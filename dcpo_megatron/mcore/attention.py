@@ -84,7 +84,8 @@ class AttentionPlan:
             for length in self.lengths:
                 if length % (2 * self.context_size):
                     raise ValueError(
-                        f"sequence of {length} tokens: context parallelism of {self.context_size} needs a multiple of {2 * self.context_size}"
+                        f"sequence of {length} tokens: context parallelism of {self.context_size} needs a multiple of"
+                        f" {2 * self.context_size}"
                     )
             self.gather_index = zigzag_inverse(self.lengths, self.context_size).to(device)
         computed = []

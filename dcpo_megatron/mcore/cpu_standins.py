@@ -18,7 +18,8 @@ import functools
 import torch
 
 _FACTORIES = (
-    "tensor", "as_tensor", "empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm", "arange", "linspace", "eye",
+    "tensor", "as_tensor", "empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm", "arange",
+    "linspace", "eye",
     "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
 )  # fmt: skip
 

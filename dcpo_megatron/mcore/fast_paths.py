@@ -92,8 +92,8 @@ def dispatcher_problems(dispatcher: str, layout: ParallelLayout, experts: int, p
         return found
     if layout.pipeline > 1:
         found.append(
-            "parallel.token_dispatcher=allgather does not work with parallel.pipeline above 1 (stages exchange rows of any "
-            "length): use alltoall"
+            "parallel.token_dispatcher=allgather does not work with parallel.pipeline above 1 (stages exchange rows of"
+            " any length): use alltoall"
         )
     group = layout.expert * (layout.expert_tensor or layout.tensor)
     if (layout.tensor * layout.context) % group:

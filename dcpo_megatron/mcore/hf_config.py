@@ -18,7 +18,8 @@ from dcpo_megatron.mcore.families.base import ExpertFields
 
 # Fields of ``config.json`` that count something.
 _COUNTS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings",
     "num_key_value_heads", "head_dim",
 )  # fmt: skip
 _MAY_BE_NULL = ("num_key_value_heads", "head_dim")
@@ -83,7 +84,8 @@ def read_config(folder: str | os.PathLike):
         ) from None
     if model_type not in FAMILIES:
         raise ModelConfigError(
-            f"{file} has model_type {model_type!r}, which is not supported: the known ones are {', '.join(sorted(FAMILIES))}"
+            f"{file} has model_type {model_type!r}, which is not supported: the known ones are"
+            f" {', '.join(sorted(FAMILIES))}"
         )
     if problems := _bad_counts(content, FAMILIES[model_type].experts):
         raise ModelConfigError(f"{file} has {', '.join(problems)}: each must be a whole number above 0")
@@ -181,7 +183,8 @@ def _expert_numbers(config, fields: ExpertFields | None) -> dict:
     )
     if found["experts_per_token"] == 1 and found["norm_topk_prob"]:
         raise ModelConfigError(
-            f"{fields.per_token}=1 with weights made to sum to one is not supported: each expert's weight is then 1 and the router learns nothing"
+            f"{fields.per_token}=1 with weights made to sum to one is not supported: each expert's weight is then 1 and"
+            " the router learns nothing"
         )
     return found
 

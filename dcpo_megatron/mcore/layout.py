@@ -101,7 +101,8 @@ class ParallelLayout:
         if not given:
             if layers % (self.pipeline * chunks):
                 return [
-                    f"parallel.pipeline x virtual_pipeline = {self.pipeline * chunks} does not divide the model's {layers} layers"
+                    f"parallel.pipeline x virtual_pipeline = {self.pipeline * chunks} does not divide the model's"
+                    f" {layers} layers"
                 ]
             return []
         found = []
@@ -112,14 +113,14 @@ class ParallelLayout:
         elif middle and (rest < middle or rest % middle):
             found.append(
                 f"{said} of the model's {layers} layers leave {rest} for the other {middle} pipeline stages: "
-                f"they need at least one each, and equally many"
+                "they need at least one each, and equally many"
             )
         else:
             uneven = sorted({size for size in self._stage_sizes(layers) if size % chunks})
             if uneven:
                 found.append(
-                    f"parallel.virtual_pipeline={chunks} does not divide the {' and the '.join(map(str, uneven))} layers "
-                    f"of a pipeline stage ({said}, {layers} layers in all)"
+                    f"parallel.virtual_pipeline={chunks} does not divide the {' and the '.join(map(str, uneven))}"
+                    f" layers of a pipeline stage ({said}, {layers} layers in all)"
                 )
         return found
 
@@ -138,8 +139,8 @@ class ParallelLayout:
             return found
         if world_size % self.model_ranks:
             found.append(
-                f"world size {world_size} is not a multiple of tensor x pipeline x context = "
-                f"{self.tensor} x {self.pipeline} x {self.context} = {self.model_ranks}: start a multiple of {self.model_ranks} ranks"
+                f"world size {world_size} is not a multiple of tensor x pipeline x context = {self.tensor} x"
+                f" {self.pipeline} x {self.context} = {self.model_ranks}: start a multiple of {self.model_ranks} ranks"
             )
         if shape.heads % self.tensor:
             found.append(f"parallel.tensor={self.tensor} does not divide the model's {shape.heads} attention heads")
@@ -153,8 +154,8 @@ class ParallelLayout:
         found += self._stage_problems(shape.layers)
         if self.interleaved and self.pipeline == 2 and not overlap_p2p:
             found.append(
-                "parallel.virtual_pipeline with parallel.pipeline=2 gives silently wrong gradients in Megatron-Core without overlapped "
-                "communication: set parallel.overlap_p2p=true"
+                "parallel.virtual_pipeline with parallel.pipeline=2 gives silently wrong gradients in Megatron-Core"
+                " without overlapped communication: set parallel.overlap_p2p=true"
             )
         if self.expert > 1 and not shape.experts:
             found.append(f"parallel.expert={self.expert}, but {shape.model_type} has no experts")
@@ -169,7 +170,8 @@ class ParallelLayout:
             found.append(f"world size {world_size} is not a multiple of expert x expert_tensor x pipeline")
         if shape.experts and self.tensor > 1 and not self.sequence_parallel:
             found.append(
-                "a model with experts and parallel.tensor above 1 needs parallel.sequence_parallel=true (Megatron-Core's rule)"
+                "a model with experts and parallel.tensor above 1 needs parallel.sequence_parallel=true"
+                " (Megatron-Core's rule)"
             )
         return found
 

@@ -111,8 +111,8 @@ def make_loss(
         )
     if fused and not can_fuse(objective):
         raise ValueError(
-            f"ratio_level={objective.ratio_level!r} cannot be fused into the head: the ratio of a response is known only after its last token; "
-            "make the loss with fused=False"
+            f"ratio_level={objective.ratio_level!r} cannot be fused into the head: the ratio of a response is known"
+            " only after its last token; make the loss with fused=False"
         )
     return MicroBatchLoss(batch, objective, num_microbatches * data_parallel_size, context_group, fused)
 

@@ -78,9 +78,10 @@ def explained(met: Meeting) -> Iterator[None]:
         uses, found = os.environ.get(network.GLOO, ""), network.interfaces()
         mine = {name: found[name] for name in uses.split(",") if name in found}
         raise MeetingError(
-            f"the run has not started: all {met.world} ranks have met, and could not connect to one another ({_first_line(error)}): rank {met.rank} on "
-            f"{socket.gethostname()} listens on {network.text(mine) or 'what its host name resolves to'}: can the others reach it there, at any port? "
-            f"{network.GLOO} names another interface"
+            f"the run has not started: all {met.world} ranks have met, and could not connect to one another"
+            f" ({_first_line(error)}): rank {met.rank} on {socket.gethostname()} listens on"
+            f" {network.text(mine) or 'what its host name resolves to'}: can the others reach it there, at any port?"
+            f" {network.GLOO} names another interface"
         ) from error
 
 
@@ -103,8 +104,8 @@ def meet(
         with suppress(TimeoutError):
             return over.result(0.2)
     raise MeetingError(
-        f"the run has not started: the store beside rank 0, at {guest.place}, has stopped answering rank {guest.rank} on {guest.host} "
-        f"({seconds:g} s are over): look at that host and the network between"
+        f"the run has not started: the store beside rank 0, at {guest.place}, has stopped answering rank {guest.rank}"
+        f" on {guest.host} ({seconds:g} s are over): look at that host and the network between"
     )
 
 
@@ -117,7 +118,8 @@ class _Guest:
     def __post_init__(self):
         if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
             raise MeetingError(
-                f"RANK is set and {', '.join(missing)} not: start ranks with `dcpo train --ranks`, torchrun or examples/slurm"
+                f"RANK is set and {', '.join(missing)} not: start ranks with `dcpo train --ranks`, torchrun or"
+                " examples/slurm"
             )
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
@@ -146,8 +148,8 @@ class _Guest:
                 failed = None if verdict["alone"] else self._knock(verdict["leaders"], interface)
         except (dist.DistError, ConnectionError) as error:
             raise MeetingError(
-                f"the run has not started: the store beside rank 0, at {self.place}, was there and is gone ({_first_line(error)}): "
-                "look at the output of rank 0, and at its host"
+                f"the run has not started: the store beside rank 0, at {self.place}, was there and is gone"
+                f" ({_first_line(error)}): look at the output of rank 0, and at its host"
             ) from error
         if failed:
             self._leave_together()
@@ -158,7 +160,8 @@ class _Guest:
     def _open(self) -> dist.Store:
         try:  # this rank's own way to it is the loopback, whatever MASTER_ADDR resolves to here
             return dist.TCPStore(
-                "127.0.0.1", self.port, is_master=True, wait_for_workers=False, multi_tenant=True, timeout=_span(_STORE_SECONDS)
+                "127.0.0.1", self.port, is_master=True, wait_for_workers=False, multi_tenant=True,
+                timeout=_span(_STORE_SECONDS)
             )  # fmt: skip
         except (dist.DistError, RuntimeError) as error:
             taken = "in use" in str(error)
@@ -182,7 +185,8 @@ class _Guest:
                     reason = self._reason(error) if host == self.master else reason
             if self.left() <= 0:
                 raise MeetingError(
-                    f"the run has not started: rank {self.rank} on {self.host} has not found rank 0 at {self.place} within {self.seconds:g} s: {reason}"
+                    f"the run has not started: rank {self.rank} on {self.host} has not found rank 0 at {self.place}"
+                    f" within {self.seconds:g} s: {reason}"
                 )
             word = f"rank {self.rank} on {self.host} waits for rank 0 at {self.place}: {reason}"
             self._say(lambda word=word: word)
@@ -201,22 +205,33 @@ class _Guest:
         if isinstance(error, (socket.gaierror, UnicodeError)):
             elastic = self.by_agent and "TORCHELASTIC_RUN_ID" in os.environ
             return f"MASTER_ADDR={self.master} does not resolve on {self.host}: " + (
-                "where torchrun chose it (c10d), it is that host's own name; give torchrun --local-addr ADDRESS on each host"
+                "where torchrun chose it (c10d), it is that host's own name; give torchrun --local-addr ADDRESS on each"
+                " host"
                 if elastic
                 else "give the address of rank 0's host, or let the name resolve"
             )
         if isinstance(error, ConnectionRefusedError):
             if network.is_here(self.master) and not self.by_agent:
-                return f"nobody listens, and {self.master} is {self.host} itself: has rank 0 started here, and is it to be here?"
-            return "its host is up and nobody listens: start rank 0 there, or look at its output; are MASTER_ADDR and MASTER_PORT right, the port open?"
+                return (
+                    f"nobody listens, and {self.master} is {self.host} itself: has rank 0 started here, and is it to be"
+                    " here?"
+                )
+            return (
+                "its host is up and nobody listens: start rank 0 there, or look at its output; are MASTER_ADDR and"
+                " MASTER_PORT right, the port open?"
+            )
         if isinstance(error, dist.DistError):
             return f"what listens there is no store of ranks ({_first_line(error)}): set MASTER_PORT to another"
-        return f"no way there ({error.strerror if isinstance(error, OSError) and error.strerror else error}): is its host up, MASTER_ADDR right, the port open?"
+        return (
+            f"no way there ({error.strerror if isinstance(error, OSError) and error.strerror else error}): is its host"
+            " up, MASTER_ADDR right, the port open?"
+        )
 
     def _card(self) -> dict:
         """What this rank tells the others of itself."""
         card = {
-            "host": self.host, "stack": network.stack(), "pid": os.getpid(), "local": self.local, "address": None, "interface": None,
+            "host": self.host, "stack": network.stack(), "pid": os.getpid(), "local": self.local, "address": None,
+            "interface": None,
             "wrong": wrong_names(self.variables),
             "away": self.rank == 0 and not self.by_agent and not network.is_here(self.master),
         }  # fmt: skip
@@ -238,8 +253,9 @@ class _Guest:
             self.store.set(key, mine)  # it has died, and been started again
             return self.store.add("came", 0)
         raise MeetingError(
-            f"the run has not started: rank {self.rank} is there twice at {self.place}, on {other['host']} (process {other['pid']}) and on {self.host}: "
-            "is NODE_RANK another on each host? Do two runs share MASTER_ADDR and MASTER_PORT?"
+            f"the run has not started: rank {self.rank} is there twice at {self.place}, on {other['host']} (process"
+            f" {other['pid']}) and on {self.host}: is NODE_RANK another on each host? Do two runs share MASTER_ADDR and"
+            " MASTER_PORT?"
         )
 
     def _wait(self, key: str, seconds: float | None = None):
@@ -251,8 +267,9 @@ class _Guest:
             if until is not None:
                 if time.monotonic() > until:
                     raise MeetingError(
-                        f"the run has not started: all {self.world} ranks have met at {self.place}, and after {seconds:g} s one of them has not said whether "
-                        "it reaches the others: look at the output of the first rank on each host"
+                        f"the run has not started: all {self.world} ranks have met at {self.place}, and after"
+                        f" {seconds:g} s one of them has not said whether it reaches the others: look at the output of"
+                        " the first rank on each host"
                     )
             elif self.left() <= 0:
                 # One of them looks for who is missing: it asks for every rank. The others only if it has gone.
@@ -272,7 +289,7 @@ class _Guest:
             address = network.interfaces().get(uses, [None])[0]
             with socket.create_server((address, 0), family=family(address)) if address else nullcontext() as door:
                 self.store.set(f"door-{self.rank}", json.dumps([address and door.getsockname()[:2], uses, self.host]))
-                (place, their, host) = self._wait(
+                place, their, host = self._wait(
                     f"door-{leaders[(leaders.index(self.rank) + 1) % len(leaders)]}", _OTHERS_SECONDS
                 )
                 reason = unreached(*place, _KNOCK_SECONDS) if place else ""
@@ -286,8 +303,9 @@ class _Guest:
             return None
         more = f" and {len(said) - NAMED_HOSTS} more" if len(said) > NAMED_HOSTS else ""
         return (
-            f"the run has not started: all {self.world} ranks have met at {self.place}, but {', '.join(said[:NAMED_HOSTS])}{more}: let hosts reach one another "
-            f"there, at any port, or name another interface in {network.GLOO} (where it is not set, the one that leads to MASTER_ADDR is taken)"
+            f"the run has not started: all {self.world} ranks have met at {self.place}, but"
+            f" {', '.join(said[:NAMED_HOSTS])}{more}: let hosts reach one another there, at any port, or name another"
+            f" interface in {network.GLOO} (where it is not set, the one that leads to MASTER_ADDR is taken)"
         )
 
     def _missing(self) -> list[int]:
@@ -302,8 +320,9 @@ class _Guest:
 
     def _story(self, missing: list[int], cards: dict[int, dict]) -> str:
         text = (
-            f"the run has not started: {self._who(missing)} did not come to {self.place} within {self.seconds:g} s of rank {self.rank}'s start "
-            f"(here: {present(cards)}): start them, or look at their output and hosts; more time: training.start_timeout_seconds"
+            f"the run has not started: {self._who(missing)} did not come to {self.place} within {self.seconds:g} s of"
+            f" rank {self.rank}'s start (here: {present(cards)}): start them, or look at their output and hosts; more"
+            " time: training.start_timeout_seconds"
         )
         if cards.get(0, {}).get("away"):
             text += f"; MASTER_ADDR={self.master} is no address of {cards[0]['host']}, where rank 0 is"

@@ -53,7 +53,8 @@ def select_platform(requested: str = "auto") -> Platform:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
-            f"LOCAL_RANK={local_rank}, but this host shows {torch.cuda.device_count()} GPUs: start at most one rank per GPU"
+            f"LOCAL_RANK={local_rank}, but this host shows {torch.cuda.device_count()} GPUs: start at most one rank"
+            " per GPU"
         )
     return Platform("cuda", "nccl", torch.device("cuda", local_rank))
 
@@ -125,8 +126,9 @@ def use_transformer_engine(wanted: str, dtype: str, platform: Platform) -> bool:
         )
     if wanted == "on" and dtype == "float32" and not platform.is_cpu:
         raise ValueError(
-            "model.transformer_engine=on with model.dtype=float32: its kernels multiply float32 in TF32 (10 bits) and have no float32 "
-            "attention with context parallelism: set model.dtype=bfloat16, or model.transformer_engine=auto for layers that keep float32"
+            "model.transformer_engine=on with model.dtype=float32: its kernels multiply float32 in TF32 (10 bits) and"
+            " have no float32 attention with context parallelism: set model.dtype=bfloat16, or"
+            " model.transformer_engine=auto for layers that keep float32"
         )
     return found
 

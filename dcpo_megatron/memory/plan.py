@@ -182,15 +182,19 @@ def memory_text(run: CheckedRun, groups: list[RankMemory]) -> str:
     passes = ", ".join(str(group.passes) for group in groups)
     unit = "passes of a chunk" if run.layout.interleaved else "micro-batches"
     said = [
-        f"memory of {where} in GB (10^9 bytes), planned by formula, not measured: {layers}, {run.config.model.dtype}, "
-        f"recompute {compute.recompute}, {'fused' if compute.fused_head else 'recomputing'} head,",
+        (
+            f"memory of {where} in GB (10^9 bytes), planned by formula, not measured: {layers},"
+            f" {run.config.model.dtype}, recompute {compute.recompute},"
+            f" {'fused' if compute.fused_head else 'recomputing'} head,"
+        ),
         f"micro-batches of {run.config.training.micro_batch_tokens} tokens, {unit} kept by each line: {passes}",
         *table,
         "total: of head and one layer the larger counts, and of training and sampling",
     ]
     if compute.busiest_experts > 1:
         said.append(
-            f"assumed: the busiest expert-parallel rank gets {compute.busiest_experts:g} times the mean of the routed tokens"
+            f"assumed: the busiest expert-parallel rank gets {compute.busiest_experts:g} times the mean of the routed"
+            " tokens"
         )
     return "\n".join(said)
 
@@ -205,8 +209,8 @@ def memory_problems(run: CheckedRun, gpu_bytes: int) -> list[str]:
             continue
         largest = max((part for part in group.parts if part != "reserve"), key=lambda part: group.parts[part])
         sentence = (
-            f"{group.name}: {_gb(group.total)} GB are needed, a GPU has {_gb(gpu_bytes)}; the largest part is {largest} "
-            f"({_gb(group.parts[largest])} GB)"
+            f"{group.name}: {_gb(group.total)} GB are needed, a GPU has {_gb(gpu_bytes)}; the largest part is {largest}"
+            f" ({_gb(group.parts[largest])} GB)"
         )
         helps = [f"{said} ({_gb(total)} GB)" for said, total in _helps(run, gpu_bytes, group.total)]
         found.append(f"{sentence}. Would help: {', '.join(helps) or 'more ranks of tensor or pipeline parallelism'}")

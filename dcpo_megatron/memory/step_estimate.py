@@ -92,9 +92,11 @@ def estimate_step(run: CheckedRun, server_gpus: int | None = None, card: Hardwar
         "old log-probs": tokens * forward / flops * bubble * (2 if run.objective.kl_coef else 1),
         "forward and backward": passes * tokens * forward / flops * bubble,
         "optimizer": updates * _update_seconds(run, card),
-        "publish": 2 * BYTES[config.model.dtype] * everything / card.network + 2.0
-        if config.rollout.engine == "sglang"
-        else 0.0,
+        "publish": (
+            2 * BYTES[config.model.dtype] * everything / card.network + 2.0
+            if config.rollout.engine == "sglang"
+            else 0.0
+        ),
     }
     return StepEstimate(seconds, rate, gpus, together, config.rollout.max_staleness > 0)
 
@@ -164,12 +166,17 @@ def estimate_text(run: CheckedRun, found: StepEstimate, card: Hardware | None = 
     beside = " (rollout beside training)" if found.overlapped else ""
     return "\n".join(
         (
-            f"time of a step, an estimate for {card.name}, not measured: {parts}; together {_seconds(found.total)}{beside}",
-            f"assumed: {card.peak / 1e12:.0f} TFLOP/s at {mfu:.0%}; {card.bandwidth / 1e12:.2f} TB/s at {card.bandwidth_share:.0%}; "
-            f"{card.network / 1e9:.0f} GB/s a GPU between nodes, {card.nvlink / 1e9:.0f} within; prompts of {prompt} and responses of {response} "
-            "tokens on average;",
-            f"rollout on {found.rollout_gpus} GPUs, {found.rate:,.0f} tokens/s each, {found.together} responses together"
-            + ("" if run.config.rollout.engine == "embedded" else " on a server"),
+            (
+                f"time of a step, an estimate for {card.name}, not measured: {parts}; together"
+                f" {_seconds(found.total)}{beside}"
+            ),
+            (
+                f"assumed: {card.peak / 1e12:.0f} TFLOP/s at {mfu:.0%}; {card.bandwidth / 1e12:.2f} TB/s at"
+                f" {card.bandwidth_share:.0%}; {card.network / 1e9:.0f} GB/s a GPU between nodes,"
+                f" {card.nvlink / 1e9:.0f} within; prompts of {prompt} and responses of {response} tokens on average;"
+            ),
+            f"rollout on {found.rollout_gpus} GPUs, {found.rate:,.0f} tokens/s each, {found.together} responses"
+            " together" + ("" if run.config.rollout.engine == "embedded" else " on a server"),
         )
     )
 

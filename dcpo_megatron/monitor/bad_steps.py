@@ -53,9 +53,11 @@ class BadSteps:
             except OSError as error:
                 where = f"the step's responses could not be written to {file} ({error.strerror})"
         raise BadStepsError(
-            f"step {step}: {len(bad)} of {len(updates)} updates (first: update {bad[0] + 1}) had a gradient or loss that is not finite, and so it was in "
-            f"{self.in_a_row} steps in a row (training.max_bad_steps={self._limit}): the run is stopped. {where}: look at its rewards and advantages, then at "
-            f"gradient_norm, ratio and mismatch_abs_max of the steps before in metrics.jsonl, optimizer.lr and model.dtype"
+            f"step {step}: {len(bad)} of {len(updates)} updates (first: update {bad[0] + 1}) had a gradient or loss"
+            f" that is not finite, and so it was in {self.in_a_row} steps in a row"
+            f" (training.max_bad_steps={self._limit}): the run is stopped. {where}: look at its rewards and advantages,"
+            " then at gradient_norm, ratio and mismatch_abs_max of the steps before in metrics.jsonl, optimizer.lr and"
+            " model.dtype"
         )
 
 

@@ -108,7 +108,10 @@ def describe_standstill(beats: dict[int, Heartbeat], world: int, deadline: float
         "stopped": "; its process is stopped",
         "silent": "; it gives no sign of life",
     }
-    text = f"{worst} has stood in phase {worst.phase} of step {worst.step} for {now - worst.moved:.0f} s (deadline {deadline:g} s)"
+    text = (
+        f"{worst} has stood in phase {worst.phase} of step {worst.step} for {now - worst.moved:.0f} s (deadline"
+        f" {deadline:g} s)"
+    )
     text += state.get(worst.state(now), "")
     places: dict[tuple[str, int], list[int]] = {}
     for rank, beat in sorted(beats.items()):

@@ -79,10 +79,12 @@ def check_mismatch(
     if mean <= limit:
         return
     raise MismatchError(
-        f"step {step}: training and rollout log-probs differ by {mean:.3g} nats on average over {count:.0f} tokens {which} "
-        f"(rollout.max_mismatch={limit:g}): the rollout engine does not sample from the model that is trained. Nothing was trained on this batch. Look at: the servers' "
-        "model folder and dtype beside model.path and model.dtype; SGLANG_RETURN_ORIGINAL_LOGPROB, which must not be set for them; mismatch_abs of the steps before in metrics.jsonl. A gap that is understood can be corrected "
-        "(objective.correction=tis, mis or icepop) and allowed (rollout.max_mismatch)"
+        f"step {step}: training and rollout log-probs differ by {mean:.3g} nats on average over {count:.0f} tokens"
+        f" {which} (rollout.max_mismatch={limit:g}): the rollout engine does not sample from the model that is trained."
+        " Nothing was trained on this batch. Look at: the servers' model folder and dtype beside model.path and"
+        " model.dtype; SGLANG_RETURN_ORIGINAL_LOGPROB, which must not be set for them; mismatch_abs of the steps"
+        " before in metrics.jsonl. A gap that is understood can be corrected (objective.correction=tis, mis or icepop)"
+        " and allowed (rollout.max_mismatch)"
     )
 
 

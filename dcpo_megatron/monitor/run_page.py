@@ -87,7 +87,10 @@ def make_page(folder: Path) -> str:
         "<h2>Responses, token by token</h2>", _responses(responses) if responses else _NONE,
         "<h2>Prompts over their visits</h2>", _prompts(visits) if visits else _NONE,
     ]  # fmt: skip
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title><style>{_STYLE}</style>'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width,'
+        f' initial-scale=1"><title>{escape(title)}</title><style>{_STYLE}</style>'
+    )
     return (
         f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n'
         + "\n".join(parts)
@@ -104,7 +107,11 @@ def _what(folder: Path) -> str:
         objective = config["objective"]
         preset = objective.get("preset", "dcpo-paper")
         changed = ", ".join(f"{key} {value}" for key, value in objective.items() if key != "preset")
-        return f"{preset}{f' ({changed})' if changed else ''}; model {config['model']['path']}; {config['rollout']['prompts_per_step']} prompts x {config['rollout']['group_size']} responses a step; seed {config['training']['seed']}"
+        return (
+            f"{preset}{f' ({changed})' if changed else ''}; model {config['model']['path']};"
+            f" {config['rollout']['prompts_per_step']} prompts x {config['rollout']['group_size']} responses a step;"
+            f" seed {config['training']['seed']}"
+        )
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return "no config.yaml beside its metrics"
 
@@ -148,15 +155,24 @@ def _image(figure, name: str, kind: str = "") -> str:
 
 def _responses(responses: list[dict]) -> str:
     parts = [
-        f'<p class="key"><span style="{_colour(math.exp(-_FULL_COLOUR))}">ratio {math.exp(-_FULL_COLOUR):.2f} or less</span> <span>1</span> '
-        f'<span style="{_colour(math.exp(_FULL_COLOUR))}">{math.exp(_FULL_COLOUR):.2f} or more</span> <span class="clip">clipped</span></p>',
-        '<p class="soft">Ratios of the current to the old probability, as the last update of the step saw them; where a step has one update, all are 1. '
-        "Left edge: green where the advantage is above 0, red where it is below. Tap a token for its numbers.</p>",
+        (
+            f'<p class="key"><span style="{_colour(math.exp(-_FULL_COLOUR))}">ratio {math.exp(-_FULL_COLOUR):.2f} or'
+            f' less</span> <span>1</span> <span style="{_colour(math.exp(_FULL_COLOUR))}">{math.exp(_FULL_COLOUR):.2f}'
+            ' or more</span> <span class="clip">clipped</span></p>'
+        ),
+        (
+            '<p class="soft">Ratios of the current to the old probability, as the last update of the step saw them;'
+            " where a step has one update, all are 1. Left edge: green where the advantage is above 0, red where it is"
+            " below. Tap a token for its numbers.</p>"
+        ),
     ]
     steps = sorted({row["step"] for row in responses}, reverse=True)
     for step in steps:
         mine = [row for row in responses if row["step"] == step]
-        parts.append(f"<details{' open' if step == steps[0] else ''}><summary>Step {step}: {len(mine)} responses, update {mine[0]['minibatch']} of {mine[0]['minibatch']}</summary>")  # fmt: skip
+        parts.append(
+            f"<details{' open' if step == steps[0] else ''}><summary>Step {step}: {len(mine)} responses, update"
+            f" {mine[0]['minibatch']} of {mine[0]['minibatch']}</summary>"
+        )
         parts += [_response(row) for row in mine]
         parts.append("</details>")
     return "\n".join(parts)
@@ -166,7 +182,10 @@ def _response(row: dict) -> str:
     advantage, tokens = row["advantage"], row["tokens"]
     clipped = sum(bool(token[5]) for token in tokens)
     side = "up" if advantage > 0 else "down" if advantage < 0 else ""
-    head = f"<b>{escape(row['prompt_id'])}</b>: {'right' if row['correct'] else 'wrong'}, reward {row['reward']:g}, advantage {advantage:+.3f}, {row['length']} tokens, {clipped} clipped"
+    head = (
+        f"<b>{escape(row['prompt_id'])}</b>: {'right' if row['correct'] else 'wrong'}, reward {row['reward']:g},"
+        f" advantage {advantage:+.3f}, {row['length']} tokens, {clipped} clipped"
+    )
     if row["length"] > TOKENS:
         head += f" (the first {TOKENS} are shown)"
     return (
@@ -179,7 +198,10 @@ def _token(token: list) -> str:
     if ratio is None or old_logprob is None:
         return f"<span>{escape(text)}</span>"
     bounds = f"{'-' if lower is None else f'{lower:.3f}'} to {'none' if upper is None else f'{upper:.3f}'}"
-    told = f"old probability {math.exp(old_logprob):.4g}, ratio {ratio:.4f}, bounds {bounds}, {f'clipped ({clipped})' if clipped else 'not clipped'}"
+    told = (
+        f"old probability {math.exp(old_logprob):.4g}, ratio {ratio:.4f}, bounds {bounds},"
+        f" {f'clipped ({clipped})' if clipped else 'not clipped'}"
+    )
     kind = ' class="clip"' if clipped else ""
     return f'<span{kind} style="{_colour(ratio)}" title="{told}">{escape(text) or "·"}</span>'
 
@@ -191,12 +213,16 @@ def _colour(ratio: float) -> str:
 
 def _prompts(visits: list[dict]) -> str:
     parts = [
-        '<p class="soft">Dots: the rewards of a visit (larger: more responses). Line and band: mean and standard deviation of all rewards so far, as SAS knows them. '
-        "The table has the advantages that the best and the worst reward of each visit gave.</p>"
+        '<p class="soft">Dots: the rewards of a visit (larger: more responses). Line and band: mean and standard'
+        " deviation of all rewards so far, as SAS knows them. The table has the advantages that the best and the worst"
+        " reward of each visit gave.</p>"
     ]
     for number, prompt_id in enumerate(dict.fromkeys(row["prompt_id"] for row in visits)):
         mine = [row for row in visits if row["prompt_id"] == prompt_id]
-        parts.append(f"<details{'' if number else ' open'}><summary>{escape(prompt_id)}: {len(mine)} visits</summary>{_image(_history(mine), f'rewards of {prompt_id}', 'one')}{_table(mine)}</details>")  # fmt: skip
+        parts.append(
+            f"<details{'' if number else ' open'}><summary>{escape(prompt_id)}: {len(mine)}"
+            f" visits</summary>{_image(_history(mine), f'rewards of {prompt_id}', 'one')}{_table(mine)}</details>"
+        )
     return "\n".join(parts)
 
 
@@ -232,7 +258,8 @@ def _table(visits: list[dict]) -> str:
         order = sorted(range(len(rewards)), key=rewards.__getitem__)
         cells = (
             row["visits"], row["step"], show(sum(rewards) / len(rewards)), show(row["mean"]), show(row["std"]),
-            show(advantages[order[-1]], "+.3f"), show(advantages[order[0]], "+.3f"), f"{sum(a != 0 for a in advantages)} of {len(advantages)}",
+            show(advantages[order[-1]], "+.3f"), show(advantages[order[0]], "+.3f"),
+            f"{sum(a != 0 for a in advantages)} of {len(advantages)}",
         )  # fmt: skip
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'

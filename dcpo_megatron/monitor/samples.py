@@ -82,7 +82,8 @@ class SampleLog:
             self._keep({
                 "kind": "visit", "step": step, "prompt_id": prompt_id,
                 "rewards": [r.reward for r in group], "advantages": [_short(r.advantage) for r in group],
-                "visits": known.get("visits", self._watched[prompt_id]), "mean": known.get("mean"), "std": known.get("std"),
+                "visits": known.get("visits", self._watched[prompt_id]), "mean": known.get("mean"),
+                "std": known.get("std"),
             })  # fmt: skip
         if found:
             self._write()
@@ -115,7 +116,8 @@ class SampleLog:
         for sequence, now, before in zip(chosen, new.split(counts), old.split(counts), strict=True):
             response = responses[sequence.number]
             self._keep({
-                "kind": "response", "step": step, "prompt_id": response.prompt_id, "correct": response.correct, "reward": response.reward,
+                "kind": "response", "step": step, "prompt_id": response.prompt_id, "correct": response.correct,
+                "reward": response.reward,
                 "advantage": _short(response.advantage), "length": len(now), "minibatch": len(minibatches),
                 "tokens": _tokens(now, before, response, objective, text_of),
             })  # fmt: skip
@@ -166,9 +168,17 @@ def _tokens(
     for name in ("upper", "lower", "cap"):
         for place in getattr(terms, f"clipped_{name}").nonzero().flatten().tolist():
             names[place] = name
-    columns = (old.tolist(), terms.ratio.tolist(), terms.lower.expand_as(new).tolist(), terms.upper.expand_as(new).tolist())  # fmt: skip
+    columns = (
+        old.tolist(),
+        terms.ratio.tolist(),
+        terms.lower.expand_as(new).tolist(),
+        terms.upper.expand_as(new).tolist(),
+    )
     rows = zip(response.token_ids, *columns, names, strict=True)
-    return [[text_of(token), *(_short(value) for value in values), clipped] for token, *values, clipped in list(rows)[:TOKENS]]  # fmt: skip
+    return [
+        [text_of(token), *(_short(value) for value in values), clipped]
+        for token, *values, clipped in list(rows)[:TOKENS]
+    ]
 
 
 def _short(value: float) -> float | None:

@@ -60,7 +60,8 @@ class Sinks:
             except OSError as error:
                 # Metrics have other ways out: no reason to lose the run.
                 self.announce(
-                    f"logging.prometheus_port={port} cannot be had ({error.strerror}): training goes on without the endpoint"
+                    f"logging.prometheus_port={port} cannot be had ({error.strerror}): training goes on without the"
+                    " endpoint"
                 )
             else:
                 self._endpoint.update({"step": self._from, "steps_wanted": total_steps})
@@ -117,8 +118,8 @@ class Sinks:
         if self._wandb is not None:
             self._wandb.log({f"eval/{name}": value for name, value in result.items()}, step=step)
         self.say(
-            f"[bold]evaluation after step {step}[/bold]: accuracy {result['accuracy']:.3f}, greedy {result['greedy']:.3f}, "
-            f"mean length {result['response_length']:.1f}"
+            f"[bold]evaluation after step {step}[/bold]: accuracy {result['accuracy']:.3f}, greedy"
+            f" {result['greedy']:.3f}, mean length {result['response_length']:.1f}"
         )
 
     def _row(self, row: dict) -> None:
@@ -132,9 +133,11 @@ class Sinks:
         left = (time.perf_counter() - self._started) / (step - self._from) * (self._total - step)
         bar = "━" * round(10 * done) + "╌" * (10 - round(10 * done))
         return (
-            f"[cyan]{bar}[/cyan] step [bold]{step:>4}/{self._total}[/bold]  reward {show('reward', '+.3f')}  acc {show('accuracy', '.3f')}  "
-            f"RUR {show('response_utilization_ratio', '.2f')}  TCR {show('token_clipping_ratio', '.4f')}  ent {show('entropy', '.3f')}  "
-            f"len {show('response_length', '.1f')}  |g| {show('gradient_norm', '.3f')}  {show('seconds', '.1f')} s  left {left:.0f} s"
+            f"[cyan]{bar}[/cyan] step [bold]{step:>4}/{self._total}[/bold]  reward {show('reward', '+.3f')}  acc"
+            f" {show('accuracy', '.3f')}  RUR {show('response_utilization_ratio', '.2f')}  TCR"
+            f" {show('token_clipping_ratio', '.4f')}  ent {show('entropy', '.3f')}  len"
+            f" {show('response_length', '.1f')}  |g| {show('gradient_norm', '.3f')}  {show('seconds', '.1f')} s  left"
+            f" {left:.0f} s"
         )
 
     def close(self) -> None:

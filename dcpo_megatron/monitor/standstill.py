@@ -106,7 +106,7 @@ def standing(seen: Seen, world: int, deadline: float) -> str:
         return (
             f"{own} has stood in phase {own.phase} of step {own.step} since {_clock(own.moved)} (deadline "
             f"{deadline:g} s), as all ranks have, and all that were asked "
-            f"answer: a connection between two of them is stuck (a link that was down for a while, a closed port, a "
+            "answer: a connection between two of them is stuck (a link that was down for a while, a closed port, a "
             f"firewall), or one is busy (its stacks are in the run's folder): {RESUME}"
         )
     return f"{describe_standstill(seen.beats, world, deadline, seen.now)}: {RESUME}"
@@ -123,19 +123,25 @@ def broken(seen: Seen, timed_out: bool) -> str:
         order = ["gone", "stopped", "silent"]
         worst = min(dead, key=lambda beat: (order.index(beat.state(seen.now)), beat.written))
         what = {"gone": "is gone: its process has ended", "stopped": "is stopped", "silent": "gives no sign of life"}
-        return f"{worst} {what[worst.state(seen.now)]}; it was last seen in phase {worst.phase} of step {worst.step}: {RESUME}"
+        return (
+            f"{worst} {what[worst.state(seen.now)]}; it was last seen in phase {worst.phase} of step {worst.step}:"
+            f" {RESUME}"
+        )
     if others and timed_out:
         worst = min(seen.beats.values(), key=lambda beat: (beat.sequence, beat.since))
         behind = worst.sequence < max(beat.sequence for beat in seen.beats.values())
         if worst.rank != seen.rank and (behind or not seen.reached):
-            return f"{worst} is behind: it has stood in phase {worst.phase} of step {worst.step} for {seen.now - worst.since:.0f} s: {RESUME}"
+            return (
+                f"{worst} is behind: it has stood in phase {worst.phase} of step {worst.step} for"
+                f" {seen.now - worst.since:.0f} s: {RESUME}"
+            )
     if not seen.reached:
         return ""
     what = "waited too long for another rank" if timed_out else "lost its connection to another rank"
     folder = f"; the run's folder cannot be read on this host ({seen.folder})" if seen.folder is not None else ""
     return (
         f"{seen.peers[seen.rank]} {what}, and all ranks answer over the network{folder}{_waited(seen, None)}: "
-        f"look at what they say themselves, and for a link that was down for a while, closed ports and firewalls on "
+        "look at what they say themselves, and for a link that was down for a while, closed ports and firewalls on "
         f"the way; {RESUME}"
     )
 
@@ -161,7 +167,10 @@ def _waited(seen: Seen, deadline: float | None) -> str:
     if own is None:
         return ""
     limit = f", deadline {deadline:g} s" if deadline is not None else ""
-    return f"; {own} has waited in phase {own.phase} of step {own.step} since {_clock(own.moved)} ({seen.now - own.moved:.0f} s{limit})"
+    return (
+        f"; {own} has waited in phase {own.phase} of step {own.step} since {_clock(own.moved)}"
+        f" ({seen.now - own.moved:.0f} s{limit})"
+    )
 
 
 def _clock(moment: float) -> str:

@@ -222,7 +222,10 @@ class Watchdog:
             try:
                 sentence = standing(see(self.health, self._rank, self.peers, own), self._world, deadline)
             except Exception as error:  # whatever it is, this rank ends with a word
-                sentence = f"{own} has stood in phase {own.phase} of step {own.step} (deadline {deadline:g} s; {error!r}): {RESUME}"
+                sentence = (
+                    f"{own} has stood in phase {own.phase} of step {own.step} (deadline {deadline:g} s; {error!r}):"
+                    f" {RESUME}"
+                )
             within(_WRITES_FOR, self._leave_stacks)
             heard = within(_WRITES_FOR, lambda: self._leave_verdict(sentence), False)
             text = f"error: {sentence}"

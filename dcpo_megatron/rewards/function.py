@@ -32,7 +32,8 @@ def load_reward_function(dotted_path: str) -> RewardFunction:
         place, _, attribute = dotted_path.rpartition(".")
     if not place or not attribute:
         raise RewardError(
-            f"reward function {dotted_path!r} names no module: write package.module:function or path/to/file.py:function"
+            f"reward function {dotted_path!r} names no module: write package.module:function or"
+            " path/to/file.py:function"
         )
     module = _load_file(place) if place.endswith(".py") else _load_module(place)
     function = module
@@ -61,7 +62,8 @@ def _load_module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
             raise RewardError(
-                f"there is no module {name!r} to load a reward function from (searched sys.path, without {error.name!r})"
+                f"there is no module {name!r} to load a reward function from (searched sys.path, without"
+                f" {error.name!r})"
             ) from error
         raise RewardError(f"module {name!r} cannot be imported: {error}") from error
     except Exception as error:

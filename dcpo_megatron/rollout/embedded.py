@@ -76,7 +76,8 @@ class EmbeddedEngine:
             problem = f"weight {min(waiting)!r} did not come ({len(waiting)} missing)"
         if problem:
             raise RolloutError(
-                f"{problem}: the rollout engine keeps no half-updated weights and will not sample until a complete update"
+                f"{problem}: the rollout engine keeps no half-updated weights and will not sample until a complete"
+                " update"
             )
         self.version = version
         self._usable = True
@@ -92,8 +93,8 @@ class EmbeddedEngine:
         for name, place in places.items():
             if place.untyped_storage().data_ptr() not in storages:
                 raise RolloutError(
-                    f"transformers gives {name!r} as a copy, not as a part of its model's weights: new weights would not reach "
-                    f"the rollout model of type {self.model.config.model_type}"
+                    f"transformers gives {name!r} as a copy, not as a part of its model's weights: new weights would"
+                    f" not reach the rollout model of type {self.model.config.model_type}"
                 )
         return places
 

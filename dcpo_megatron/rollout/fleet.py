@@ -105,7 +105,8 @@ class Fleet:
         """Takes over another rank's view. Raises ValueError where it speaks of other servers."""
         if set(state["held"]) != {server.url for server in self.servers}:
             raise ValueError(
-                f"the ranks do not list the same servers: {sorted(state['held'])} and {sorted(server.url for server in self.servers)}"
+                f"the ranks do not list the same servers: {sorted(state['held'])} and"
+                f" {sorted(server.url for server in self.servers)}"
             )
         with self._lock:
             self._version = state["version"]

@@ -187,8 +187,8 @@ def check_url(url: str) -> None:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
         raise ValueError(
-            f"server address {url!r} cannot be read ({error}): it has the form http://host:port, with an IPv6 address in "
-            "brackets, such as http://[::1]:30000"
+            f"server address {url!r} cannot be read ({error}): it has the form http://host:port, with an IPv6 address"
+            " in brackets, such as http://[::1]:30000"
         ) from None
     if parsed.scheme not in ("http", "https") or not parsed.host or not 0 < (parsed.port or 80) < 2**16:
         raise ValueError(f"server address {url!r} is not of the form http://host:port")
@@ -200,8 +200,8 @@ def advice(status: int) -> str:
         return "; the key is not the server's: give its own in servers.api_key_file, or in DCPO_SGLANG_API_KEY"
     if status in (407, 502, 504):
         return (
-            "; something between (a proxy, a gateway) answers in the server's place: give the server's own address, and "
-            "see that it runs"
+            "; something between (a proxy, a gateway) answers in the server's place: give the server's own address, and"
+            " see that it runs"
         )
     if status == 503:
         return "; it, or something before it, is not ready"

@@ -95,7 +95,10 @@ def body(
         # SGLang draws by seed and position in the text: a response that goes on later goes on with the same draws.
         "sampling_params": [
             common
-            | {"max_new_tokens": sampling.max_new_tokens - len(known), "sampling_seed": requests[place].seed % 2**63}
+            | {
+                "max_new_tokens": sampling.max_new_tokens - len(known),
+                "sampling_seed": requests[place].seed % 2**63,
+            }
             for place, known in zip(batch.places, tokens, strict=True)
         ],
     }

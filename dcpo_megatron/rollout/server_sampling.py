@@ -237,8 +237,8 @@ class Sampling:
         tokens = len(generation.token_ids)
         if generation.finish_reason == "length" and tokens < self.sampling.max_new_tokens:
             raise RolloutError(
-                f"server {server.url} ended a response after {tokens} of max_new_tokens={self.sampling.max_new_tokens}: start it with a larger "
-                "--max-total-tokens or --context-length"
+                f"server {server.url} ended a response after {tokens} of max_new_tokens={self.sampling.max_new_tokens}:"
+                " start it with a larger --max-total-tokens or --context-length"
             )
         self.deliver(place, generation)
         del waiting[index]
@@ -283,7 +283,10 @@ class Sampling:
     def _bounded(self, rest: Batch) -> None:
         if rest.attempts < self.attempts:
             return
-        message = f"{len(rest.places)} responses to one prompt were asked for {rest.attempts} times in vain, last at {self._reasons[rest.places[0]]}"
+        message = (
+            f"{len(rest.places)} responses to one prompt were asked for {rest.attempts} times in vain, last at"
+            f" {self._reasons[rest.places[0]]}"
+        )
         if self.router is not None:
             raise NoServersLeft(f"{message}: look at the router's workers", {})
         raise GaveUp(f"{message}: look at the servers' logs; the prompt may be what they fail at", {})
@@ -291,4 +294,7 @@ class Sampling:
     def _nobody(self, waiting: Sequence[Batch]) -> str:
         reasons = "; ".join(f"{url}: {reason}" for url, reason in self.fleet.evicted().items())
         count = sum(len(batch.places) for batch in waiting)
-        return f"no server is left for {count} responses ({reasons or 'none holds the current weights'}): restart the servers; each is used again when it has taken new weights"
+        return (
+            f"no server is left for {count} responses ({reasons or 'none holds the current weights'}): restart the"
+            " servers; each is used again when it has taken new weights"
+        )

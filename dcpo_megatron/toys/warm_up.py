@@ -104,7 +104,8 @@ def warm_up(
                 model.eval()
                 return step, accuracy
     raise RuntimeError(
-        f"the warm-up reached {accuracy:.2f} of {target_accuracy:.2f} in {max_steps} steps: use a larger model or an easier task"
+        f"the warm-up reached {accuracy:.2f} of {target_accuracy:.2f} in {max_steps} steps: use a larger model or an"
+        " easier task"
     )
 
 

@@ -73,8 +73,8 @@ def build_trainer(
     sampler = PromptSampler(len(prompts), config.training.seed)
     if config.rollout.prompts_per_step > len(prompts):
         raise ConfigError(
-            f"rollout.prompts_per_step={config.rollout.prompts_per_step}, but data.files hold {len(prompts)} usable prompts: "
-            "lower it or bring more prompts"
+            f"rollout.prompts_per_step={config.rollout.prompts_per_step}, but data.files hold {len(prompts)} usable"
+            " prompts: lower it or bring more prompts"
         )
 
     fingerprint = data_fingerprint(prompts)
@@ -102,7 +102,8 @@ def build_trainer(
     found = find_checkpoint(folder)
     if found.state is not None and found.state.data != fingerprint:
         raise ConfigError(
-            f"output={folder} holds a run on other prompts than data.files now gives: bring the run's own data, or give another output"
+            f"output={folder} holds a run on other prompts than data.files now gives: bring the run's own data, or give"
+            " another output"
         )
     options = ModelOptions(
         dtype=config.model.dtype,
@@ -203,7 +204,8 @@ def build_trainer(
     )
     trainer = Trainer(
         run_, folder, tokenizer, prompts, held_out, sampler, policy, reference, gatherer, engine, phase, packing, sinks,
-        GpuMonitor(run_.platform), saver, watchdog, timeline, BadSteps(folder, config.training.max_bad_steps, is_writer),
+        GpuMonitor(run_.platform), saver, watchdog, timeline,
+        BadSteps(folder, config.training.max_bad_steps, is_writer),
         SampleLog(
             folder, config.logging.samples, policy.position, [prompt.id for prompt in prompts.prompts], sinks.announce,
             None if found.state is None else step,

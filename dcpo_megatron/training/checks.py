@@ -112,7 +112,8 @@ def _package_problems(config: Config, platform: Platform) -> list[str]:
     found = []
     if find_apex() == "impostor":
         found.append(
-            "the installed package `apex` is not NVIDIA Apex (it has no amp_C), and Megatron-Core would import it: run `pip uninstall apex`"
+            "the installed package `apex` is not NVIDIA Apex (it has no amp_C), and Megatron-Core would import it: run"
+            " `pip uninstall apex`"
         )
     if config.model.transformer_engine == "on":
         try:
@@ -154,12 +155,13 @@ def _batch_problems(config: Config, objective: Objective, layout: ParallelLayout
     responses = training.minibatch_prompts * rollout.group_size
     if responses % ranks:
         found.append(
-            f"global batch not divisible: a minibatch of {training.minibatch_prompts} prompts x {rollout.group_size} responses = {responses} "
-            f"cannot be dealt evenly to {ranks} data-parallel ranks"
+            f"global batch not divisible: a minibatch of {training.minibatch_prompts} prompts x {rollout.group_size}"
+            f" responses = {responses} cannot be dealt evenly to {ranks} data-parallel ranks"
         )
     if rollout.group_size == 1 and objective.advantage != "sas":
         found.append(
-            f"rollout.group_size=1 gives every response the advantage 0 with objective.advantage={objective.advantage}: use at least 2"
+            f"rollout.group_size=1 gives every response the advantage 0 with objective.advantage={objective.advantage}:"
+            " use at least 2"
         )
     return found
 
@@ -169,7 +171,8 @@ def _length_problems(config: Config, shape: ModelShape, layout: ParallelLayout) 
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if longest > shape.max_positions:
         found.append(
-            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} is beyond the model's {shape.max_positions} positions"
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} is beyond the model's"
+            f" {shape.max_positions} positions"
         )
     unit = alignment(layout.tensor, layout.context, layout.sequence_parallel)
     padded = -(-longest // unit) * unit
@@ -186,7 +189,10 @@ def _text_problems(config: Config) -> list[str]:
     found = []
     for name, section in config.model_dump().items():
         for key, value in section.items() if isinstance(section, dict) else [("", section)]:
-            if any(isinstance(text, str) and not is_unicode(text) for text in (value if isinstance(value, list) else [value])):  # fmt: skip
+            if any(
+                isinstance(text, str) and not is_unicode(text)
+                for text in (value if isinstance(value, list) else [value])
+            ):
                 found.append(f"{f'{name}.{key}'.rstrip('.')}={value!r} is not valid Unicode: rename it")
     return found
 
@@ -196,20 +202,21 @@ def _server_problems(config: Config) -> list[str]:
     if config.rollout.engine != "sglang":
         if config.rollout.max_staleness:
             found.append(
-                "rollout.max_staleness=1 samples beside training, which the embedded engine cannot: set rollout.engine=sglang, or rollout.max_staleness=0"
+                "rollout.max_staleness=1 samples beside training, which the embedded engine cannot: set"
+                " rollout.engine=sglang, or rollout.max_staleness=0"
             )
         if publish.colocated:
             found.append(
-                "publish.colocated=true frees the memory of servers on the ranks' GPUs, and rollout.engine=embedded has no servers: "
-                "set rollout.engine=sglang publish.mode=ipc, or publish.colocated=false"
+                "publish.colocated=true frees the memory of servers on the ranks' GPUs, and rollout.engine=embedded has"
+                " no servers: set rollout.engine=sglang publish.mode=ipc, or publish.colocated=false"
             )
         if servers.urls or servers.file:
             found.append("servers are given, but rollout.engine=embedded does not use them: set rollout.engine=sglang")
         return found
     if bool(servers.urls) == bool(servers.file):
         found.append(
-            "rollout.engine=sglang needs the servers' addresses: give servers.urls=[http://HOST:PORT,...], or servers.file, which `dcpo serve` writes"
-            + (" (one of them, not both)" if servers.urls else "")
+            "rollout.engine=sglang needs the servers' addresses: give servers.urls=[http://HOST:PORT,...], or"
+            " servers.file, which `dcpo serve` writes" + (" (one of them, not both)" if servers.urls else "")
         )
     for key, urls in (("servers.urls", servers.urls), ("servers.router", filter(None, [servers.router]))):
         for url in urls:
@@ -219,7 +226,8 @@ def _server_problems(config: Config) -> list[str]:
                 found.append(f"{key}: {error}")
     if servers.urls and len(servers.urls) < servers.min_healthy:
         found.append(
-            f"servers.min_healthy={servers.min_healthy}, but servers.urls lists {len(servers.urls)}: lower it or list more"
+            f"servers.min_healthy={servers.min_healthy}, but servers.urls lists {len(servers.urls)}: lower it or list"
+            " more"
         )
     if servers.api_key_file and not Path(servers.api_key_file).is_file():
         found.append(f"servers.api_key_file={servers.api_key_file} does not exist")

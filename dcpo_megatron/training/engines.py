@@ -91,7 +91,7 @@ def _server_engine(run_: CheckedRun, policy, gatherer, prompts: PromptSet, annou
         announce(note)
     servers = [Server(url, api_key=key, timeout=config.publish.timeout_seconds) for url in addresses]
     # A run that is started again has the same version numbers, and not always the same weights.
-    (run_id, *_) = all_gather_on_host(f"dcpo-{secrets.token_hex(6)}".encode())
+    run_id, *_ = all_gather_on_host(f"dcpo-{secrets.token_hex(6)}".encode())
     shared = SharedGpu(policy) if config.publish.colocated else None
     fleet = Fleet(servers, run_id.decode())
     client = ServerClient(
@@ -244,8 +244,8 @@ def _addresses(config: Config, key: str | None, announce, tick, stop) -> dict[st
         if len(listed) - len(missing) < servers.min_healthy:
             what = f"{', '.join(missing)} did not answer" if missing else f"{servers.file} lists {len(listed)} servers"
             raise RolloutError(
-                f"{what} within servers.start_timeout_seconds={seconds:g}, and {servers.min_healthy} healthy ones are needed: start them (dcpo serve), "
-                f"or correct servers.urls or servers.file{_about_loopback(missing)}"
+                f"{what} within servers.start_timeout_seconds={seconds:g}, and {servers.min_healthy} healthy ones are"
+                f" needed: start them (dcpo serve), or correct servers.urls or servers.file{_about_loopback(missing)}"
             )
         announce(f"going on with {len(listed) - len(missing)} of {max(wanted, len(listed))} rollout servers")
         return listed

@@ -45,8 +45,8 @@ def introduce(prompt: Prompt, tokenizer, stops: Sequence[int], template: str, st
     end = turn_end(template, tokenizer)
     if end is not None and end not in stops:
         lines.append(
-            f"template {template} ends a turn with {name(end)}, which does not end a response: one that writes it goes on "
-            f"up to the longest length. If it should end there, set {stop_key.format(end)}"
+            f"template {template} ends a turn with {name(end)}, which does not end a response: one that writes it goes"
+            f" on up to the longest length. If it should end there, set {stop_key.format(end)}"
         )
     return lines
 

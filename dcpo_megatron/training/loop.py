@@ -375,9 +375,10 @@ class Trainer:
         run_, world = self.run_, dist.get_world_size()
         layout = run_.layout
         self.sinks.say(
-            f"[bold]{run_.config.objective.get('preset', 'dcpo-paper')}[/bold] on {run_.shape.model_type}, {run_.shape.layers} layers of {run_.shape.hidden}; "
-            f"{world} ranks ({run_.platform.name}, {run_.platform.backend}): tensor {layout.tensor}, pipeline {layout.pipeline}, context {layout.context}, "
-            f"data {run_.data_parallel}"
+            f"[bold]{run_.config.objective.get('preset', 'dcpo-paper')}[/bold] on {run_.shape.model_type},"
+            f" {run_.shape.layers} layers of {run_.shape.hidden}; {world} ranks ({run_.platform.name},"
+            f" {run_.platform.backend}): tensor {layout.tensor}, pipeline {layout.pipeline}, context {layout.context},"
+            f" data {run_.data_parallel}"
         )
         # Rows left out are counted aloud, also without a console.
         self.sinks.announce(f"data: {self.prompts.summary()}")

@@ -62,18 +62,21 @@ def misplaced(hosts: Sequence[tuple[str, str]], groups: dict[str, Collection[tup
         first = spread[0][0]
         other = next(rank for rank in spread[0] if of[rank] != of[first])
         said = (
-            f"{len(spread)} of {len(found)} {kind}-parallel groups are on several hosts (rank {first} is on {names[first]}, "
-            f"rank {other} of its group on {names[other]}), and every layer waits for the network: "
+            f"{len(spread)} of {len(found)} {kind}-parallel groups are on several hosts (rank {first} is on"
+            f" {names[first]}, rank {other} of its group on {names[other]}), and every layer waits for the network: "
         )
         if order:
-            return said + (
-                "give each host consecutive ranks (Slurm: --distribution=block; a file of hosts: all ranks of one host, then the next's)"
+            return (
+                said
+                + "give each host consecutive ranks (Slurm: --distribution=block; a file of hosts: all ranks of one"
+                " host, then the next's)"
             )
         size = len(spread[0])
         uneven = next(host for host, count in counts.items() if count % size)
-        return said + (
-            f"parallel.tensor={size} does not divide the {_ranks(counts[uneven])} of host {names[of.index(uneven)]}: lower it, and raise "
-            f"parallel.pipeline where the model needs the memory"
+        return (
+            said
+            + f"parallel.tensor={size} does not divide the {_ranks(counts[uneven])} of host {names[of.index(uneven)]}:"
+            " lower it, and raise parallel.pipeline where the model needs the memory"
         )
     return None
 

@@ -127,14 +127,15 @@ class ServerEngine:
                 return self.client.generate(rest, sampling, progress) if rest else []
 
         raise RolloutError(
-            f"all rollout servers were lost {RECOVERIES + 1} times within one batch ({self._reasons()}): look at their logs; "
-            "start the same command again to resume"
+            f"all rollout servers were lost {RECOVERIES + 1} times within one batch ({self._reasons()}): look at their"
+            " logs; start the same command again to resume"
         )
 
     def _recover(self, lacking: int) -> None:
         """Waits for a server that answers and gives it the weights of now. Raises RolloutError, Stopped."""
         self.announce(
-            f"no rollout server is left ({self._reasons()}): {lacking} responses wait for one to come back, at most {self.start_timeout:.0f} s"
+            f"no rollout server is left ({self._reasons()}): {lacking} responses wait for one to come back, at most"
+            f" {self.start_timeout:.0f} s"
         )
         said: set[str] = set()
 
@@ -152,8 +153,8 @@ class ServerEngine:
             raise RolloutError(f"every rollout server refuses: {back[1:]}")
         if back is None:
             raise RolloutError(
-                f"no rollout server answered within servers.start_timeout_seconds={self.start_timeout:.0f} ({self._reasons()}): start them again "
-                "(dcpo serve), then start the same command again to resume"
+                f"no rollout server answered within servers.start_timeout_seconds={self.start_timeout:.0f}"
+                f" ({self._reasons()}): start them again (dcpo serve), then start the same command again to resume"
             )
         self.load_weights(self.weights, self.fleet.version or 0)
 

@@ -72,20 +72,23 @@ def check_servers_gpus(servers: Mapping[str, Sequence[str] | None], gpu: str | N
         if common and not shared:
             whose = ", ".join(f"{uuid} is rank {rank_of[uuid]}'s too" for uuid in common)
             problems.append(
-                f"{url} is on GPUs of this run ({whose}): give the servers others (dcpo serve --gpus 4-7) and the ranks the rest "
-                "(CUDA_VISIBLE_DEVICES=0,1,2,3), or share them on purpose (publish.colocated=true publish.mode=ipc, dcpo serve --colocated)"
+                f"{url} is on GPUs of this run ({whose}): give the servers others (dcpo serve --gpus 4-7) and the ranks"
+                " the rest (CUDA_VISIBLE_DEVICES=0,1,2,3), or share them on purpose (publish.colocated=true"
+                " publish.mode=ipc, dcpo serve --colocated)"
             )
         if shared and gpus is not None and len(common) < len(gpus):
             alone = ", ".join(uuid for uuid in gpus if uuid not in rank_of)
             problems.append(
-                f"publish.mode=ipc hands weights over on the GPU that both have, and {url} has GPUs that no rank has ({alone}): start servers and ranks on the "
-                "same ones, or set publish.mode=distributed publish.colocated=false"
+                f"publish.mode=ipc hands weights over on the GPU that both have, and {url} has GPUs that no rank has"
+                f" ({alone}): start servers and ranks on the same ones, or set publish.mode=distributed"
+                " publish.colocated=false"
             )
     if problems:
         raise ConfigError("\n".join(problems))
     here = sorted({url for _, urls in answers for url in urls})
     wanted = "are the ranks'" if shared else "are not the ranks'"
     return [
-        f"which GPUs {url} has is not known: see that they {wanted}, or name its file of `dcpo serve` in servers.file, which tells"
+        f"which GPUs {url} has is not known: see that they {wanted}, or name its file of `dcpo serve` in servers.file,"
+        " which tells"
         for url in here
     ]

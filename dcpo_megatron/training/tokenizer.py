@@ -39,7 +39,8 @@ def load_tokenizer(folder: str, vocab: int):
         ) from None
     if len(tokenizer) > vocab:
         raise ConfigError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model's vocabulary {vocab}: they do not belong together"
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model's vocabulary {vocab}: they do not belong"
+            " together"
         )
     return tokenizer
 
@@ -65,6 +66,7 @@ def stop_token_ids(folder: str, tokenizer, more: Iterable[int] = ()) -> tuple[in
         found.add(tokenizer.eos_token_id)
     if not found:
         raise ConfigError(
-            f"{folder} names no end-of-text token: set eos_token_id in its generation_config.json, or rollout.stop_token_ids"
+            f"{folder} names no end-of-text token: set eos_token_id in its generation_config.json, or"
+            " rollout.stop_token_ids"
         )
     return tuple(sorted(found))

@@ -374,7 +374,10 @@ def _show(value: float | None) -> str:
 def markdown_table(verdicts: Sequence[Verdict]) -> str:
     """One row a layout: the worst of its objectives."""
     lines = [
-        "| layout | ranks | objectives | worst gradient error | where (objective, parameter) | loss | gradient norm | SGD step | Adam step | log-probs, entropy (nats) | SAS history | verdict |",
+        (
+            "| layout | ranks | objectives | worst gradient error | where (objective, parameter) | loss | gradient norm"
+            " | SGD step | Adam step | log-probs, entropy (nats) | SAS history | verdict |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(verdict.layout for verdict in verdicts):
@@ -382,8 +385,9 @@ def markdown_table(verdicts: Sequence[Verdict]) -> str:
         worst = max(rows, key=lambda v: v.gradient_error if v.gradient_error == v.gradient_error else float("inf"))
         verdict = "pass" if all(v.passed for v in rows) else "**FAIL**"
         lines.append(
-            f"| {name} | {worst.world} | {len(rows)} | {worst.gradient_error:.1e} | {worst.objective}, {worst.worst_parameter} | "
-            f"{max(v.loss_error for v in rows):.1e} | {_show(rows[-1].norm_error)} | {_show(rows[-1].sgd_error)} | {_show(rows[-1].adam_error)} | "
-            f"{max(v.distribution_error for v in rows):.1e} | {rows[-1].history_error:.0e} | {verdict} |"
+            f"| {name} | {worst.world} | {len(rows)} | {worst.gradient_error:.1e} | {worst.objective},"
+            f" {worst.worst_parameter} | {max(v.loss_error for v in rows):.1e} | {_show(rows[-1].norm_error)} |"
+            f" {_show(rows[-1].sgd_error)} | {_show(rows[-1].adam_error)} |"
+            f" {max(v.distribution_error for v in rows):.1e} | {rows[-1].history_error:.0e} | {verdict} |"
         )
     return "\n".join(lines)

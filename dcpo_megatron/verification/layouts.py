@@ -166,7 +166,8 @@ def parse_layout(name: str) -> Layout:
             parallel[_WORDS[match[1]]] = int(match[2])
         else:
             raise ValueError(
-                f"layout {name!r}: {word!r} says nothing: write sizes like tp2-sp-pp2-vpp2-cp2-dp2-ep2-etp1-first1-last1, each once"
+                f"layout {name!r}: {word!r} says nothing: write sizes like"
+                " tp2-sp-pp2-vpp2-cp2-dp2-ep2-etp1-first1-last1, each once"
             )
     data = parallel.pop("data", 1)
     packed, model, micro_batches = True, "dense", 2
@@ -179,14 +180,16 @@ def parse_layout(name: str) -> Layout:
             model = word
         else:
             raise ValueError(
-                f"layout {name!r}: /{word} is none of /padded, /m5 (micro-batches), or a model: {', '.join({**KINDS, **FAMILIES})}"
+                f"layout {name!r}: /{word} is none of /padded, /m5 (micro-batches), or a model:"
+                f" {', '.join({**KINDS, **FAMILIES})}"
             )
     layout = ParallelLayout(**parallel)
     world = layout.model_ranks * data
     problems = layout.problems(shape_of(tiny_config(model)), world)
     if layout.interleaved and micro_batches % layout.pipeline:
         problems.append(
-            f"{micro_batches} micro-batches are not a multiple of the {layout.pipeline} pipeline stages, which an interleaved schedule needs"
+            f"{micro_batches} micro-batches are not a multiple of the {layout.pipeline} pipeline stages, which an"
+            " interleaved schedule needs"
         )
     if problems:
         raise ValueError(f"layout {name!r}: {'; '.join(problems)}")

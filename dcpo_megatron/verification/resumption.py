@@ -59,9 +59,12 @@ def make_task(folder: Path, *, steps: int, seed: int = 0) -> list[str]:
     save(make_model(len(tokenizer), seed=seed, layers=2, hidden=32), tokenizer, folder / "start")
     write_jsonl(make_arithmetic(16, 0, 9), folder / "train.jsonl")
     return [
-        f"model.path={folder / 'start'}", "model.dtype=float32", f"data.files=[{folder / 'train.jsonl'}]", "data.template=plain",
-        "data.max_prompt_tokens=8", "rollout.prompts_per_step=8", "rollout.group_size=8", "rollout.max_response_tokens=8",
-        "training.minibatch_prompts=4", "training.micro_batch_tokens=128", f"training.steps={steps}", "training.platform=cpu",
+        f"model.path={folder / 'start'}", "model.dtype=float32", f"data.files=[{folder / 'train.jsonl'}]",
+        "data.template=plain",
+        "data.max_prompt_tokens=8", "rollout.prompts_per_step=8", "rollout.group_size=8",
+        "rollout.max_response_tokens=8",
+        "training.minibatch_prompts=4", "training.micro_batch_tokens=128", f"training.steps={steps}",
+        "training.platform=cpu",
         f"training.seed={seed}", "reward.function=dcpo_megatron.toys.arithmetic:share_of_digits", "optimizer.lr=1e-3",
         "checkpoint.every=2", "logging.tensorboard=false", "logging.report=false",
     ]  # fmt: skip
@@ -213,7 +216,10 @@ def compare(undisturbed: Path, disturbed: Path) -> str:
                 count += first[key].numel()
     count += _compare_checkpoints(undisturbed, disturbed)
     values = sum(len(row) - 1 for row in wanted)
-    return f"{values} metrics of {len(wanted)} rows and {count} numbers of model, optimizer and history are equal bit for bit"
+    return (
+        f"{values} metrics of {len(wanted)} rows and {count} numbers of model, optimizer and history are equal bit"
+        " for bit"
+    )
 
 
 def _last_checkpoints(undisturbed: Path, disturbed: Path):

@@ -63,7 +63,8 @@ def hf_folder_of(path: str | Path, config_from: str | Path | None = None) -> Pat
     carried = TorchDistFolder(path).folder / HF_SUBFOLDER
     if not (carried / "config.json").is_file():
         raise CheckpointError(
-            f"{path} carries no {HF_SUBFOLDER}/config.json (it was not made by this tool): name a Hugging Face folder of the same model (--config-from; in training model.path, with the checkpoint as model.weights)"
+            f"{path} carries no {HF_SUBFOLDER}/config.json (it was not made by this tool): name a Hugging Face folder"
+            " of the same model (--config-from; in training model.path, with the checkpoint as model.weights)"
         )
     return carried
 

@@ -25,8 +25,9 @@ def check_folder(source: SafetensorsFolder, shape: ModelShape) -> None:
     """
     if not shape.tied_embeddings and _OUTPUT not in source.names():
         raise CheckpointError(
-            f"{source.folder} has no {_OUTPUT}, and its config.json does not tie it to the embedding: set tie_word_embeddings to true where the model's output "
-            "layer is its embedding, else copy the checkpoint again"
+            f"{source.folder} has no {_OUTPUT}, and its config.json does not tie it to the embedding: set"
+            " tie_word_embeddings to true where the model's output layer is its embedding, else copy the checkpoint"
+            " again"
         )
     for name in parameter_names(shape):
         rule = rule_for(name, shape)
@@ -93,6 +94,6 @@ def check_tie(
 
 def _untied(output: str, embedding: str, how: str) -> CheckpointError:
     return CheckpointError(
-        f"{output} {how}, and config.json ties them (tie_word_embeddings): set it to false where the model has an output layer of its own, "
-        f"else remove the tensor, and the model takes {embedding}"
+        f"{output} {how}, and config.json ties them (tie_word_embeddings): set it to false where the model has an"
+        f" output layer of its own, else remove the tensor, and the model takes {embedding}"
     )

@@ -30,7 +30,8 @@ def check_gguf(file: str | os.PathLike) -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise CheckpointError(
-            f"reading {file} needs the package{'s' * (len(missing) > 1)} {' and '.join(missing)}: `pip install --no-deps {' '.join(missing)}`"
+            f"reading {file} needs the package{'s' * (len(missing) > 1)} {' and '.join(missing)}: `pip install"
+            f" --no-deps {' '.join(missing)}`"
         )
 
 

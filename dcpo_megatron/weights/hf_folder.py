@@ -29,7 +29,8 @@ SINGLE = "model.safetensors"
 NAMED = "transformers_weights"
 # Everything of a folder that is not weights, or an index of them, is carried over untouched.
 _WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".msgpack", ".h5", ".onnx", ".onnx_data", ".index.json",
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".msgpack", ".h5", ".onnx", ".onnx_data",
+    ".index.json",
 )  # fmt: skip
 _LOG = "events.out.tfevents"
 
@@ -56,14 +57,16 @@ def weights_file(folder: str | os.PathLike) -> Path:
     named = _config(folder).get(NAMED)
     if named and not (isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json"))):
         raise CheckpointError(
-            f"{folder / 'config.json'} names {named!r} ({NAMED}), which is no safetensors file: convert the weights to safetensors first"
+            f"{folder / 'config.json'} names {named!r} ({NAMED}), which is no safetensors file: convert the weights to"
+            " safetensors first"
         )
     for name in (named,) if named else (SINGLE, INDEX):
         if (folder / name).is_file():
             return folder / name
     if named:
         raise CheckpointError(
-            f"{folder / 'config.json'} names {named} ({NAMED}), which is not there: the checkpoint is incomplete, copy it again"
+            f"{folder / 'config.json'} names {named} ({NAMED}), which is not there: the checkpoint is incomplete, copy"
+            " it again"
         )
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     if not others:
@@ -136,7 +139,8 @@ class SafetensorsFolder:
         file = self._file_of.get(name)
         if file is None:
             raise CheckpointError(
-                f"{self.folder} has no tensor {name!r}, which its config.json calls for: is it a checkpoint of another architecture?"
+                f"{self.folder} has no tensor {name!r}, which its config.json calls for: is it a checkpoint of another"
+                " architecture?"
             )
         return file
 
@@ -145,7 +149,8 @@ class SafetensorsFolder:
         header = self._read_header(file)
         if name not in header:
             raise CheckpointError(
-                f"tensor {name!r} in {file} cannot be read (the index puts it there, and it is not): copy the checkpoint again"
+                f"tensor {name!r} in {file} cannot be read (the index puts it there, and it is not): copy the"
+                " checkpoint again"
             )
         return header[name]
 
@@ -179,7 +184,8 @@ class SafetensorsFolder:
         dtype = self._header(name)[1]
         if not isinstance(dtype, torch.dtype):
             raise CheckpointError(
-                f"{self.folder}: tensor {name!r} has dtype {dtype}, only {', '.join(DTYPES)} are supported: use the checkpoint before quantisation"
+                f"{self.folder}: tensor {name!r} has dtype {dtype}, only {', '.join(DTYPES)} are supported: use the"
+                " checkpoint before quantisation"
             )
         return dtype
 

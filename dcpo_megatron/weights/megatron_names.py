@@ -121,8 +121,8 @@ class MegatronTensors:
         found = [key for key in folder.tensors if key.endswith(_EMBEDDING) and not key.startswith(OPTIMIZER_PREFIX)]
         if not found:
             raise CheckpointError(
-                f"{folder.folder} has no tensor {_EMBEDDING}: it holds no model of the GPT kind (its tensors begin with "
-                f"{', '.join(sorted(folder.tensors)[:3]) or 'nothing'})"
+                f"{folder.folder} has no tensor {_EMBEDDING}: it holds no model of the GPT kind (its tensors begin with"
+                f" {', '.join(sorted(folder.tensors)[:3]) or 'nothing'})"
             )
         self.prefix = min(found, key=len).removesuffix(_EMBEDDING)  # "module." where a wrapper was saved
         for key, entry in folder.tensors.items():
@@ -130,7 +130,8 @@ class MegatronTensors:
                 stacked = not key.removeprefix(self.prefix + "decoder.layers.")[0].isdigit()
                 if stacked and entry.shape[0] != shape.layers:
                     raise CheckpointError(
-                        f"{folder.folder} has {entry.shape[0]} layers, config.json says num_hidden_layers {shape.layers}: they do not belong together"
+                        f"{folder.folder} has {entry.shape[0]} layers, config.json says num_hidden_layers"
+                        f" {shape.layers}: they do not belong together"
                     )
         if shape.tied_embeddings and self.prefix + _OUTPUT in folder.tensors:
             self._check_tie()
@@ -191,11 +192,13 @@ class MegatronTensors:
             fits = entry.shape[lead + 1 :] == wanted[1:] and entry.shape[lead] >= wanted[0]
             if not fits or (entry.shape[lead] != wanted[0] and not name.endswith(("word_embeddings.weight", _OUTPUT))):
                 raise CheckpointError(
-                    f"{self.folder.folder}: {place.key} holds {entry.shape[lead:]} for {name}, config.json calls for {wanted}: they do not belong together"
+                    f"{self.folder.folder}: {place.key} holds {entry.shape[lead:]} for {name}, config.json calls for"
+                    f" {wanted}: they do not belong together"
                 )
             if any(index >= size for index, size in zip(place.lead, entry.shape)):
                 raise CheckpointError(
-                    f"{self.folder.folder}: {place.key} {entry.shape} has no layer or expert {place.lead}: it is of a smaller model than config.json says"
+                    f"{self.folder.folder}: {place.key} {entry.shape} has no layer or expert {place.lead}: it is of a"
+                    " smaller model than config.json says"
                 )
             first, last = rows if rows is not None and len(places) == 1 else (0, wanted[0])
             offsets = (*place.lead, first, *(0 for _ in wanted[1:]))

@@ -55,8 +55,8 @@ class Reshard:
         )
         if tied:
             raise CheckpointError(
-                f"{self.source}: its optimizer state ({tied[0]}, ...) is stored as the buffers of the layout that wrote it (dp_reshardable): "
-                "load it in that layout and save it as fully_reshardable"
+                f"{self.source}: its optimizer state ({tied[0]}, ...) is stored as the buffers of the layout that wrote"
+                " it (dp_reshardable): load it in that layout and save it as fully_reshardable"
             )
         _ = self._plan
 

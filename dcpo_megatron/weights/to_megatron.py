@@ -114,7 +114,8 @@ class HfToMegatron:
                 _, first = found.setdefault(place.key, ((*lead_shape(place, self.shape), *sizes), dtype))
                 if first != dtype:
                     raise CheckpointError(
-                        f"{self.source}: {rule.hf_names[0]} is {dtype}, the same tensor of the first layer is {first}: save the checkpoint in one dtype"
+                        f"{self.source}: {rule.hf_names[0]} is {dtype}, the same tensor of the first layer is {first}:"
+                        " save the checkpoint in one dtype"
                     )
         return found
 

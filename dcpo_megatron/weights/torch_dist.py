@@ -133,7 +133,8 @@ class TorchDistFolder:
         found = find_checkpoint(path)
         if found is None:
             raise CheckpointError(
-                f"{path} is not a Megatron checkpoint: {FORMAT_FILE} and {INDEX_FILE} are not there (an interrupted save has no {FORMAT_FILE})"
+                f"{path} is not a Megatron checkpoint: {FORMAT_FILE} and {INDEX_FILE} are not there (an interrupted"
+                f" save has no {FORMAT_FILE})"
             )
         self.folder = found
         try:
@@ -144,7 +145,8 @@ class TorchDistFolder:
             ) from None
         if backend != "torch_dist":
             raise CheckpointError(
-                f"{found} is in the format {backend!r}; only torch_dist is read: save it again with --ckpt-format torch_dist"
+                f"{found} is in the format {backend!r}; only torch_dist is read: save it again with --ckpt-format"
+                " torch_dist"
             )
         try:
             with open(found / INDEX_FILE, "rb") as file:
@@ -163,7 +165,8 @@ class TorchDistFolder:
                 raise CheckpointError(f"{file} is not there: the checkpoint is incomplete, copy it again")
             if file.stat().st_size < size:
                 raise CheckpointError(
-                    f"{file} has {file.stat().st_size} bytes, its index needs {size}: the file is cut short, copy it again"
+                    f"{file} has {file.stat().st_size} bytes, its index needs {size}: the file is cut short, copy it"
+                    " again"
                 )
 
     def _read_index(self, index: Metadata) -> None:
@@ -214,7 +217,8 @@ class TorchDistFolder:
             covered += math.prod(b - a for a, b in zip(low, high))
         if covered != math.prod(sizes):
             raise CheckpointError(
-                f"{self.folder}: {key} {entry.shape} holds {covered} of the {math.prod(sizes)} numbers at {offsets}, sizes {sizes}: the checkpoint is incomplete"
+                f"{self.folder}: {key} {entry.shape} holds {covered} of the {math.prod(sizes)} numbers at {offsets},"
+                f" sizes {sizes}: the checkpoint is incomplete"
             )
         return result
 
@@ -231,7 +235,8 @@ class TorchDistFolder:
             return whole[inside]
         except (OSError, RuntimeError, ValueError, EOFError, AttributeError, pickle.UnpicklingError) as error:
             raise CheckpointError(
-                f"{path}: the record of {record.key} at {record.offsets} cannot be read ({' '.join(str(error).split())[:200]}): copy the file again"
+                f"{path}: the record of {record.key} at {record.offsets} cannot be read"
+                f" ({' '.join(str(error).split())[:200]}): copy the file again"
             ) from None
 
     def read_bytes(self, key: str) -> bytes:
@@ -257,7 +262,8 @@ class TorchDistFolder:
                 value = torch.load(source, map_location="cpu", weights_only=True)
             except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
                 raise CheckpointError(
-                    f"{self.folder}: the part that is no tensor cannot be read safely ({' '.join(str(error).split())[:200]})"
+                    f"{self.folder}: the part that is no tensor cannot be read safely"
+                    f" ({' '.join(str(error).split())[:200]})"
                 ) from None
         return value[0] if isinstance(value, list) else value
 

@@ -114,7 +114,8 @@ def _run_units(job: Job, units: list[Unit], identity: dict, work: Path, workers:
     free = shutil.disk_usage(work).free
     if needed * 1.01 + 2**20 > free:
         raise CheckpointError(
-            f"{work.parent} has {free / 1e9:.3f} GB free, {needed / 1e9:.3f} GB more are needed: free some space and run the same command again"
+            f"{work.parent} has {free / 1e9:.3f} GB free, {needed / 1e9:.3f} GB more are needed: free some space and"
+            " run the same command again"
         )
     at = total - needed
     report(at, total)
@@ -137,7 +138,8 @@ def _run_units(job: Job, units: list[Unit], identity: dict, work: Path, workers:
         sync_tree(work)
     except OSError as error:
         raise CheckpointError(
-            f"{work}: {error.strerror or error} after {len(done)} of {len(units)} parts: mend that and run the same command again, the finished parts are kept"
+            f"{work}: {error.strerror or error} after {len(done)} of {len(units)} parts: mend that and run the same"
+            " command again, the finished parts are kept"
         ) from None
     for number in range(len(units)):
         (work / f"{number}.done.json").unlink()
@@ -222,7 +224,8 @@ def _in_processes(
                     time.sleep(0.1)
         except BrokenProcessPool:
             raise CheckpointError(
-                f"{folder}: a worker process died (out of memory, or killed): run the same command again, the finished parts are kept"
+                f"{folder}: a worker process died (out of memory, or killed): run the same command again, the finished"
+                " parts are kept"
             ) from None
         finally:
             if waiting:

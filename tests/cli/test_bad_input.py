@@ -267,7 +267,8 @@ def test_terminating_the_launcher_ends_its_ranks(tmp_path):
 
     script = tmp_path / "sleeper.py"
     script.write_text(
-        f"import os, time, pathlib\npathlib.Path({str(tmp_path)!r}, f'pid-{{os.environ[\"RANK\"]}}').write_text(str(os.getpid()))\ntime.sleep(600)\n"
+        f"import os, time, pathlib\npathlib.Path({str(tmp_path)!r},"
+        " f'pid-{os.environ[\"RANK\"]}').write_text(str(os.getpid()))\ntime.sleep(600)\n"
     )
     code = f"import sys; from dcpo_megatron.launch.local import run_ranks; sys.exit(run_ranks(2, [{str(script)!r}]))"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -20,9 +20,9 @@ from tests.training.test_run_end_to_end import launch
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe brief<|im_end|>\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe"
+    " brief<|im_end|>\n' }}{% endif %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'"
+    " }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -54,7 +54,9 @@ def tiny(tmp_path_factory) -> Path:
 def test_a_response_ends_where_the_model_ends_it_and_a_turns_opening_is_one_token(tiny):
     tokenizer = load_tokenizer(str(tiny), 259)
     assert stop_token_ids(str(tiny), tokenizer) == (2,)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "7+5"}], tokenize=False, add_generation_prompt=True)  # fmt: skip
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "7+5"}], tokenize=False, add_generation_prompt=True
+    )
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert text.startswith("<|im_start|>system\nBe brief<|im_end|>\n") and ids.count(1) == 3 and ids.count(2) == 2
     assert tokenizer.decode([*tokenizer("12")["input_ids"], 2], skip_special_tokens=True) == "12"
@@ -63,7 +65,8 @@ def test_a_response_ends_where_the_model_ends_it_and_a_turns_opening_is_one_toke
 def test_from_the_model_to_the_page_of_its_responses(tiny, tmp_path):
     words = [
         "--pretrained", str(tiny), "--output", str(tmp_path / "run"), "--ranks", "1", "rollout.max_response_tokens=12",
-        "data.max_prompt_tokens=400", "training.steps=10", "optimizer.lr=1e-2", "evaluation.limit=2", "logging.samples=0",
+        "data.max_prompt_tokens=400", "training.steps=10", "optimizer.lr=1e-2", "evaluation.limit=2",
+        "logging.samples=0",
         "reward.function=tests.training.rewards:digits", "reward.correct_at=0.5",
     ]  # fmt: skip
     done = launch([sys.executable, "-m", "dcpo_megatron.cli", "demo", *words])

@@ -28,7 +28,10 @@ class Launched:
         self.folder, self.count = folder, count
         script = folder / "rank.py"
         script.write_text(PRELUDE.format(folder=str(folder)) + body)
-        code = f"import sys; from dcpo_megatron.launch.local import Place, run_ranks; sys.exit(run_ranks({count}, [{str(script)!r}], place={place}))"
+        code = (
+            f"import sys; from dcpo_megatron.launch.local import Place, run_ranks; sys.exit(run_ranks({count},"
+            f" [{str(script)!r}], place={place}))"
+        )
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],
             env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
@@ -79,7 +82,10 @@ def test_ranks_that_end_well_give_zero_and_see_the_variables_of_torchrun(tmp_pat
 
 def test_a_hosts_ranks_are_numbered_after_those_of_the_hosts_before_it(tmp_path):
     body = "names = ('LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')\n"
-    body += "(here / f'seen-{rank}').write_text(' '.join(os.environ[name] for name in names))\nsys.exit(7 if rank == 5 else 0)"
+    body += (
+        "(here / f'seen-{rank}').write_text(' '.join(os.environ[name] for name in names))\nsys.exit(7 if rank == 5"
+        " else 0)"
+    )
     code, err = Launched(tmp_path, body, place="Place(3, 2, 'fd00::1', 29500)").end()
     assert (code, err) == (7, "dcpo: error: rank 5 of 6 ended with exit code 7; its own message is above\n")
     seen = [(tmp_path / f"seen-{rank}").read_text() for rank in (4, 5)]

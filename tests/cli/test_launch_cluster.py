@@ -43,8 +43,10 @@ def stand_in(tmp_path) -> Path:
 
 def start(stand_in: Path, hosts: str, *arguments: str, options: tuple[str, ...] = ()) -> subprocess.Popen:
     command = [
-        sys.executable, ROOT / "tools" / "launch_cluster.py", "--hosts", hosts, "--nproc-per-node", "1", "--ssh", stand_in,
-        "--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--directory", ROOT, "--env", "OMP_NUM_THREADS=1",
+        sys.executable, ROOT / "tools" / "launch_cluster.py", "--hosts", hosts, "--nproc-per-node", "1", "--ssh",
+        stand_in,
+        "--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--directory", ROOT, "--env",
+        "OMP_NUM_THREADS=1",
         *options, "--", *arguments,
     ]  # fmt: skip
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -14,13 +14,25 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def verified(*words) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "tools/verify_parallelism.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "tools/verify_parallelism.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True,
+        timeout=300
     )  # fmt: skip
 
 
 def test_a_layout_that_is_not_in_the_list_passes_and_is_written_down(tmp_path):
     table, verdicts = tmp_path / "table.md", tmp_path / "verdicts.json"
-    done = verified("--layouts", "tp2-sp/llama/padded/m4", "--preset", "dr-grpo,grpo+mis", "--seed", 5, "--json", verdicts, "--markdown", table)  # fmt: skip
+    done = verified(
+        "--layouts",
+        "tp2-sp/llama/padded/m4",
+        "--preset",
+        "dr-grpo,grpo+mis",
+        "--seed",
+        5,
+        "--json",
+        verdicts,
+        "--markdown",
+        table,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     assert "1 of 1 layouts passed" in done.stdout and "gradient" in done.stdout

@@ -122,7 +122,11 @@ def _raw_texts(*values: bytes) -> pyarrow.Array:
     ],
 )
 def test_a_value_of_a_parquet_file_that_cannot_be_read(tmp_path, plain_tokenizer, name, column):
-    columns = {"id": pyarrow.array(["a", "b", "c"]), "prompt": pyarrow.array(["1+1="] * 3), "answer": pyarrow.array(["2"] * 3)}  # fmt: skip
+    columns = {
+        "id": pyarrow.array(["a", "b", "c"]),
+        "prompt": pyarrow.array(["1+1="] * 3),
+        "answer": pyarrow.array(["2"] * 3),
+    }
     path = tmp_path / "x.parquet"
     pyarrow.parquet.write_table(pyarrow.table(columns | {name: column}), path)
     message = _refusal([path], plain_tokenizer, on_bad_row="skip")
@@ -132,7 +136,10 @@ def test_a_value_of_a_parquet_file_that_cannot_be_read(tmp_path, plain_tokenizer
 def test_a_missing_prompt_column_and_the_columns_there_are(tmp_path, plain_tokenizer):
     row = {"id": 1, "query": "2+2=", "answer": "4"}
     path = _lines(tmp_path / "x.jsonl", row)
-    expected = "has no prompt column prompt or question or problem: set data.prompt_key to one of its columns, id, query, answer"
+    expected = (
+        "has no prompt column prompt or question or problem: set data.prompt_key to one of its columns, id, query,"
+        " answer"
+    )
     assert _refusal([path], plain_tokenizer) == f"{path} {expected}"
     path = tmp_path / "x.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
@@ -166,8 +173,10 @@ def test_an_id_that_is_neither_text_nor_a_whole_number(tmp_path, plain_tokenizer
 
 def test_a_row_without_an_answer(tmp_path, plain_tokenizer):
     path = _lines(tmp_path / "x.jsonl", GOOD, GOOD | {"id": 2, "answer": "  "})
-    assert _refusal([path], plain_tokenizer) == (
-        f"line 2 of {path} has no answer at answer or ground_truth: add it or set data.answer_key, or set data.on_bad_row=skip"
+    assert (
+        _refusal([path], plain_tokenizer)
+        == f"line 2 of {path} has no answer at answer or ground_truth: add it or set data.answer_key, or set"
+        " data.on_bad_row=skip"
     )
 
 
@@ -189,8 +198,9 @@ def test_a_prompt_with_a_system_message_only(tmp_path, plain_tokenizer):
 
 def test_a_prompt_that_is_too_long(tmp_path, plain_tokenizer):
     path = _lines(tmp_path / "x.jsonl", GOOD | {"prompt": "x" * 100})
-    assert _refusal([path], plain_tokenizer, max_prompt_tokens=100) == (
-        f"line 1 of {path} has a prompt of 101 tokens: raise data.max_prompt_tokens=100, or set data.on_bad_row=skip"
+    assert (
+        _refusal([path], plain_tokenizer, max_prompt_tokens=100)
+        == f"line 1 of {path} has a prompt of 101 tokens: raise data.max_prompt_tokens=100, or set data.on_bad_row=skip"
     )
     assert len(load_prompts([path], plain_tokenizer, PromptOptions(max_prompt_tokens=101)).prompts[0].token_ids) == 101
 
@@ -202,9 +212,10 @@ def test_messages_that_the_chat_template_refuses(tmp_path, chat_tokenizer):
 
 def test_duplicate_ids_name_both_rows(tmp_path, plain_tokenizer):
     path = _lines(tmp_path / "x.jsonl", GOOD, GOOD | {"id": 2}, GOOD)
-    assert _refusal([path], plain_tokenizer) == (
-        f"line 3 of {path} has the same id 'x/1' as line 1 of {path}: make the ids unique, or set "
-        f"data.on_duplicate_id=first to keep the first copy"
+    assert (
+        _refusal([path], plain_tokenizer)
+        == f"line 3 of {path} has the same id 'x/1' as line 1 of {path}: make the ids unique, or set "
+        "data.on_duplicate_id=first to keep the first copy"
     )
 
 

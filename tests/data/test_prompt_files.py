@@ -54,8 +54,8 @@ def test_repeated_problems_are_an_error_unless_the_first_copy_is_asked_for(
         load_prompts([file], plain_tokenizer)
     found = load_prompts([file], plain_tokenizer, PromptOptions(on_duplicate_id="first"))
     assert (len(found), found.rows) == (count, rows)
-    assert found.summary() == (
-        f"{count} prompts from {rows:,} rows of 1 file; left out {rows - count:,}: "
+    assert (
+        found.summary() == f"{count} prompts from {rows:,} rows of 1 file; left out {rows - count:,}: "
         f"{rows - count:,} copies of an id already read."
     )
 
@@ -155,7 +155,8 @@ def test_what_is_skipped_is_counted_by_reason_and_told(tmp_path, plain_tokenizer
     found = load_prompts([_write(tmp_path / "x.jsonl", *rows)], plain_tokenizer, options)
     assert [prompt.id for prompt in found.prompts] == ["x/0"]
     assert found.skipped == {
-        "no answer": 2, "no id": 1, "longer than max_prompt_tokens": 1, "no prompt": 1, "empty prompt": 1, "broken text": 1
+        "no answer": 2, "no id": 1, "longer than max_prompt_tokens": 1, "no prompt": 1, "empty prompt": 1,
+        "broken text": 1
     }  # fmt: skip
     assert found.rows == len(found) + found.skipped.total()
     assert found.summary().startswith("1 prompt from 8 rows of 1 file; left out 7: 2 no answer, 1 ")

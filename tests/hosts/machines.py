@@ -80,7 +80,8 @@ class Host:
         self.plug_in()
         shared, stage = shlex.quote(str(self._hosts.shared)), shlex.quote(str(self._hosts.stage))
         binds = "\n".join(
-            f"if [ -e {path} ]; then mkdir -p {stage}/{path.relative_to('/tmp')}; mount --bind {path} {stage}/{path.relative_to('/tmp')}; fi"
+            f"if [ -e {path} ]; then mkdir -p {stage}/{path.relative_to('/tmp')}; mount --bind {path}"
+            f" {stage}/{path.relative_to('/tmp')}; fi"
             for path in map(Path, self._hosts.kept)
         )
         self.call("sh", "-ec", f"""
@@ -234,7 +235,8 @@ class _Namespaces:
     def __init__(self) -> None:
         self._process = subprocess.Popen(
             ["unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc", "sh", "-c", "echo; exec cat"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=_env(), start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=_env(),
+            start_new_session=True,
         )  # fmt: skip
         self._process.stdout.readline()  # it is there, /proc of its own included
         self.pid = int(Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()[0])

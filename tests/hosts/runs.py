@@ -60,8 +60,13 @@ class Run:
         self.logs: list[Path] = []
         self.starts = 0
 
-    def start(self, ranks: Iterable[int] | None = None, more: Mapping[int, list[str]] | None = None,
-              env: Mapping[int, Mapping[str, str]] | None = None, cwd: Mapping[int, Path] | None = None) -> Run:  # fmt: skip
+    def start(
+        self,
+        ranks: Iterable[int] | None = None,
+        more: Mapping[int, list[str]] | None = None,
+        env: Mapping[int, Mapping[str, str]] | None = None,
+        cwd: Mapping[int, Path] | None = None,
+    ) -> Run:
         """Starts one rank on each host, or some ``ranks``; ``more`` settings, ``env`` and ``cwd`` by rank."""
         self.starts += 1
         self.processes, self.logs = [], []
@@ -73,7 +78,8 @@ class Run:
             }  # fmt: skip
             with log.open("w") as file:
                 process = self.hosts[rank].popen(
-                    sys.executable, "-u", "-m", "dcpo_megatron.cli", "train", *self.arguments, *(more or {}).get(rank, []),
+                    sys.executable, "-u", "-m", "dcpo_megatron.cli", "train", *self.arguments,
+                    *(more or {}).get(rank, []),
                     env=variables | dict((env or {}).get(rank, {})), stdout=file, stderr=file,
                     cwd=(cwd or {}).get(rank),
                 )  # fmt: skip

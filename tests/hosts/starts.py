@@ -49,7 +49,8 @@ class Starter:
         """Starts a rank of ``environment``, ``late`` seconds later, killed after ``killed`` seconds; deadlines in
         seconds. ``train``: what `dcpo train` takes."""
         question = {
-            "environment": dict(environment), "meeting": meeting, "collective": collective, "late": late, "killed": killed, "train": list(train),
+            "environment": dict(environment), "meeting": meeting, "collective": collective, "late": late,
+            "killed": killed, "train": list(train),
         }  # fmt: skip
         self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()

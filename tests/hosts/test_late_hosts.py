@@ -36,8 +36,10 @@ def test_hosts_that_come_late_are_waited_for_and_those_that_do_not_are_named(thr
     said = start(starters, places(3, "10.77.0.1", 29901), (0, 1), meeting=3.0)
     assert said[0] == said[1] and time.monotonic() - began < 3.0 + 6
     assert re.fullmatch(
-        r"the run has not started: rank 2 of 3 \(node 2\) did not come to 10.77.0.1:29901 within 3 s of rank \d's start "
-        r"\(here: rank 0 on h1, rank 1 on h2\): start them, or look at their output and hosts; more time: training.start_timeout_seconds",
+        r"the run has not started: rank 2 of 3 \(node 2\) did not come to 10.77.0.1:29901 within 3 s of rank \d's"
+        r" start "
+        r"\(here: rank 0 on h1, rank 1 on h2\): start them, or look at their output and hosts; more time:"
+        r" training.start_timeout_seconds",
         said[0],
     )
     # Where the launcher knows names, they are said.
@@ -106,13 +108,15 @@ def test_what_bash_started_ends_with_the_sentence_where_the_other_host_does_not_
     task = make_task(hosts.shared / "task", steps=1)
     variables = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "h1", "NPROC_PER_NODE": "2", "PYTHON": sys.executable}
     done = hosts[0].call(
-        "bash", "examples/pretrain_dcpo.sh", *task, f"output={hosts.shared / 'run'}", "training.start_timeout_seconds=15",
+        "bash", "examples/pretrain_dcpo.sh", *task, f"output={hosts.shared / 'run'}",
+        "training.start_timeout_seconds=15",
         env=variables, check=False, timeout=240,
     )  # fmt: skip
     said = done.stdout.splitlines()
     assert done.returncode == 1 and "Traceback" not in done.stdout, done.stdout
     errors = [line for line in said if line.startswith("dcpo: error:")]
     assert re.match(
-        r"dcpo: error: (rank 1: )?the run has not started: ranks 2-3 of 4 \(node 1\) did not come to h1:29500 within 15 s",
+        r"dcpo: error: (rank 1: )?the run has not started: ranks 2-3 of 4 \(node 1\) did not come to h1:29500 within"
+        r" 15 s",
         errors[0],
     )

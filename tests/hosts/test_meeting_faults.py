@@ -15,7 +15,8 @@ def test_a_rank_with_another_configuration_is_refused_on_every_rank(make_hosts):
     ranks = run.end(240)
     for rank in ranks:
         print(one_sentence(
-            rank, "^rank 1 on host h2 has another configuration than rank 0 on host h1: ", r"optimizer.lr is 0.5, on rank 0 0.001; ",
+            rank, "^rank 1 on host h2 has another configuration than rank 0 on host h1: ",
+            r"optimizer.lr is 0.5, on rank 0 0.001; ",
             "training.seed is 3, on rank 0 0: give every rank the same command$",
         ))  # fmt: skip
         assert rank.code == 2 and "Traceback" not in rank.log

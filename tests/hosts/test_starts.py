@@ -116,7 +116,15 @@ def ssh_hosts(make_hosts):
 
 
 def by_ssh(hosts: Hosts, names: str, *task: str, options: tuple[str, ...] = ()) -> HostProcess:
-    launcher = [ROOT / "tools" / "launch_cluster.py", "--hosts", names, "--nproc-per-node", "1", "--env", "OMP_NUM_THREADS=1"]  # fmt: skip
+    launcher = [
+        ROOT / "tools" / "launch_cluster.py",
+        "--hosts",
+        names,
+        "--nproc-per-node",
+        "1",
+        "--env",
+        "OMP_NUM_THREADS=1",
+    ]
     return start(hosts[-1], sys.executable, *launcher, *options, "--", *task)
 
 
@@ -196,7 +204,9 @@ def by_slurm(hosts: Hosts, *task: str, options: tuple[str, ...] = ()) -> str:
 
 
 @pytest.mark.thorough
-def test_a_slurm_job_on_two_nodes_meets_where_names_are_known_to_their_own_hosts_only_and_tells_of_a_cyclic_distribution(make_hosts):  # fmt: skip
+def test_a_slurm_job_on_two_nodes_meets_where_names_are_known_to_their_own_hosts_only_and_tells_of_a_cyclic_distribution(
+    make_hosts,
+):
     hosts = make_hosts(2)
     know_only_themselves(hosts)
     *task, _ = task_of(hosts)

@@ -30,7 +30,8 @@ def run(make_hosts):
     )  # fmt: skip
     with (hosts.shared / "serve.log").open("w") as log:
         server = hosts[1].popen(
-            sys.executable, "-m", "dcpo_megatron.cli", "serve", hosts.shared / "task" / "start", "--device", "cpu", "--host", "0.0.0.0",
+            sys.executable, "-m", "dcpo_megatron.cli", "serve", hosts.shared / "task" / "start", "--device", "cpu",
+            "--host", "0.0.0.0",
             "--advertise", hosts[1].ipv4, "--port", PORT, "--api-key-file", key, "--logs", hosts.shared / "logs",
             "--address-file", hosts.shared / "servers.json", *server_options(), "--", "--max-running-requests", "16",
             stdout=log, stderr=subprocess.STDOUT,

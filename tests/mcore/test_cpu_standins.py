@@ -128,8 +128,10 @@ def test_on_a_host_with_gpus_the_cpu_platform_has_none_and_compiled_functions_ru
 # The tests below run in this process, where conftest has installed the stand-ins.
 
 CALLS = {
-    "tensor": ([1.0],), "as_tensor": ([1.0],), "empty": (2,), "zeros": (2,), "ones": (2,), "full": ((2,), 1.0), "rand": (2,), "randn": (2,),
-    "randint": (9, (2,)), "randperm": (3,), "arange": (3,), "linspace": (0.0, 1.0, 3), "eye": (2,), "full_like": (torch.ones(2), 3.0),
+    "tensor": ([1.0],), "as_tensor": ([1.0],), "empty": (2,), "zeros": (2,), "ones": (2,), "full": ((2,), 1.0),
+    "rand": (2,), "randn": (2,),
+    "randint": (9, (2,)), "randperm": (3,), "arange": (3,), "linspace": (0.0, 1.0, 3), "eye": (2,),
+    "full_like": (torch.ones(2), 3.0),
     **{f"{name}_like": (torch.ones(2),) for name in ("empty", "zeros", "ones", "rand", "randn")},
 }  # fmt: skip
 

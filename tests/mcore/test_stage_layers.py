@@ -85,26 +85,34 @@ def test_chunks_go_round_the_ranks():
         (
             4,
             {"pipeline": 2, "first_stage_layers": 1, "last_stage_layers": 2},
-            "parallel.first_stage_layers=1 and parallel.last_stage_layers=2 must add up to the model's 4 layers: "
-            "parallel.pipeline=2 has no other stages",
+            (
+                "parallel.first_stage_layers=1 and parallel.last_stage_layers=2 must add up to the model's 4 layers: "
+                "parallel.pipeline=2 has no other stages"
+            ),
         ),
         (
             6,
             {"pipeline": 4, "first_stage_layers": 1, "last_stage_layers": 2},
-            "parallel.first_stage_layers=1 and parallel.last_stage_layers=2 of the model's 6 layers leave 3 for the other "
-            "2 pipeline stages: they need at least one each, and equally many",
+            (
+                "parallel.first_stage_layers=1 and parallel.last_stage_layers=2 of the model's 6 layers leave 3 for the"
+                " other 2 pipeline stages: they need at least one each, and equally many"
+            ),
         ),
         (
             4,
             {"pipeline": 2, "last_stage_layers": 4},
-            "parallel.last_stage_layers=4 of the model's 4 layers leave 0 for the other 1 pipeline stages: "
-            "they need at least one each, and equally many",
+            (
+                "parallel.last_stage_layers=4 of the model's 4 layers leave 0 for the other 1 pipeline stages: "
+                "they need at least one each, and equally many"
+            ),
         ),
         (
             6,
             {"pipeline": 2, "virtual_pipeline": 2, "first_stage_layers": 1},
-            "parallel.virtual_pipeline=2 does not divide the 1 and the 5 layers of a pipeline stage "
-            "(parallel.first_stage_layers=1, 6 layers in all)",
+            (
+                "parallel.virtual_pipeline=2 does not divide the 1 and the 5 layers of a pipeline stage "
+                "(parallel.first_stage_layers=1, 6 layers in all)"
+            ),
         ),
         (4, {"pipeline": 2, "first_stage_layers": 0}, "parallel.first_stage_layers=0 must be at least 1"),
     ],

@@ -64,7 +64,8 @@ def test_numbers_that_were_changed_are_in_effect_and_what_was_counted_stays(pool
 
 
 @pytest.mark.parametrize(
-    ("ranks", "parallel"), [(1, {}), (4, dict(tensor=2)), (4, dict(tensor=2, pipeline=2))], ids=["1", "tp2-dp2", "tp2-pp2"]
+    ("ranks", "parallel"), [(1, {}), (4, dict(tensor=2)), (4, dict(tensor=2, pipeline=2))],
+    ids=["1", "tp2-dp2", "tp2-pp2"]
 )  # fmt: skip
 def test_another_layout_takes_the_same_steps(pool, tmp_path, ranks, parallel):
     make_model("dense", str(tmp_path / "hf"))

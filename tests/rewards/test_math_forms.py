@@ -37,7 +37,14 @@ def test_listed_pairs(name, reward, at_least):
 
 def fractions(draw):
     a, b = draw.randint(1, 30), draw.choice([7, 11, 13])
-    forms = [f"\\frac{{{a}}}{{{b}}}", f"{a}/{b}", f"\\dfrac{{{a}}}{{{b}}}", f"\\frac{{{2 * a}}}{{{2 * b}}}", f"\\left(\\frac{{{a}}}{{{b}}}\\right)", f"\\tfrac {{{a}}} {{{b}}}"]  # fmt: skip
+    forms = [
+        f"\\frac{{{a}}}{{{b}}}",
+        f"{a}/{b}",
+        f"\\dfrac{{{a}}}{{{b}}}",
+        f"\\frac{{{2 * a}}}{{{2 * b}}}",
+        f"\\left(\\frac{{{a}}}{{{b}}}\\right)",
+        f"\\tfrac {{{a}}} {{{b}}}",
+    ]
     gold = draw.choice(forms)
     near = [f"\\frac{{{a + 1}}}{{{b}}}", f"-{forms[0]}", f"{a}.{b}", f"{a / b:.4f}"] + [f"\\frac{{{b}}}{{{a}}}"] * (
         a != b
@@ -60,7 +67,15 @@ def mixed_numbers(draw):
 def thousands(draw):
     n = draw.randint(1000, 10**8)
     commas = f"{n:,}"
-    equal = [commas, commas.replace(",", "{,}"), commas.replace(",", "\\,"), commas.replace(",", ",\\!"), f"\\${commas}", f"{commas}.00", f"{commas} \\text{{ people}}"]  # fmt: skip
+    equal = [
+        commas,
+        commas.replace(",", "{,}"),
+        commas.replace(",", "\\,"),
+        commas.replace(",", ",\\!"),
+        f"\\${commas}",
+        f"{commas}.00",
+        f"{commas} \\text{{ people}}",
+    ]
     return [(form, str(n)) for form in equal], [(form, str(n)) for form in (f"{n + 1:,}", commas[:-1], commas + "0")]
 
 
@@ -77,7 +92,12 @@ def powers_of_ten(draw):
 
 def percents(draw):
     p = draw.randint(2, 99)
-    equal = [(f"{p}\\%", str(p)), (str(p / 100), f"{p}\\%"), (f"\\frac{{{p}}}{{100}}", f"{p}\\%"), (f"{p} percent", f"{p}\\%")]  # fmt: skip
+    equal = [
+        (f"{p}\\%", str(p)),
+        (str(p / 100), f"{p}\\%"),
+        (f"\\frac{{{p}}}{{100}}", f"{p}\\%"),
+        (f"{p} percent", f"{p}\\%"),
+    ]
     return equal, [(f"{p + 1}\\%", f"{p}\\%"), (f"{10 * p}\\%", f"{p}\\%"), (str(p / 1000), f"{p}\\%")]
 
 
@@ -92,8 +112,21 @@ def degrees(draw):
 def units(draw):
     h = draw.randint(2, 40)
     cm = f"{h} \\text{{ cm}}"
-    equal = [(cm, str(h)), (str(h), cm), (cm, f"{h}\\text{{ centimeters}}"), (f"{h} \\text{{ m}}", f"{100 * h}\\text{{ cm}}"), (f"{h} \\text{{ hours}}", f"{60 * h} \\text{{ minutes}}"), (f"{h}\\,\\text{{cm}}^2", f"{h} \\text{{ square centimeters}}")]  # fmt: skip
-    near = [(cm, f"{h} \\text{{ m}}"), (cm, f"{h} \\text{{ kg}}"), (f"{cm}^2", f"{cm}^3"), (cm, f"{cm}^2"), (f"{h} \\text{{ cents}}", f"{h} \\text{{ dollars}}")]  # fmt: skip
+    equal = [
+        (cm, str(h)),
+        (str(h), cm),
+        (cm, f"{h}\\text{{ centimeters}}"),
+        (f"{h} \\text{{ m}}", f"{100 * h}\\text{{ cm}}"),
+        (f"{h} \\text{{ hours}}", f"{60 * h} \\text{{ minutes}}"),
+        (f"{h}\\,\\text{{cm}}^2", f"{h} \\text{{ square centimeters}}"),
+    ]
+    near = [
+        (cm, f"{h} \\text{{ m}}"),
+        (cm, f"{h} \\text{{ kg}}"),
+        (f"{cm}^2", f"{cm}^3"),
+        (cm, f"{cm}^2"),
+        (f"{h} \\text{{ cents}}", f"{h} \\text{{ dollars}}"),
+    ]
     return equal, near
 
 
@@ -105,10 +138,21 @@ def intervals(draw):
         condition = (
             f"{low} {'<' if left == '(' else chr(92) + 'le'} x {'<' if right == ')' else chr(92) + 'leq'} {high}"
         )
-        equal += [(f"\\left{left} {low}, {high} \\right{right}", gold), (condition, gold), (gold, condition), (f"x \\in {gold}", gold)]  # fmt: skip
+        equal += [
+            (f"\\left{left} {low}, {high} \\right{right}", gold),
+            (condition, gold),
+            (gold, condition),
+            (f"x \\in {gold}", gold),
+        ]
         others = [o for o in ("()", "(]", "[)", "[]") if o != left + right]
-        near += [(f"{o[0]}{low},{high}{o[1]}", gold) for o in others] + [(condition, f"{o[0]}{low},{high}{o[1]}") for o in others]  # fmt: skip
-        near += [(f"{left}{low},{high + 1}{right}", gold), (f"{left}{high},{low}{right}", gold), (f"\\{{{low},{high}\\}}", gold)]  # fmt: skip
+        near += [(f"{o[0]}{low},{high}{o[1]}", gold) for o in others] + [
+            (condition, f"{o[0]}{low},{high}{o[1]}") for o in others
+        ]
+        near += [
+            (f"{left}{low},{high + 1}{right}", gold),
+            (f"{left}{high},{low}{right}", gold),
+            (f"\\{{{low},{high}\\}}", gold),
+        ]
     equal.append((f"x<{low} \\text{{ or }} x>{high}", f"(-\\infty,{low})\\cup({high},\\infty)"))
     near.append((f"x<{low} \\text{{ or }} x \\ge {high}", f"(-\\infty,{low})\\cup({high},\\infty)"))
     return equal, near
@@ -129,8 +173,24 @@ def as_tuple(values):
 def collections(draw):
     items = draw.sample(range(-20, 20), draw.randint(2, 4))
     other = draw.sample(items, len(items))
-    equal = [(as_set(other), as_set(items)), (joined(other), joined(items)), (as_set(other), joined(items)), (joined(other), as_set(items)), (" \\text{ and } ".join(map(str, other)), joined(items)), (", ".join(f"x={v}" for v in other), joined(items)), (as_tuple([f"\\frac{{{2 * v}}}{{2}}" for v in items]), as_tuple(items))]  # fmt: skip
-    near = [(as_set(other[:-1]), as_set(items)), (joined([*other, 99]), joined(items)), (joined(other[:-1]), joined(items)), (as_set([other[0] + 50, *other[1:]]), as_set(items)), (as_set(items), as_tuple(items)), (as_tuple(items), as_set(items)), (as_tuple([*items[:-1], 77]), as_tuple(items))]  # fmt: skip
+    equal = [
+        (as_set(other), as_set(items)),
+        (joined(other), joined(items)),
+        (as_set(other), joined(items)),
+        (joined(other), as_set(items)),
+        (" \\text{ and } ".join(map(str, other)), joined(items)),
+        (", ".join(f"x={v}" for v in other), joined(items)),
+        (as_tuple([f"\\frac{{{2 * v}}}{{2}}" for v in items]), as_tuple(items)),
+    ]
+    near = [
+        (as_set(other[:-1]), as_set(items)),
+        (joined([*other, 99]), joined(items)),
+        (joined(other[:-1]), joined(items)),
+        (as_set([other[0] + 50, *other[1:]]), as_set(items)),
+        (as_set(items), as_tuple(items)),
+        (as_tuple(items), as_set(items)),
+        (as_tuple([*items[:-1], 77]), as_tuple(items)),
+    ]
     if other != items:
         near.append((as_tuple(other), as_tuple(items)))
     if len(items) == 2:
@@ -143,7 +203,13 @@ def roots_and_signs(draw):
     c, s = draw.randint(2, 9), draw.choice([3, 5, 7, 11])
     gold = f"{c}\\sqrt{{{s}}}"
     both = f"{c}\\pm\\sqrt{{{s}}}"
-    equal = [(f"\\sqrt{{{c * c * s}}}", gold), (f"{c} \\cdot \\sqrt{s if s < 10 else '{11}'}", gold), (f"\\frac{{{c * s}}}{{\\sqrt{{{s}}}}}", gold), (f"x={both}", both), (f"{c}+\\sqrt{{{s}}}, {c}-\\sqrt{{{s}}}", both)]  # fmt: skip
+    equal = [
+        (f"\\sqrt{{{c * c * s}}}", gold),
+        (f"{c} \\cdot \\sqrt{s if s < 10 else '{11}'}", gold),
+        (f"\\frac{{{c * s}}}{{\\sqrt{{{s}}}}}", gold),
+        (f"x={both}", both),
+        (f"{c}+\\sqrt{{{s}}}, {c}-\\sqrt{{{s}}}", both),
+    ]
     near = [
         (f"\\sqrt{{{c * c * s + 1}}}", gold),
         (f"{(c * c * s) ** 0.5:.5f}", gold),
@@ -162,18 +228,51 @@ def matrix(rows, kind="p"):
 def matrices(draw):
     rows = [[draw.randint(1, 9), 10], [20, draw.randint(1, 9)]]
     transposed = [list(column) for column in zip(*rows, strict=True)]
-    return [(matrix(rows, "b"), matrix(rows))], [(matrix(transposed), matrix(rows)), (matrix([[0, 10], rows[1]]), matrix(rows)), (matrix(rows[:1]), matrix(rows))]  # fmt: skip
+    return [(matrix(rows, "b"), matrix(rows))], [
+        (matrix(transposed), matrix(rows)),
+        (matrix([[0, 10], rows[1]]), matrix(rows)),
+        (matrix(rows[:1]), matrix(rows)),
+    ]
 
 
 def equations(draw):
     k, q = draw.randint(2, 9), draw.randint(1, 9)
     line = f"y={k}x+{q}"
-    equal = [(line, f"{k}x+{q}"), (f"{k}x-y+{q}=0", line), (f"{k}x+{q}=y", line), (f"f(x)={q}+{k}x", f"{k}x+{q}"), (f"n = {q}", str(q)), (f"m+n={q}", str(q)), (f"(x+{k})(x+{q})", f"x^2+{k + q}x+{k * q}")]  # fmt: skip
-    near = [(f"y={k}x-{q}", line), (f"y={k + 1}x+{q}", f"{k}x+{q}"), (f"x={k}y+{q}", line), (f"y={q}", f"x={q}"), (f"{k}x={q}", str(q)), (f"x+{k}={q}", str(q)), (f"{k}+{k}={2 * k + 1}", str(2 * k + 1))]  # fmt: skip
+    equal = [
+        (line, f"{k}x+{q}"),
+        (f"{k}x-y+{q}=0", line),
+        (f"{k}x+{q}=y", line),
+        (f"f(x)={q}+{k}x", f"{k}x+{q}"),
+        (f"n = {q}", str(q)),
+        (f"m+n={q}", str(q)),
+        (f"(x+{k})(x+{q})", f"x^2+{k + q}x+{k * q}"),
+    ]
+    near = [
+        (f"y={k}x-{q}", line),
+        (f"y={k + 1}x+{q}", f"{k}x+{q}"),
+        (f"x={k}y+{q}", line),
+        (f"y={q}", f"x={q}"),
+        (f"{k}x={q}", str(q)),
+        (f"x+{k}={q}", str(q)),
+        (f"{k}+{k}={2 * k + 1}", str(2 * k + 1)),
+    ]
     return equal, near
 
 
-CATEGORIES = [fractions, mixed_numbers, thousands, powers_of_ten, percents, degrees, units, intervals, collections, roots_and_signs, matrices, equations]  # fmt: skip
+CATEGORIES = [
+    fractions,
+    mixed_numbers,
+    thousands,
+    powers_of_ten,
+    percents,
+    degrees,
+    units,
+    intervals,
+    collections,
+    roots_and_signs,
+    matrices,
+    equations,
+]
 
 
 @pytest.mark.parametrize("category", CATEGORIES)

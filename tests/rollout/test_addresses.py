@@ -200,7 +200,9 @@ def test_whoever_else_answers_is_told_with_the_status_and_what_to_do(answer, fin
             server.model(5.0)
         server.close()
         assert one.url in str(caught.value) and caught.value.final is final
-        assert caught.value.status == (answer[0] if isinstance(answer, tuple) and answer[0] != 200 else caught.value.status)  # fmt: skip
+        assert caught.value.status == (
+            answer[0] if isinstance(answer, tuple) and answer[0] != 200 else caught.value.status
+        )
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=ipv6)])

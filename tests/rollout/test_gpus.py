@@ -97,14 +97,18 @@ def on_eight_gpus(*words: str, **variables: str) -> subprocess.Popen:
     """A command as a user gives it, on the 8-GPU host."""
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     environment |= {"PYTHONPATH": os.pathsep.join([str(STAND_INS), str(ROOT)]), **variables}
-    return subprocess.Popen([*words], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    return subprocess.Popen(
+        [*words], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def test_the_servers_of_the_readme_are_on_gpus_4_to_7_and_say_so(demo_start, tmp_path):
     serve = on_eight_gpus(
-        sys.executable, "-m", "dcpo_megatron.cli", "serve", str(demo_start), "--servers", "2", "--tp", "2", "--gpus", "4-7", "--colocated",
+        sys.executable, "-m", "dcpo_megatron.cli", "serve", str(demo_start), "--servers", "2", "--tp", "2", "--gpus",
+        "4-7", "--colocated",
         "--command", f"{sys.executable} {STAND_INS / 'server.py'}", "--port", str(free_ports(1)[0]),
-        "--address-file", str(tmp_path / "servers.json"), "--logs", str(tmp_path / "logs"), DCPO_TEST_SEEN=str(tmp_path),
+        "--address-file", str(tmp_path / "servers.json"), "--logs", str(tmp_path / "logs"),
+        DCPO_TEST_SEEN=str(tmp_path),
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 60

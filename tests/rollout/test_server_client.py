@@ -312,7 +312,10 @@ def test_whoever_waits_goes_on_when_the_last_response_is_there(stand_ins, monkey
 def test_a_tag_is_a_version_of_this_run_only():
     fleet = Fleet([Server("http://127.0.0.1:1"), Server("http://127.0.0.1:2")], "run-a")
     assert fleet.version_of(fleet.tag(12)) == 12
-    assert [fleet.version_of(tag) for tag in ("run-b-12", "run-a-", "run-a-012", "run-a--1", "unpublished", "12", "run-a-1\u00b2")] == [None] * 7  # fmt: skip
+    assert [
+        fleet.version_of(tag)
+        for tag in ("run-b-12", "run-a-", "run-a-012", "run-a--1", "unpublished", "12", "run-a-1\u00b2")
+    ] == [None] * 7
     assert (
         fleet.unverified_version_of(fleet.tag(12) + UNVERIFIED) == 12
         and fleet.unverified_version_of("run-a-12") is None

@@ -186,7 +186,8 @@ def test_a_server_that_hangs_is_evicted_at_the_deadline_and_found_again_when_it_
 def test_through_the_stock_router_the_same_seeds_give_the_same_responses(fleet, running):
     port = free_ports(1)[0]
     command = [
-        *default_command(), "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port), "--worker-urls", *running.urls,
+        *default_command(), "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port),
+        "--worker-urls", *running.urls,
     ]  # fmt: skip
     router = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:

@@ -54,8 +54,10 @@ class Launcher:
         self.addresses, self.logs, self.errors = folder / "addresses" / "a.json", folder / "logs", folder / "stderr"
         (folder / "key").write_text(KEY + "\n")
         command = [
-            sys.executable, TOOL, model, "--servers", "2", "--device", "cpu", "--port", str(free_ports(1)[0]), "--api-key-file", folder / "key",
-            "--address-file", self.addresses, "--logs", self.logs, "--hung-after", "6", *server_options(), "--", "--max-running-requests", "4",
+            sys.executable, TOOL, model, "--servers", "2", "--device", "cpu", "--port", str(free_ports(1)[0]),
+            "--api-key-file", folder / "key",
+            "--address-file", self.addresses, "--logs", self.logs, "--hung-after", "6", *server_options(), "--",
+            "--max-running-requests", "4",
         ]  # fmt: skip
         with self.errors.open("wb") as errors:
             # A proxy that answers nobody: servers speak to themselves past it.

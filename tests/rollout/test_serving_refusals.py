@@ -54,7 +54,15 @@ def test_an_interpreter_that_is_not_there_is_a_sentence_and_leaves_nothing(demo_
 
 
 def test_servers_take_neighbouring_gpus_and_what_the_user_says_comes_last():
-    plan = ServerPlan("M", ("apptainer", "exec", "python3"), "cuda", tp=4, colocated=True, arguments=("--dtype", "bfloat16"), api_key="secret")  # fmt: skip
+    plan = ServerPlan(
+        "M",
+        ("apptainer", "exec", "python3"),
+        "cuda",
+        tp=4,
+        colocated=True,
+        arguments=("--dtype", "bfloat16"),
+        api_key="secret",
+    )
     words = command_line(plan, 1, 30001)
     assert words[:4] == ["apptainer", "exec", "python3", str(MODULE)]
     assert words[words.index("--base-gpu-id") + 1] == "4" and words[words.index("--tp-size") + 1] == "4"
@@ -88,7 +96,8 @@ def test_visible_devices_decide_how_many_gpus_there_are(monkeypatch):
 def test_the_servers_module_asks_for_the_launchers_pipe():
     # What a container's command gives that does not pass standard input on.
     done = subprocess.run(
-        [sys.executable, MODULE], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, env=dict(os.environ)
+        [sys.executable, MODULE], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30,
+        env=dict(os.environ)
     )  # fmt: skip
     assert done.returncode == 1 and "docker run -i" in done.stderr
     assert not Path(MODULE).read_text().count("dcpo_megatron.")  # the project is not installed where it runs

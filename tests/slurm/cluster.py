@@ -62,7 +62,8 @@ class Cluster:
         (self.folder / "state").mkdir()
         for host in self.hosts or [None]:
             self._daemon(
-                "munged", "--force", f"--key-file={key}", f"--socket={self.munge}/munge.socket", f"--pid-file={self.munge}/munged.pid",
+                "munged", "--force", f"--key-file={key}", f"--socket={self.munge}/munge.socket",
+                f"--pid-file={self.munge}/munged.pid",
                 f"--log-file={self.munge}/munged.log", f"--seed-file={self.munge}/munge.seed", host=host,
             )  # fmt: skip
         self._daemon("slurmctld", "-f", self.env["SLURM_CONF"], host=self._first)

@@ -50,9 +50,12 @@ def test_two_ranks_give_a_table_numbers_and_a_trace_of_the_measured_steps_alone(
     write_jsonl(make_arithmetic(16, 0, 9), tmp_path / "train.jsonl")
     numbers, trace = tmp_path / "found.json", tmp_path / "trace.json"
     settings = [
-        f"model.path={demo_start}", "model.dtype=float32", f"data.files=[{tmp_path / 'train.jsonl'}]", "data.template=plain",
-        "data.max_prompt_tokens=8", "rollout.prompts_per_step=4", "rollout.group_size=4", "rollout.max_response_tokens=6",
-        "training.minibatch_prompts=2", "training.micro_batch_tokens=64", "training.platform=cpu", "logging.tensorboard=false",
+        f"model.path={demo_start}", "model.dtype=float32", f"data.files=[{tmp_path / 'train.jsonl'}]",
+        "data.template=plain",
+        "data.max_prompt_tokens=8", "rollout.prompts_per_step=4", "rollout.group_size=4",
+        "rollout.max_response_tokens=6",
+        "training.minibatch_prompts=2", "training.micro_batch_tokens=64", "training.platform=cpu",
+        "logging.tensorboard=false",
     ]  # fmt: skip
     options = ["--steps", "2", "--warm-up", "1", "--json", str(numbers), "--trace", str(trace)]
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}

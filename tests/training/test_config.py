@@ -200,9 +200,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("value", ["16", "dapo", "", "[a]"])
 def test_a_section_that_holds_a_plain_value_is_refused(value):
-    assert refusal(overrides=[f"objective={value}"]) == (
-        "objective must hold keys of its own, such as objective.preset"
-    )
+    assert refusal(overrides=[f"objective={value}"]) == "objective must hold keys of its own, such as objective.preset"
 
 
 # -- objectives and recipes ------------------------------------------------------------------------
@@ -240,8 +238,9 @@ def test_an_impossible_objective_is_refused_when_the_configuration_is_read(overr
 
 
 def test_an_overlong_penalty_over_the_whole_response_is_refused():
-    assert refusal(overrides=["objective.preset=dapo", "rollout.max_response_tokens=512"]) == (
-        "objective.overlong_buffer=512 must be below rollout.max_response_tokens=512: set one of them"
+    assert (
+        refusal(overrides=["objective.preset=dapo", "rollout.max_response_tokens=512"])
+        == "objective.overlong_buffer=512 must be below rollout.max_response_tokens=512: set one of them"
     )
     load_config([], [*GIVEN, "objective.preset=dapo", "rollout.max_response_tokens=513"])
 
@@ -503,8 +502,9 @@ def refused_model(config):
 
 
 def test_a_model_folder_that_does_not_exist_is_refused(config_of, tmp_path):
-    assert refused_model(config_of(f"model.path={tmp_path / 'no'}")) == (
-        f"model folder {tmp_path / 'no'} does not exist: give a local Hugging Face folder with config.json"
+    assert (
+        refused_model(config_of(f"model.path={tmp_path / 'no'}"))
+        == f"model folder {tmp_path / 'no'} does not exist: give a local Hugging Face folder with config.json"
     )
 
 

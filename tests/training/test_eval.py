@@ -25,7 +25,11 @@ def test_pass_at_m_is_the_share_of_all_choices_of_m_samples_with_a_right_one(sam
 
 
 def test_measures_hold_to_their_definitions():
-    problems = [Answers(True, (True, False, False, False)), Answers(False, (True, True, True, True)), Answers(False, (False,) * 4)]  # fmt: skip
+    problems = [
+        Answers(True, (True, False, False, False)),
+        Answers(False, (True, True, True, True)),
+        Answers(False, (False,) * 4),
+    ]
     found = {name: sum(values) / 3 for name, values in measures(problems).items()}
     assert found == pytest.approx({"avg@1": 1 / 3, "avg@4": 5 / 12, "pass@2": 0.5, "pass@4": 2 / 3})
     with pytest.raises(ValueError, match="different numbers"):
@@ -50,14 +54,20 @@ def byte_model(tmp_path_factory) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-    vocab = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | {"<end>": 256}  # fmt: skip
+    vocab = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | {
+        "<end>": 256
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     folder = tmp_path_factory.mktemp("bytes")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
-    config = Qwen2Config(vocab_size=264, max_position_embeddings=8192, eos_token_id=256, tie_word_embeddings=True, **sizes)  # fmt: skip
+    sizes = dict(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )
+    config = Qwen2Config(
+        vocab_size=264, max_position_embeddings=8192, eos_token_id=256, tie_word_embeddings=True, **sizes
+    )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -67,7 +77,10 @@ def responses(folder: Path) -> list[dict]:
 
 
 def test_files_with_thirty_two_copies_of_a_problem_are_the_problems_they_are(real_data, byte_model, tmp_path):
-    files = [str(real_data / name) for name in ("aime_2024.parquet", "amc2023.parquet", "math500.parquet", "gsm8k_test.jsonl")]  # fmt: skip
+    files = [
+        str(real_data / name)
+        for name in ("aime_2024.parquet", "amc2023.parquet", "math500.parquet", "gsm8k_test.jsonl")
+    ]
     words = ["--samples", "2", "--max-response-tokens", "2", "--template", "qwen-math", "--quiet", "--device", "cpu"]
     assert command.main([str(byte_model), *files[:2], "--output", str(tmp_path / "all"), *words]) == 0
     found = json.loads((tmp_path / "all" / "result.json").read_text())["sets"]
@@ -81,7 +94,11 @@ def test_files_with_thirty_two_copies_of_a_problem_are_the_problems_they_are(rea
     assert found["aime_2024"]["sampled_tokens"] == {"mean": 2, "median": 2, "p95": 2, "longest": 2, "truncated": 1.0}
     # The other two formats.
     assert command.main([str(byte_model), *files[2:], "--limit", "3", "--output", str(tmp_path / "some"), *words]) == 0
-    assert [row["ground_truth"] for row in responses(tmp_path / "some") if row["sample"] == -1][3:] == ["18", "3", "70000"]  # fmt: skip
+    assert [row["ground_truth"] for row in responses(tmp_path / "some") if row["sample"] == -1][3:] == [
+        "18",
+        "3",
+        "70000",
+    ]
 
 
 @pytest.fixture
@@ -95,14 +112,22 @@ def problems(tmp_path) -> Path:
 
 def words(model, problems, output, **more) -> list[str]:
     settings = {"samples": 3, "max-response-tokens": 6, "template": "plain", "batch-size": 4, "device": "cpu"} | more
-    return [str(model), str(problems), "--output", str(output), *[w for k, v in settings.items() for w in (f"--{k}", str(v))]]  # fmt: skip
+    return [
+        str(model),
+        str(problems),
+        "--output",
+        str(output),
+        *[w for k, v in settings.items() for w in (f"--{k}", str(v))],
+    ]
 
 
 def test_killed_and_started_again_it_ends_as_if_it_had_not_been(byte_model, problems, tmp_path, capsys):
     assert command.main(words(byte_model, problems, tmp_path / "whole")) == 0
     whole = responses(tmp_path / "whole")
     assert len(whole) == 10 * 4  # the copies under other ids are copies
-    process = subprocess.Popen([sys.executable, "-m", "dcpo_megatron.cli", "eval", *words(byte_model, problems, tmp_path / "cut")])  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dcpo_megatron.cli", "eval", *words(byte_model, problems, tmp_path / "cut")]
+    )
     kept = tmp_path / "cut" / "responses.jsonl"
     deadline = time.monotonic() + 120
     while (
@@ -194,11 +219,15 @@ def test_the_model_is_known_by_its_content(byte_model, tmp_path):
 def test_servers_answer_as_the_model_in_this_process_does(demo_start, sglang_server, problems, tmp_path):
     settings = {"samples": 2, "max-response-tokens": 5}
     assert command.main(words(demo_start, problems, tmp_path / "here", **settings)) == 0
-    assert command.main([*words(demo_start, problems, tmp_path / "served", **settings), "--servers", sglang_server]) == 0  # fmt: skip
+    assert (
+        command.main([*words(demo_start, problems, tmp_path / "served", **settings), "--servers", sglang_server]) == 0
+    )
     here, served = responses(tmp_path / "here"), responses(tmp_path / "served")
     assert [row["id"] for row in served] == [row["id"] for row in here]
     greedy = [row for row in here if row["sample"] == -1]
-    assert len(greedy) == 10 and [row["response"] for row in served if row["sample"] == -1] == [row["response"] for row in greedy]  # fmt: skip
+    assert len(greedy) == 10 and [row["response"] for row in served if row["sample"] == -1] == [
+        row["response"] for row in greedy
+    ]
 
 
 @pytest.mark.sglang

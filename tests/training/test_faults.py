@@ -30,11 +30,16 @@ class Run:
         write_jsonl(make_arithmetic(16, 0, 9), folder / "train.jsonl")
         self.output = folder / "run"
         command = [
-            sys.executable, "-m", "dcpo_megatron.cli", "train", "--ranks", "2", f"model.path={start}", "model.dtype=float32",
-            f"data.files=[{folder / 'train.jsonl'}]", "data.template=plain", "data.max_prompt_tokens=8", "rollout.prompts_per_step=4",
-            "rollout.group_size=4", "rollout.max_response_tokens=6", "training.minibatch_prompts=2", "training.micro_batch_tokens=64",
-            f"training.steps={steps}", "training.platform=cpu", "reward.function=tests.training.rewards:digits", "reward.correct_at=0.5",
-            f"output={self.output}", "logging.tensorboard=false", "logging.report=false", "logging.console=false", *settings,
+            sys.executable, "-m", "dcpo_megatron.cli", "train", "--ranks", "2", f"model.path={start}",
+            "model.dtype=float32",
+            f"data.files=[{folder / 'train.jsonl'}]", "data.template=plain", "data.max_prompt_tokens=8",
+            "rollout.prompts_per_step=4",
+            "rollout.group_size=4", "rollout.max_response_tokens=6", "training.minibatch_prompts=2",
+            "training.micro_batch_tokens=64",
+            f"training.steps={steps}", "training.platform=cpu", "reward.function=tests.training.rewards:digits",
+            "reward.correct_at=0.5",
+            f"output={self.output}", "logging.tensorboard=false", "logging.report=false", "logging.console=false",
+            *settings,
         ]  # fmt: skip
         self.process = subprocess.Popen(
             command,

@@ -37,7 +37,8 @@ def test_rows_wait_in_memory_and_come_whole_and_in_order(tmp_path):
         file.close()
         file.close()
     assert [sentence.split(" (")[0] for sentence in said] == [
-        "rows cannot be written", "rows cannot be written", "1 rows of rows are lost: they could not be written to the end",
+        "rows cannot be written", "rows cannot be written",
+        "1 rows of rows are lost: they could not be written to the end",
     ]  # fmt: skip
 
 

@@ -90,7 +90,14 @@ def test_a_servers_gpu_is_told_by_the_uuid_that_nvidia_smi_shows(monkeypatch):
 
 
 def test_a_publications_deadlines_and_limits_are_the_configurations():
-    given = {"bucket_timeout_seconds": 7.0, "timeout_seconds": 70.0, "bucket_bytes": 1000, "address": "fd00::2", "tolerance": 0.5, "verify": False}  # fmt: skip
+    given = {
+        "bucket_timeout_seconds": 7.0,
+        "timeout_seconds": 70.0,
+        "bucket_bytes": 1000,
+        "address": "fd00::2",
+        "tolerance": 0.5,
+        "verify": False,
+    }
     wanted = [f"publish.{key}={value}" for key, value in given.items()]
     config = load_config(
         [], ["model.path=m", "data.files=[d]", "data.template=plain", "servers.min_healthy=3", *wanted]
@@ -104,17 +111,25 @@ def test_a_publications_deadlines_and_limits_are_the_configurations():
 def test_ipv6_addresses_can_be_typed_with_quotes_and_without(quote):
     urls = ["http://[::1]:30000", "http://[fd00::2]:30001"]
     typed = ", ".join(f"{quote}{url}{quote}" for url in urls)
-    config = load_config([], ["model.path=m", "data.files=[d]", f"servers.urls=[{typed}]", f"publish.address={quote}[fd00::2]{quote}"])  # fmt: skip
+    config = load_config(
+        [], ["model.path=m", "data.files=[d]", f"servers.urls=[{typed}]", f"publish.address={quote}[fd00::2]{quote}"]
+    )
     assert config.servers.urls == urls and config.publish.address in ("fd00::2", "[fd00::2]")
 
 
 DOWN = "http://127.0.0.1:9"
-WRONG_KEY, GATEWAY, LOADING = (401, "application/json", '{"error": "Unauthorized"}'), (502, "text/html", "nginx"), (503, "text/plain", "")  # fmt: skip
+WRONG_KEY, GATEWAY, LOADING = (
+    (401, "application/json", '{"error": "Unauthorized"}'),
+    (502, "text/html", "nginx"),
+    (503, "text/plain", ""),
+)
 
 
 def wait_for_servers(pool, urls: list[str], seconds: float, *more):
     """(the same end on both ranks, what rank 0 announced, seconds)."""
-    (found, said, took), (other, silent, _) = pool.run("tests.training.host_jobs:servers_of_a_run", 2, urls, seconds, *more)  # fmt: skip
+    (found, said, took), (other, silent, _) = pool.run(
+        "tests.training.host_jobs:servers_of_a_run", 2, urls, seconds, *more
+    )
     assert found == other and len(silent) <= 1
     return found, said, took
 

@@ -12,7 +12,8 @@ from dcpo_megatron.training.engines import settle_interface
 
 def config(*urls: str, mode: str = "distributed") -> SimpleNamespace:
     return SimpleNamespace(
-        rollout=SimpleNamespace(engine="sglang"), publish=SimpleNamespace(mode=mode), servers=SimpleNamespace(urls=urls, file=None)
+        rollout=SimpleNamespace(engine="sglang"), publish=SimpleNamespace(mode=mode),
+        servers=SimpleNamespace(urls=urls, file=None)
     )  # fmt: skip
 
 

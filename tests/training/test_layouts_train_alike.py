@@ -32,11 +32,15 @@ def runs(demo_start, tmp_path_factory):
         for name, (world, overrides) in LAYOUTS.items():
             output = folder / name.replace(" ", "-")
             settings = [
-                f"model.path={demo_start}", "model.dtype=float32", f"data.files=[{folder / 'train.jsonl'}]", "data.template=plain",
-                "data.max_prompt_tokens=8", "rollout.prompts_per_step=4", "rollout.group_size=4", "rollout.max_response_tokens=6",
-                "training.minibatch_prompts=2", "training.micro_batch_tokens=64", "training.steps=3", "training.platform=cpu",
+                f"model.path={demo_start}", "model.dtype=float32", f"data.files=[{folder / 'train.jsonl'}]",
+                "data.template=plain",
+                "data.max_prompt_tokens=8", "rollout.prompts_per_step=4", "rollout.group_size=4",
+                "rollout.max_response_tokens=6",
+                "training.minibatch_prompts=2", "training.micro_batch_tokens=64", "training.steps=3",
+                "training.platform=cpu",
                 "reward.function=tests.training.rewards:digits", "optimizer.lr=1e-5", "optimizer.warmup_steps=0",
-                "logging.console=false", "logging.tensorboard=false", "logging.report=false", "logging.samples=1", f"output={output}",
+                "logging.console=false", "logging.tensorboard=false", "logging.report=false", "logging.samples=1",
+                f"output={output}",
                 *overrides,
             ]  # fmt: skip
             per_rank = pool.run("tests.training.jobs:train", world, settings, timeout=200)

@@ -151,12 +151,16 @@ def test_weights_gradients_and_optimizer_are_those_of_megatron_lms_formula(model
     layout = ParallelLayout(tensor=4, sequence_parallel=True, expert=8 if shape.experts else 1, expert_tensor=1)
     theirs = megatron_lm_formulas()(
         SimpleNamespace(
-            kv_channels=shape.head_dim, num_attention_heads=shape.heads, hidden_size=shape.hidden, group_query_attention=True,
+            kv_channels=shape.head_dim, num_attention_heads=shape.heads, hidden_size=shape.hidden,
+            group_query_attention=True,
             num_query_groups=shape.kv_heads, num_experts=shape.experts or None, swiglu=True, moe_layer_freq=1,
             num_layers=shape.layers, moe_ffn_hidden_size=shape.expert_ffn, mtp_num_layers=None, normalization="RMSNorm",
-            multi_latent_attention=False, padded_vocab_size=-(-shape.vocab // 512) * 512, moe_router_topk=shape.experts_per_token,
-            untie_embeddings_and_output_weights=True, ffn_hidden_size=shape.ffn, moe_shared_expert_intermediate_size=None,
-            moe_latent_size=None, add_bias_linear=False, expert_tensor_parallel_size=1, expert_model_parallel_size=layout.expert,
+            multi_latent_attention=False, padded_vocab_size=-(-shape.vocab // 512) * 512,
+            moe_router_topk=shape.experts_per_token,
+            untie_embeddings_and_output_weights=True, ffn_hidden_size=shape.ffn,
+            moe_shared_expert_intermediate_size=None,
+            moe_latent_size=None, add_bias_linear=False, expert_tensor_parallel_size=1,
+            expert_model_parallel_size=layout.expert,
             pipeline_model_parallel_size=1, tensor_model_parallel_size=4, world_size=32, data_parallel_size=8,
             use_distributed_optimizer=True,
         )

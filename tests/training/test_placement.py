@@ -15,7 +15,12 @@ def said(hosts: str, tensor: int = 1, context: int = 1, pipeline: int = 1, exper
     order = "tp-cp-ep-dp-pp"
     dense = RankGenerator(tensor, 1, world // (tensor * context * pipeline), pipeline, context, order=order)
     sparse = RankGenerator(tensor, expert, world // (tensor * expert * pipeline), pipeline, 1, order=order)
-    groups = {"tensor": (dense, "tp"), "expert-tensor": (sparse, "tp"), "context": (dense, "cp"), "expert": (sparse, "ep")}  # fmt: skip
+    groups = {
+        "tensor": (dense, "tp"),
+        "expert-tensor": (sparse, "tp"),
+        "context": (dense, "cp"),
+        "expert": (sparse, "ep"),
+    }
     ranks = {kind: {tuple(group) for group in of.get_ranks(name)} for kind, (of, name) in groups.items()}
     return misplaced([HOSTS[letter] for letter in hosts], ranks)
 

@@ -10,9 +10,17 @@ import pytest
 from dcpo_megatron.cli import report
 from tests.training import browser
 
-STEPS = [{"step": step, "reward": 0.1 * step, "accuracy": 0.1 * step, "seconds": 1.5, "response_utilization_ratio": 0.5} for step in (1, 2, 3)]  # fmt: skip
+STEPS = [
+    {"step": step, "reward": 0.1 * step, "accuracy": 0.1 * step, "seconds": 1.5, "response_utilization_ratio": 0.5}
+    for step in (1, 2, 3)
+]
 HOSTILE = '<script>document.title = "broken"</script>&amp;'
-TOKENS = [["12", -0.1, 1.0, 0.8, 1.2, ""], ["+" * 90, -1.5, 1.4, 0.8, 1.2, "upper"], [HOSTILE, -2.0, 0.7, 0.8, None, ""], ["", -0.2, 1.01, 0.8, 1.2, ""]]  # fmt: skip
+TOKENS = [
+    ["12", -0.1, 1.0, 0.8, 1.2, ""],
+    ["+" * 90, -1.5, 1.4, 0.8, 1.2, "upper"],
+    [HOSTILE, -2.0, 0.7, 0.8, None, ""],
+    ["", -0.2, 1.01, 0.8, 1.2, ""],
+]
 SAMPLES = [
     {"kind": "response", "step": step, "prompt_id": "sums/12+5", "correct": True, "reward": 1.0, "advantage": 0.75, "length": 4, "minibatch": 2, "tokens": TOKENS}
     for step in (1, 3)

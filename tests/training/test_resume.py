@@ -126,7 +126,8 @@ def test_keys_that_are_allowed_to_change_may_and_a_run_can_be_made_longer_beside
         root / "step-000001.removing" / "run.json", root / "step-000002" / "run.json", folder / "model" / "config.json"
     ):
         code, said = run(
-            [*arguments, "optimizer.lr=0.002", "checkpoint.allow_changed=[optimizer.lr]", "training.steps=5"], folder.parent / "log"
+            [*arguments, "optimizer.lr=0.002", "checkpoint.allow_changed=[optimizer.lr]", "training.steps=5"],
+            folder.parent / "log"
         )  # fmt: skip
     assert code == 0, said
     for name in ("step-000001.removing", "step-000002.removing", "model.removing"):

@@ -26,8 +26,10 @@ def settings(folder: Path, start: Path, *more: str) -> list[str]:
     return [
         f"model.path={start}", "model.dtype=float32", f"data.files=[{folder / 'train.jsonl'}]", "data.template=plain",
         "data.max_prompt_tokens=8", f"evaluation.files=[{folder / 'held_out.jsonl'}]", "evaluation.samples=2",
-        "rollout.prompts_per_step=4", "rollout.group_size=4", "rollout.max_response_tokens=6", "training.minibatch_prompts=2",
-        "training.micro_batch_tokens=64", "training.steps=2", "training.platform=cpu", "reward.function=tests.training.rewards:digits",
+        "rollout.prompts_per_step=4", "rollout.group_size=4", "rollout.max_response_tokens=6",
+        "training.minibatch_prompts=2",
+        "training.micro_batch_tokens=64", "training.steps=2", "training.platform=cpu",
+        "reward.function=tests.training.rewards:digits",
         "reward.correct_at=0.5", f"output={folder / 'run'}", *more,
     ]  # fmt: skip
 
@@ -91,7 +93,8 @@ def test_two_nodes_meet_by_torchruns_rendezvous(folder, demo_start):
         port = probe.getsockname()[1]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     node = [
-        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend",
+        "c10d",
         "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "job", "examples/pretrain_dcpo.sh",
         *settings(folder, demo_start, "parallel.pipeline=2", "objective.preset=grpo", "objective.kl_coef=0.01"),
     ]  # fmt: skip

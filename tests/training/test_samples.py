@@ -37,7 +37,9 @@ def train(log: SampleLog, steps, length=LENGTH) -> RewardHistory:
         ]  # fmt: skip
         log.visits(step, responses, history)
         if log.due(step):
-            batch = [Sequence(n, [1], r.token_ids, old_logprobs=torch.full((length,), -1.0)) for n, r in enumerate(responses)]  # fmt: skip
+            batch = [
+                Sequence(n, [1], r.token_ids, old_logprobs=torch.full((length,), -1.0)) for n, r in enumerate(responses)
+            ]
             log.responses(step, responses, [[batch]], grown, objective, chr)
     return history
 
@@ -58,7 +60,9 @@ def test_what_is_kept_is_bounded_and_right(tmp_path):
     # q = 1/e, eps 0.16 and 0.20, A > 0: beyond the upper bound
     assert (text, old, clipped) == (chr(7), -1.0, "upper") and ratio == pytest.approx(1.5, abs=1e-4)
     assert upper == pytest.approx(0.5 + 0.5 * (1 + 4 * 0.2 * 2.71828) ** 0.5, abs=1e-4) and lower == 0.5
-    assert [row["visits"] for row in kept if row["kind"] == "visit" and row["prompt_id"] == "b"] == list(range(1, samples.VISITS + 1))  # fmt: skip
+    assert [row["visits"] for row in kept if row["kind"] == "visit" and row["prompt_id"] == "b"] == list(
+        range(1, samples.VISITS + 1)
+    )
     assert (tmp_path / "samples.jsonl").stat().st_size < 4_000_000
 
 

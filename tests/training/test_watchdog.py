@@ -69,8 +69,10 @@ def wait_until(condition) -> None:
 
 def test_the_rank_that_came_least_far_is_named_and_where_the_others_wait():
     beats = by_rank(beat(0, "update", 40, 61), beat(1, "reward", 38, 63), beat(2, "update", 40, 60))
-    assert describe_standstill(beats, 3, 60, NOW) == (
-        "rank 1 on host x has stood in phase reward of step 12 for 63 s (deadline 60 s); waiting: ranks 0, 2 in update of step 12"
+    assert (
+        describe_standstill(beats, 3, 60, NOW)
+        == "rank 1 on host x has stood in phase reward of step 12 for 63 s (deadline 60 s); waiting: ranks 0, 2 in"
+        " update of step 12"
     )
 
 
@@ -183,7 +185,10 @@ time.sleep(0.9)
 
 
 def test_a_folder_that_cannot_be_written_does_not_end_the_run(tmp_path):
-    body = "watchdog.health.rename(watchdog.health.with_name('away'))\nfor step in range(3):\n    watchdog.enter('update', step); time.sleep(0.2)\nwatchdog.close()"
+    body = (
+        "watchdog.health.rename(watchdog.health.with_name('away'))\nfor step in range(3):\n    watchdog.enter('update',"
+        " step); time.sleep(0.2)\nwatchdog.close()"
+    )
     done = watched(tmp_path, body)
     assert done.returncode == 0 and done.stderr.count("no heartbeats") == 1, done.stderr
 
@@ -314,7 +319,8 @@ def test_the_host_that_reaches_none_of_several_is_the_one_that_is_cut_off():
     beats = by_rank(*(beat(rank, "exchange", 40, 8) for rank in range(3)))
     said = standing(seen({1: "lost", 2: "lost"}, beats), 3, 8)
     assert said.startswith(
-        "rank 0 on host a is cut off from the network (no other host answers): rank 1 on host b, rank 2 on host c cannot"
+        "rank 0 on host a is cut off from the network (no other host answers): rank 1 on host b, rank 2 on host c"
+        " cannot"
     )
     said = standing(seen({1: "lost"}, beats, dead_link="eth0"), 2, 8)
     assert said.startswith("rank 0 on host a is cut off from the network (the link of eth0 is down): rank 1 on host b")

@@ -83,23 +83,31 @@ def _plain_model(tensor: int, pipeline: int, experts: bool, expert: int):
     model_parallel_cuda_manual_seed(7)
     torch.manual_seed(7)
     moe = dict(
-        num_moe_experts=4, moe_ffn_hidden_size=24, moe_router_topk=2, moe_router_pre_softmax=False, expert_model_parallel_size=expert,
+        num_moe_experts=4, moe_ffn_hidden_size=24, moe_router_topk=2, moe_router_pre_softmax=False,
+        expert_model_parallel_size=expert,
         moe_token_dispatcher_type="alltoall", moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0,
     )  # fmt: skip
     config = TransformerConfig(
-        num_layers=4, hidden_size=32, num_attention_heads=4, num_query_groups=2, kv_channels=16 if experts else 8, ffn_hidden_size=48,
-        normalization="RMSNorm", layernorm_epsilon=1e-6, add_bias_linear=False, add_qkv_bias=not experts, qk_layernorm=experts,
-        gated_linear_unit=True, activation_func=torch.nn.functional.silu, hidden_dropout=0.0, attention_dropout=0.0, init_method_std=0.2,
-        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, pipeline_dtype=torch.float32, use_cpu_initialization=True,
-        gradient_accumulation_fusion=False, bias_activation_fusion=False, masked_softmax_fusion=False, persist_layer_norm=False,
+        num_layers=4, hidden_size=32, num_attention_heads=4, num_query_groups=2, kv_channels=16 if experts else 8,
+        ffn_hidden_size=48,
+        normalization="RMSNorm", layernorm_epsilon=1e-6, add_bias_linear=False, add_qkv_bias=not experts,
+        qk_layernorm=experts,
+        gated_linear_unit=True, activation_func=torch.nn.functional.silu, hidden_dropout=0.0, attention_dropout=0.0,
+        init_method_std=0.2,
+        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, pipeline_dtype=torch.float32,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False, bias_activation_fusion=False, masked_softmax_fusion=False,
+        persist_layer_norm=False,
         **(moe if experts else {}),
     )  # fmt: skip
     spec = get_gpt_layer_local_spec(
         normalization="RMSNorm", num_experts=4 if experts else None, moe_grouped_gemm=False, qk_layernorm=experts
     )
     return GPTModel(
-        config, spec, vocab_size=128 * tensor, max_sequence_length=128, position_embedding_type="rope", rotary_base=10000,
-        pre_process=mpu.is_pipeline_first_stage(), post_process=mpu.is_pipeline_last_stage(), share_embeddings_and_output_weights=False,
+        config, spec, vocab_size=128 * tensor, max_sequence_length=128, position_embedding_type="rope",
+        rotary_base=10000,
+        pre_process=mpu.is_pipeline_first_stage(), post_process=mpu.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=False,
     )  # fmt: skip
 
 

@@ -162,9 +162,10 @@ def checkpoint(request, tmp_path, source):
 
 
 def test_a_tensor_that_is_not_there_is_named(checkpoint):
-    assert refusal(SafetensorsFolder(checkpoint).read, "model.layers.9.bias") == (
-        f"{checkpoint} has no tensor 'model.layers.9.bias', which its config.json calls for: is it a checkpoint of another "
-        "architecture?"
+    assert (
+        refusal(SafetensorsFolder(checkpoint).read, "model.layers.9.bias")
+        == f"{checkpoint} has no tensor 'model.layers.9.bias', which its config.json calls for: is it a checkpoint of"
+        " another architecture?"
     )
 
 
@@ -179,8 +180,10 @@ def test_a_truncated_file_is_named(checkpoint, keep):
 def test_an_index_that_names_a_missing_file_is_refused(tmp_path, source):
     folder = write_hf_folder(tmp_path / "out", TENSORS.items(), source, shard_bytes=1)
     (folder / "model-00003-of-00004.safetensors").unlink()
-    assert refusal(SafetensorsFolder, folder) == (
-        f"{folder / INDEX} names model-00003-of-00004.safetensors, which is not there: the checkpoint is incomplete, copy it again"
+    assert (
+        refusal(SafetensorsFolder, folder)
+        == f"{folder / INDEX} names model-00003-of-00004.safetensors, which is not there: the checkpoint is incomplete,"
+        " copy it again"
     )
 
 
@@ -207,6 +210,7 @@ def test_an_index_that_names_the_wrong_file_for_a_tensor_is_refused(tmp_path, so
 
 def test_a_folder_without_safetensors_is_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    assert refusal(SafetensorsFolder, tmp_path) == (
-        f"{tmp_path} has no *.safetensors file: convert the weights to safetensors first"
+    assert (
+        refusal(SafetensorsFolder, tmp_path)
+        == f"{tmp_path} has no *.safetensors file: convert the weights to safetensors first"
     )

@@ -27,7 +27,23 @@ def gpu(monkeypatch):
 
     def reduce_tensor(tensor):
         made.append(tensor)
-        arguments = (torch.Tensor, tensor.size(), tensor.stride(), 0, torch.UntypedStorage, tensor.dtype, 2, b"handle", 64, 0, b"counter", 0, b"event", False, False)  # fmt: skip
+        arguments = (
+            torch.Tensor,
+            tensor.size(),
+            tensor.stride(),
+            0,
+            torch.UntypedStorage,
+            tensor.dtype,
+            2,
+            b"handle",
+            64,
+            0,
+            b"counter",
+            0,
+            b"event",
+            False,
+            False,
+        )
         return reductions.rebuild_cuda_tensor, arguments
 
     monkeypatch.setattr(reductions, "reduce_tensor", reduce_tensor)
@@ -103,7 +119,7 @@ def test_a_handle_names_its_gpu_by_uuid_and_other_pickles_stay_torchs_own(gpu, s
     ((name, arguments),) = opened(one.prepare(bucket())[0])
     assert name == "w" and arguments[6] == UUIDS[2]
     assert arguments[5] == torch.float32 and arguments[7] == b"handle" and len(arguments) == 15
-    (_, plain) = Opened(BytesIO(ForkingPickler.dumps(bucket().tensors[0]))).load()
+    _, plain = Opened(BytesIO(ForkingPickler.dumps(bucket().tensors[0]))).load()
     assert plain[6] == 2
 
 

@@ -65,7 +65,8 @@ def pool():
 def sampled(server: Server) -> tuple[list[int], list[float], str]:
     """Greedy tokens, their log-probs, and the tag of the weights."""
     body = {
-        "input_ids": PROMPT, "return_logprob": True, "sampling_params": {"max_new_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True},
+        "input_ids": PROMPT, "return_logprob": True,
+        "sampling_params": {"max_new_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True},
     }  # fmt: skip
     meta = server.post("/generate", body, timeout=30)["meta_info"]
     rows = meta["output_token_logprobs"]

@@ -133,7 +133,9 @@ def test_files_that_transformers_does_not_take_are_refused(models, tmp_path, fil
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("named", "words"), [("gone.safetensors", "which is not there"), ("model.bin", "is no safetensors file")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("named", "words"), [("gone.safetensors", "which is not there"), ("model.bin", "is no safetensors file")]
+)
 def test_a_named_file_that_cannot_be_read_is_refused(both, named, words):
     name(both, named)
     with pytest.raises(CheckpointError, match=words):
@@ -235,13 +237,17 @@ def test_a_megatron_checkpoint_with_another_output_layer_than_its_tied_configura
 # -- what is carried -------------------------------------------------------------------------------
 
 CARRIED = [
-    "LICENSE", "additional_chat_templates/rag.jinja", "additional_chat_templates/tool_use.jinja", "code/blocks/attention.py",
+    "LICENSE", "additional_chat_templates/rag.jinja", "additional_chat_templates/tool_use.jinja",
+    "code/blocks/attention.py",
     "code/modeling_own.py", "config.json", "processor/preprocessor_config.json", "tokenizer.json",
 ]  # fmt: skip
 LEFT = [
-    ".cache/huggingface/download/config.json.lock", ".git/config", "code/__pycache__/modeling_own.cpython-311.pyc", "code/.hidden",
-    "original/params.json", "original/consolidated.00.pth", "onnx/model.onnx", "onnx/config.json", "checkpoint-5/trainer_state.json",
-    "checkpoint-5/model.safetensors", "hf_cache/models.json", "processor/vision/pytorch_model.bin", "model.safetensors.index.json",
+    ".cache/huggingface/download/config.json.lock", ".git/config", "code/__pycache__/modeling_own.cpython-311.pyc",
+    "code/.hidden",
+    "original/params.json", "original/consolidated.00.pth", "onnx/model.onnx", "onnx/config.json",
+    "checkpoint-5/trainer_state.json",
+    "checkpoint-5/model.safetensors", "hf_cache/models.json", "processor/vision/pytorch_model.bin",
+    "model.safetensors.index.json",
     "runs/May01_host/events.out.tfevents.1700000000.host",
 ]  # fmt: skip
 

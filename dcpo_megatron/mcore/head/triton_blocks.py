@@ -45,7 +45,8 @@ def _statistics_kernel(logits, columns, stats, rows, width, COLUMNS: tl.constexp
 
 @triton.jit
 def _gradient_kernel(
-    logits, columns, log_sum, entropy, grad_logprobs, grad_entropy, out, width, HAS_ENTROPY: tl.constexpr, COLUMNS: tl.constexpr
+    logits, columns, log_sum, entropy, grad_logprobs, grad_entropy, out, width, HAS_ENTROPY: tl.constexpr,
+    COLUMNS: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -14,7 +14,8 @@ from dcpo_megatron.rewards.mathematics.units import Unit, read_unit
 _UNICODE = str.maketrans({
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "°": "", "∞": r"\infty ",
     "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ", "²": "^2", "³": "^3", "，": ",", "（": "(", "）": ")", "％": "%",
-    "⋅": r"\cdot ", "∗": "*", "＋": "+", "≠": r"\ne ", "√": r"\sqrt ", "∅": r"\emptyset ", "∈": r"\in ", "±": r"\pm ", "ℝ": r"\mathbb{R}",
+    "⋅": r"\cdot ", "∗": "*", "＋": "+", "≠": r"\ne ", "√": r"\sqrt ", "∅": r"\emptyset ", "∈": r"\in ", "±": r"\pm ",
+    "ℝ": r"\mathbb{R}",
     "\u00a0": " ", "\u202f": " ", "\u2009": " ",
 })  # fmt: skip
 

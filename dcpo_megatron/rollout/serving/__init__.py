@@ -79,7 +79,8 @@ def start_servers(
             + ("" if gpus is None else ", or more --gpus")
         )
     plan = ServerPlan(
-        str(model), command, "cpu" if mine is None else "cuda", host, tp, colocated, tuple(arguments), api_key, python_path,
+        str(model), command, "cpu" if mine is None else "cuda", host, tp, colocated, tuple(arguments), api_key,
+        python_path,
         gpus=None if gpus is None else tuple(gpu.name for gpu in mine),
         uuids=tuple(gpu.uuid for gpu in mine or ()),
     )  # fmt: skip

@@ -47,13 +47,25 @@ CPU = (
     "--skip-server-warmup",
 )  # fmt: skip
 # These of SGLang's own arguments decide for themselves on which GPUs a server is.
-PLACING = ("--base-gpu-id", "--gpu-id-step", "--tp", "--tp-size", "--tensor-parallel-size", "--dp", "--dp-size", "--data-parallel-size", "--pp-size", "--pipeline-parallel-size")  # fmt: skip
+PLACING = (
+    "--base-gpu-id",
+    "--gpu-id-step",
+    "--tp",
+    "--tp-size",
+    "--tensor-parallel-size",
+    "--dp",
+    "--dp-size",
+    "--data-parallel-size",
+    "--pp-size",
+    "--pipeline-parallel-size",
+)
 # Hosts that mean every interface; a server then speaks to itself through loopback.
 WIDE = ("0.0.0.0", "::", "")
 # A launcher among a trainer's ranks must not make the server one of them, and the trainer's import path leads to
 # another torch.
 NOT_PASSED_ON = (
-    "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
+    "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK",
+    "MASTER_ADDR", "MASTER_PORT",
     API_KEY_VARIABLE,
 )  # fmt: skip
 

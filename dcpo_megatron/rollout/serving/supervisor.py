@@ -71,7 +71,8 @@ class Servers:
     ):
         if plan.host not in LOOPBACK and not plan.api_key:
             raise ServingError(
-                f"--host {plan.host} lets other machines in: give a key with --api-key-file or DCPO_SGLANG_API_KEY, or listen on 127.0.0.1"
+                f"--host {plan.host} lets other machines in: give a key with --api-key-file or DCPO_SGLANG_API_KEY, or"
+                " listen on 127.0.0.1"
             )
         for port in ports:
             _refuse_taken(plan.host, port)
@@ -287,8 +288,8 @@ def _refuse_loopback(host: str) -> None:
     found = {entry[4][0] for entry in socket.getaddrinfo(host, None)}  # it resolves: _taken() has tried
     if all(map(network.is_loopback, found)):
         raise ServingError(
-            f"--host {host} is {', '.join(sorted(found))} on this host, which no other host reaches: give an address of "
-            f"its network, or --host 0.0.0.0 --advertise {host}"
+            f"--host {host} is {', '.join(sorted(found))} on this host, which no other host reaches: give an address of"
+            f" its network, or --host 0.0.0.0 --advertise {host}"
         )
 
 

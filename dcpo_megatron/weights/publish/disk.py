@@ -106,6 +106,6 @@ class DiskTransport:
         except OSError:
             room = "the folder cannot be read"
         return RolloutError(
-            f"weights could not be written to {self.folder} ({error.strerror or error}; {room}): the servers keep the weights that they have; "
-            "free space or set publish.folder"
+            f"weights could not be written to {self.folder} ({error.strerror or error}; {room}): the servers keep the"
+            " weights that they have; free space or set publish.folder"
         )

@@ -83,8 +83,9 @@ class IpcTransport:
             first %= world  # any process's shared memory will do
         if first + tp > world:
             raise RolloutError(
-                f"{server.url} has {tp} tensor-parallel ranks from GPU {first} on, but there are {world} training ranks: with publish.mode=ipc every GPU of a "
-                "server needs a training rank; use publish.mode=distributed"
+                f"{server.url} has {tp} tensor-parallel ranks from GPU {first} on, but there are {world} training"
+                " ranks: with publish.mode=ipc every GPU of a server needs a training rank; use"
+                " publish.mode=distributed"
             )
         self._first[server.url] = (first, tp)
 

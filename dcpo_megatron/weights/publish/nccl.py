@@ -40,7 +40,10 @@ def settle_cumem(environment: MutableMapping[str, str] = os.environ) -> str | No
     value = environment.setdefault(CUMEM, "0")
     if value == "0":
         return None
-    return f"{CUMEM}={value} is set: SGLang takes 0 where it is not set, so start the servers with {CUMEM}={value} too, or unset it here"
+    return (
+        f"{CUMEM}={value} is set: SGLang takes 0 where it is not set, so start the servers with {CUMEM}={value} too, or"
+        " unset it here"
+    )
 
 
 def compare(server: Server, info: dict, seconds: float) -> str:
@@ -56,18 +59,22 @@ def compare(server: Server, info: dict, seconds: float) -> str:
     ours, theirs = _version(torch.cuda.nccl.version()), _version(told.get("nccl") or ())
     if theirs and theirs != ours:
         raise RolloutError(
-            f"{server.url} runs NCCL {theirs}, the trainer {ours} (torch {torch.__version__}), and NCCL makes no group of two versions: "
-            f"give both the same torch, or {WAY_OUT}"
+            f"{server.url} runs NCCL {theirs}, the trainer {ours} (torch {torch.__version__}), and NCCL makes no group"
+            f" of two versions: give both the same torch, or {WAY_OUT}"
         )
     cumem = told.get(CUMEM) or ("1" if info.get("enable_symm_mem") else None)
     if cumem is not None and cumem != os.environ.get(CUMEM):
         raise RolloutError(
-            f"{server.url} runs with {CUMEM}={cumem}, the trainer with {CUMEM}={os.environ.get(CUMEM)}: start both with the same, or {WAY_OUT}"
+            f"{server.url} runs with {CUMEM}={cumem}, the trainer with {CUMEM}={os.environ.get(CUMEM)}: start both with"
+            f" the same, or {WAY_OUT}"
         )
     pinned = _version(_pinned(str(info.get("version"))))
     if theirs or not pinned or pinned == ours:
         return ""
-    return f"; SGLang {info['version']} comes with NCCL {pinned}, the trainer runs {ours}: if the server's is its own still, {WAY_OUT}"
+    return (
+        f"; SGLang {info['version']} comes with NCCL {pinned}, the trainer runs {ours}: if the server's is its own"
+        f" still, {WAY_OUT}"
+    )
 
 
 def options(timeout: datetime.timedelta) -> dist.ProcessGroupNCCL.Options:

@@ -109,7 +109,8 @@ class ProcessGroupTransport:
         limit = min(seconds, self.timeout)
         if server.url in self._leaving and not self._leaving[server.url].wait(limit):
             raise RolloutError(
-                f"the group that {server.url} was in could not be taken down within {limit:.0f} s: start the run again, or set publish.mode=disk"
+                f"the group that {server.url} was in could not be taken down within {limit:.0f} s: start the run again,"
+                " or set publish.mode=disk"
             )
         address = self.address or _own_address(server.url)
         try:
@@ -124,7 +125,8 @@ class ProcessGroupTransport:
         except (RuntimeError, OSError) as error:
             raise RolloutError(f"no rendezvous store at {address}: {error}; set publish.address") from error
         body = {
-            "master_address": in_url(address), "master_port": store.port, "rank_offset": 1, "world_size": 1 + ranks, "group_name": name, "backend": self.backend,
+            "master_address": in_url(address), "master_port": store.port, "rank_offset": 1, "world_size": 1 + ranks,
+            "group_name": name, "backend": self.backend,
         }  # fmt: skip
 
         def join() -> None:
@@ -135,7 +137,8 @@ class ProcessGroupTransport:
             # Our own deadlines end it long before its own would.
             timeout = datetime.timedelta(seconds=2 * self.timeout + 60)
             group, _ = c10d._new_process_group_helper(
-                1 + ranks, 0, [], c10d.Backend(self.backend), dist.PrefixStore(name, store), group_name=name, timeout=timeout,
+                1 + ranks, 0, [], c10d.Backend(self.backend), dist.PrefixStore(name, store), group_name=name,
+                timeout=timeout,
                 backend_options=nccl.options(timeout) if self.backend == "nccl" else None,
             )  # fmt: skip
             c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(1 + ranks)}
@@ -154,7 +157,8 @@ class ProcessGroupTransport:
         :meth:`drop` the server then."""
         held = self._groups[server.url]
         body = {
-            "names": bucket.names, "dtypes": bucket.dtypes, "shapes": bucket.shapes, "group_name": held.name, "flush_cache": False,
+            "names": bucket.names, "dtypes": bucket.dtypes, "shapes": bucket.shapes, "group_name": held.name,
+            "flush_cache": False,
         }  # fmt: skip
         asked = _beside(lambda: server.post("/update_weights_from_distributed", body, timeout=seconds))
         _both(
@@ -248,8 +252,8 @@ def _ranks(server: Server, info: dict) -> int:
     stages, copies = int(info.get("pp_size") or 1), int(info.get("dp_size") or 1)
     if stages > 1 or (copies > 1 and not info.get("enable_dp_attention")):
         raise RolloutError(
-            f"{server.url} has {stages} pipeline stages and {copies} data-parallel copies, SGLang takes weights from a group with one of each: "
-            "start several servers instead, or publish by disk"
+            f"{server.url} has {stages} pipeline stages and {copies} data-parallel copies, SGLang takes weights from a"
+            " group with one of each: start several servers instead, or publish by disk"
         )
     return int(info.get("tp_size") or 1)
 
@@ -270,6 +274,6 @@ def _own_address(url: str) -> str:
         return own_address(parts.hostname, parts.port or 80)
     except (OSError, UnicodeError) as error:
         raise RolloutError(
-            f"this host finds no way to {url} ({error}): does its name resolve here? set publish.address to the address at "
-            "which servers reach this host"
+            f"this host finds no way to {url} ({error}): does its name resolve here? set publish.address to the address"
+            " at which servers reach this host"
         ) from error

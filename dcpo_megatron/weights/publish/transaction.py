@@ -138,7 +138,7 @@ class WeightPublisher:
             }
             mine = json.dumps(outcome).encode()
         if dist.is_initialized():
-            (mine, *_) = all_gather_on_host(mine)
+            mine, *_ = all_gather_on_host(mine)
         if failure is not None:
             raise failure
         outcome = json.loads(mine)
@@ -208,8 +208,9 @@ class _Publication:
         if phase != "resume" and len(self.servers) < self.options.min_servers:
             reasons = "; ".join(f"{url}: {why}" for url, why in self.report.evicted.items())
             raise RolloutError(
-                f"version {self.version} of the weights reached {len(self.servers)} of {len(self.fleet.servers)} rollout servers, {self.options.min_servers} must have it "
-                f"({reasons}): look at the servers' logs, start them again (dcpo serve), then start the same command again to resume"
+                f"version {self.version} of the weights reached {len(self.servers)} of {len(self.fleet.servers)}"
+                f" rollout servers, {self.options.min_servers} must have it ({reasons}): look at the servers' logs,"
+                " start them again (dcpo serve), then start the same command again to resume"
             )
 
     def _left(self, most: float | None = None) -> float:
@@ -303,7 +304,8 @@ class _Publication:
             sums = verify.checksums(server, self._left())
             if sums is None and self.probe is None:
                 raise RolloutError(
-                    "it computes no checksums and the training model's log-probs were not given: nothing can be verified"
+                    "it computes no checksums and the training model's log-probs were not given: nothing can be"
+                    " verified"
                 )
             if sums is not None:
                 found[server.url] = sums

@@ -49,8 +49,8 @@ def check_arrived(noise: Checksums, now: Checksums) -> None:
     left = sorted(name.split(".", 1)[1] for name, value in now.items() if noise.get(name) == value)
     if left:
         raise RolloutError(
-            f"{len(left)} tensors of the server were not among the weights sent, such as {left[0]}: is it serving the same model? start it from the folder that "
-            "training started from"
+            f"{len(left)} tensors of the server were not among the weights sent, such as {left[0]}: is it serving the"
+            " same model? start it from the folder that training started from"
         )
 
 
@@ -95,6 +95,7 @@ def check_logprobs(difference: float, tolerance: float) -> None:
     """Raises RolloutError where the server's log-probs are not the training model's."""
     if not difference <= tolerance:
         raise RolloutError(
-            f"its log-probs differ from the training model's by {difference:.2g} on average, above publish.tolerance={tolerance:g}: is it serving the same model "
-            "in the same precision? raise publish.tolerance if the difference is rounding"
+            f"its log-probs differ from the training model's by {difference:.2g} on average, above"
+            f" publish.tolerance={tolerance:g}: is it serving the same model in the same precision? raise"
+            " publish.tolerance if the difference is rounding"
         )

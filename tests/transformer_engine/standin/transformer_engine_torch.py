@@ -37,7 +37,13 @@ FP8FwdTensors = _enum(
 FP8BwdTensors = _enum(
     "FP8BwdTensors", *(f"GRAD_{what}{number}" for number in (1, 2, 3) for what in ("OUTPUT", "INPUT"))
 )
-TORCH = {DType.kByte: torch.uint8, DType.kInt32: torch.int32, DType.kFloat32: torch.float32, DType.kFloat16: torch.float16, DType.kBFloat16: torch.bfloat16}  # fmt: skip
+TORCH = {
+    DType.kByte: torch.uint8,
+    DType.kInt32: torch.int32,
+    DType.kFloat32: torch.float32,
+    DType.kFloat16: torch.float16,
+    DType.kBFloat16: torch.bfloat16,
+}
 
 
 class _Numbered(type):
@@ -52,7 +58,8 @@ class _Numbered(type):
 
 
 for _name in (
-    "NVTE_QKV_Layout", "NVTE_Bias_Type", "NVTE_Mask_Type", "NVTE_Softmax_Type", "NVTEScalingMode", "NVTERoutingMapFormat",
+    "NVTE_QKV_Layout", "NVTE_Bias_Type", "NVTE_Mask_Type", "NVTE_Softmax_Type", "NVTEScalingMode",
+    "NVTERoutingMapFormat",
     "NVTEQBHistogramMode", "CommOverlapType", "CommGemmOverlapRole", "CommOverlapAlgo",
 ):  # fmt: skip
     globals()[_name] = _Numbered(_name, (), {})
@@ -143,7 +150,8 @@ def _product(a, transa, b, transb) -> torch.Tensor:
 
 
 def generic_gemm(
-    a, transa, b, transb, out, quantizer, out_dtype, bias, bias_dtype, gelu, gelu_in, grad, workspace, workspace_size, accumulate, split,
+    a, transa, b, transb, out, quantizer, out_dtype, bias, bias_dtype, gelu, gelu_in, grad, workspace, workspace_size,
+    accumulate, split,
     comm_overlap=None, comm_type=None, extra_output=None, bulk_overlap=False, alpha=1.0, beta=None,
 ):  # fmt: skip
     """Returns ``(out, bias gradient, None, extra_output)``. A bias is added forward; backward (``grad``) its gradient
@@ -171,7 +179,8 @@ def generic_gemm(
 
 
 def te_general_grouped_gemm(
-    a, transa, b, transb, out, out_dtype, m_splits, bias, bias_dtype, single_output, pre_gelu_out, grad, workspaces, workspace_size, accumulate,
+    a, transa, b, transb, out, out_dtype, m_splits, bias, bias_dtype, single_output, pre_gelu_out, grad, workspaces,
+    workspace_size, accumulate,
     split, sm_count,
 ):  # fmt: skip
     """One product a group, into ``out`` (one tensor a group, or the groups' rows one after the other). Returns the bias
