@@ -23,7 +23,7 @@ SGLANG_RUN = $(SGLANG_VENV)/bin/python
 SGLANG = $(SGLANG_VENV)/.installed
 SGLANG_LATEST = $(SGLANG_VENV)/sglang-0.5.23
 
-.PHONY: demo demo-pretrained demo-sglang test test-slurm test-hosts test-sglang test-sglang-latest lint style clean install certificate mutation same-python
+.PHONY: demo demo-pretrained demo-sglang test test-fast test-slurm test-hosts test-sglang test-sglang-latest lint style clean install certificate mutation same-python
 
 install: $(STAMP)
 
@@ -63,7 +63,11 @@ demo-sglang: $(STAMP) $(SGLANG)
 	$(RUN) -m dcpo_megatron.cli demo --servers 2 --server-python $(SGLANG_RUN) --seed $(SEED) --output runs/demo-sglang
 
 test: $(STAMP) $(OTHER_MEGATRON) $(TE) $(SGLANG) style
-	DCPO_TEST_SGLANG=required $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder tests
+	DCPO_TEST_SGLANG=required $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 20 tests
+
+# For who changes one room: without the files that take long (tests/conftest.py names them), without servers.
+test-fast: $(STAMP)
+	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 20 --fast tests
 
 # Files of tests that run at once. Most start ranks of their own: more than there are cores is slower, and meets the tests' deadlines.
 WORKERS ?= 2
