@@ -1,10 +1,12 @@
 """Where the seconds of a step go: named spans, nested, by the host's clock.
 
-    step    |---------------------------------------------------------------|
-    rollout   |---------------|
-    reward                     |-|
-    update                         |-------------------|
-    packing                         |-|    |-|
+    step                |---------------------------------------------------------------|
+    rollout               |---------------|
+    reward                                 |-|
+    packing                                   |-|
+    forward_backward                            |------------|  |----------|
+    packing                                       |-|    |-|      |-|
+    optimizer                                                 |-|           |-|
 
 A span's seconds are its OWN: those of the spans inside it are theirs. So the seconds of all names add up to those of
 the outermost span exactly, and what no inner span covers (the outermost one's own) is the rest. A span costs about a
