@@ -92,6 +92,22 @@ def test_a_shell_block_is_bash_and_its_commands_are_taken(monkeypatch, page, tex
             pytest.fail(f"{page.name}: {shlex.join(words)}: refused with exit code {error.code}")
 
 
+def test_every_configuration_of_the_paper_index_is_taken_and_every_file_is_there():
+    rows = [line.split("|")[1:-1] for line in (ROOT / "docs/paper_index.md").read_text().splitlines() if "|" in line]
+    configurations = 0
+    for _, _, configuration, files in rows[2:]:
+        for code in re.findall(r"`([^`]+)`", configuration):
+            words = code.split()
+            recipes = [words[at + 1] for at, word in enumerate(words) if word == "--config"]
+            given = [word for word in words if "=" in word]
+            if recipes or given:
+                load_config(recipes, ["model.path=anywhere", "data.files=[any.jsonl]", *given]).make_objective()
+                configurations += 1
+        for name in re.findall(r"`(\S+\.py)`", files):
+            assert (ROOT / "dcpo_megatron" / name).is_file(), name
+    assert configurations > 15
+
+
 def test_a_command_that_would_be_refused_is_noticed(monkeypatch, capsys):
     for line in ("dcpo serve", "dcpo train training.stesp=3", "python tools/bench_save.py --fast", "make nothing",
                  "ssh h 'cd x && python -m dcpo_megatron.cli eval'", "sbatch examples/slurm/train.sbatch /run --cofnig x",
