@@ -1,7 +1,7 @@
 """What is written is on the disk before it gets its name, and what is old goes without taking the new with it.
 
-    NEW.incomplete   -- its files, its folders, itself: on the disk -->   NEW   -- and its parent too
-    OLD   -- under a name that nobody reads -->   OLD.removing   -- as much as the file system lets go -->   gone, or a sentence
+    NEW.incomplete  -- its files, its folders, itself: on the disk -->  NEW  -- and its parent too
+    OLD  -- under a name that nobody reads -->  OLD.removing  -- what the file system lets go -->  gone, or a sentence
 
 A folder may refuse to go: a file in it is immutable, or open on another host of a network file system. Then what is
 left keeps the name that nobody reads.

@@ -1,10 +1,11 @@
 """This host's network interfaces, which of them leads to another host, and telling it to gloo and nccl. Nothing is
 sent.
 
-interface_towards("10.0.0.1")    "eth0"     the interface whose address the kernel takes on the way there
-interface_towards("fd00::1")     "eth0"     on the host that has this address: the interface that has it, not the loopback
+interface_towards("10.0.0.1")    "eth0"   the interface whose address the kernel takes on the way there
+interface_towards("fd00::1")     "eth0"   on the host that has this address: the interface that has it, not the loopback
 interface_towards("127.0.0.1")   "lo"
-interface_towards("h1")          on h1 itself "lo", where its own name resolves to 127.0.1.1: ask for the way to another host there
+interface_towards("h1")          "lo"     on h1 itself, where its own name resolves to 127.0.1.1: ask for the way to
+                                          another host there
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 to the full-logits path.
 
     python tools/bench_logprobs.py                                                            # seconds, on any machine
-    python tools/bench_logprobs.py --tokens 8192 --hidden 1536 --vocab 151936 --repeats 1     # a 1.5B model's head; the full path takes 16 GB
+    python tools/bench_logprobs.py --tokens 8192 --hidden 1536 --vocab 151936 --repeats 1     # a 1.5B model's head; the
+                                                                                              # full path takes 16 GB
 
 Every row computes the mean of -log p(target) over ``tokens`` positions and its gradient with respect to hidden states
 and weight. ``ours`` rows also give the exact entropy, which the others (verl's apart) do not; with ``--entropy`` an

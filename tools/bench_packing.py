@@ -2,8 +2,8 @@
 """How evenly responses are laid out over ranks and micro-batches, and how much of what is computed is padding, side by
 side on the same lengths.
 
-    python tools/bench_packing.py                                         # lengths as reasoning traces have them
-    python tools/bench_packing.py --gsm8k train.jsonl                     # and those of GSM8K's solutions, from your copy of the file
+    python tools/bench_packing.py                         # lengths as reasoning traces have them
+    python tools/bench_packing.py --gsm8k train.jsonl     # and those of GSM8K's solutions, from your copy of the file
 
 **Lengths.** ``lognormal``: a prompt of ``--prompt`` tokens and a response of exp(N(ln median, sigma)) tokens, at most
 ``--max``. ``gsm8k``: question and solution of rows drawn at random, characters / 4 rounded up, or counted by

@@ -2,12 +2,14 @@
 """What it costs to publish weights to SGLang servers: seconds and bytes/s of each mode beside a raw broadcast of the
 same tensors, in one run.
 
-    python tools/bench_publish.py                                          # a random model of 220 M parameters, one server, on a CPU: about three minutes
+    python tools/bench_publish.py                                          # a random model of 220 M parameters, one
+                                                                           # server, on a CPU: about three minutes
     python tools/bench_publish.py --millions 50 --servers 2 --modes distributed
     python tools/bench_publish.py --model FOLDER --url http://host:30000   # servers that run already, and serve FOLDER
 
     training ranks (Megatron model, --tp)  -- publish, as a run does -->  stock servers
-    rank 0                                 -- broadcast -->               as many plain processes        "raw": nothing but torch.distributed
+    rank 0                                 -- broadcast -->               as many plain processes
+                                                                          "raw": nothing but torch.distributed
 
 Kinds take turns, so that noise meets all alike; medians of ``--repeats`` are shown. **stream** is the phase in which
 the weights go over and are loaded, **rate** the bytes that one server gets by its seconds, **of raw** the raw

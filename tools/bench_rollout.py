@@ -2,10 +2,12 @@
 """What the client of rollout servers costs: its tokens/s beside the same requests posted straight to the same servers,
 in one run.
 
-    python tools/bench_rollout.py                                          # a small model on one server on a CPU: 32 prompts x 8 responses of 64 tokens
+    python tools/bench_rollout.py                                          # a small model on one server on a CPU:
+                                                                           # 32 prompts x 8 responses of 64 tokens
     python tools/bench_rollout.py --model FOLDER --url http://host:30000 --prompts 128 --tokens 1024
 
-    client      ServerClient.generate, as a run samples: spread over servers, each answer read and checked token by token, with its weight version
+    client      ServerClient.generate, as a run samples: spread over servers, each answer read and checked token by
+                token, with its weight version
     straight    httpx alone: the same bodies posted to the same servers, the answers' bytes counted and thrown away
 
 Both take turns, each first every other time; medians of ``--repeats`` are shown after one turn that is left out. All

@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
 """Where the seconds of a training step go: a table, and a trace that chrome://tracing and Perfetto open.
 
-    python tools/bench_step.py                                     # the demo's recipe on a small model made and warmed up first: two ranks on a CPU, minutes
-    python tools/bench_step.py --trace step.json                   # and a trace, one track a rank
+    python tools/bench_step.py                                 # the demo's recipe on a small model made and warmed up
+                                                               # first: two ranks on a CPU, minutes
+    python tools/bench_step.py --trace step.json               # and a trace, one track a rank
     python tools/bench_step.py --ranks 8 --config recipe.yaml model.path=/path/to/model 'data.files=[train.parquet]'
-    python tools/bench_step.py --ranks 1 --shape qwen2.5-0.5b      # a model of that shape with random weights, made on the spot; a GPU
-    python tools/bench_step.py --ranks 1 --shape qwen2.5-0.5b --server-python .venv-sglang/bin/python publish.mode=ipc publish.colocated=true
+    python tools/bench_step.py --ranks 1 --shape qwen2.5-0.5b  # a model of that shape with random weights, made on the
+                                                               # spot; a GPU
+    python tools/bench_step.py --ranks 1 --shape qwen2.5-0.5b --server-python .venv-sglang/bin/python \\
+        publish.mode=ipc publish.colocated=true
 
 It runs real steps of the trainer, as ``dcpo train`` does with the same files and overrides, without evaluation and
 without writing a model. The first ``--warm-up`` steps are left out. **mean** is over the ``--steps`` steps after them

@@ -6,7 +6,8 @@ bit: `tools/verify_resume.py --hosts 2 --cuts 10`.
 
     cut N: host, way (the link is down; or up, and carries nothing) and length by chance: 5 s to a minute, or for ever
         shorter than the deadline leaves time for   -->  the run goes on by itself
-        longer                                      -->  every rank says who is missing and ends; the link is mended, the same command starts the run again
+        longer                                      -->  every rank says who is missing and ends; the link is mended,
+                                                         the same command starts the run again
 
 Every end is looked at: one sentence on each rank, before any traceback, within the deadline; and a checkpoint whose
 files are what its manifest says.

@@ -1,7 +1,9 @@
 """Saves the whole run while training goes on.
 
-    start    every rank copies its part to the host (training waits for this), a thread of each rank writes it        step-N.incomplete/
-    poll     at each step boundary the ranks ask one another (one all-reduce) whether all have written                 -> index, manifest, final name, latest
+    start    every rank copies its part to the host (training waits for this),
+             a thread of each rank writes it                                     step-N.incomplete/
+    poll     at each step boundary the ranks ask one another (one all-reduce)
+             whether all have written                                            -> index, manifest, final name, latest
     finish   the same, but waits
 
 Beside training the thread takes a tenth of a core at most, and gives way to everything else: a save costs many steps a

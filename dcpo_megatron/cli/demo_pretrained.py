@@ -197,9 +197,15 @@ def _write_page(folder: Path, config) -> None:
     pairs = [(row, said["after"][place]) for place, row in said["before"].items()]
     question = {f"held_out/{row['id']}": row["prompt"][-1]["content"] for row in _rows(folder / "held_out.jsonl")}
     rows = [
-        [question[old["id"]], old["ground_truth"], "most likely" if old["sample"] < 0 else "sampled", _cell(old), _cell(new)]
+        [
+            question[old["id"]],
+            old["ground_truth"],
+            "most likely" if old["sample"] < 0 else "sampled",
+            _cell(old),
+            _cell(new),
+        ]
         for old, new in sorted(pairs, key=lambda pair: (pair[0]["id"], pair[0]["sample"]))
-    ]  # fmt: skip
+    ]
     before, after = (fmean(row["reward"] for row in side) for side in zip(*pairs, strict=True))
     turns = " / ".join(f"{turn['role']}: {turn['content']}" for turn in EXAMPLE)
     blocks = [

@@ -1,7 +1,8 @@
 """Processes side by side, a few at a time: each a job with a log file, some waiting for another one to succeed first.
 
 jobs in order --> the first that is ready --> a free slot (an environment of its own) --> exit code
-a job fails               --> it is named with the last line of its log; those that need it are not started; the rest goes on
+a job fails               --> it is named with the last line of its log; those that need it are not started; the rest
+                              goes on
 SIGTERM or SIGINT         --> the same to every running job, once, as SIGTERM: runs save and end; nothing new is started
 this process is killed    --> the kernel ends the jobs (on Linux)
 """

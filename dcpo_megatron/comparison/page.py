@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1rem; color: #1a1a1a; background: #fff }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1rem; color: #1a1a1a;
+  background: #fff }
 h1 { font-size: 1.6rem } h2 { font-size: 1.25rem; margin-top: 2rem }
 img { max-width: 100%; height: auto }
 .scroll { overflow-x: auto }
@@ -16,7 +17,8 @@ table { border-collapse: collapse; font-size: .9rem }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
 .reproduced { color: #116329; font-weight: 600 } .not-reproduced { color: #a40e26; font-weight: 600 }
 .undecided, .not-measured { color: #6b5900; font-weight: 600 }
-@media (prefers-color-scheme: dark) { body { color: #e6e6e6; background: #161616 } th, td { border-color: #444 } img { background: #fff }
+@media (prefers-color-scheme: dark) { body { color: #e6e6e6; background: #161616 } th, td { border-color: #444 }
+  img { background: #fff }
   .reproduced { color: #57c76c } .not-reproduced { color: #ff7b8a } .undecided, .not-measured { color: #e0c64a } }
 """
 

@@ -2,8 +2,8 @@
 
 | format | prompt | answer | id | data source |
 |---|---|---|---|---|
-| verl-parquet (also as JSON lines) | prompt: chat messages or text | reward_model.ground_truth | extra_info.index | data_source |
-| jsonl (also as parquet) | prompt, question or problem | answer or ground_truth | id | data_source |
+| verl-parquet (or JSON lines) | prompt: messages or text | reward_model.ground_truth | extra_info.index | data_source |
+| jsonl (or parquet) | prompt, question or problem | answer or ground_truth | id | data_source |
 | gsm8k | question | answer, after ``####``, without commas | id, else content | data_source, else "gsm8k" |
 
 The full id is "data source/id", so that files do not collide by accident. A row without a data source takes the name of

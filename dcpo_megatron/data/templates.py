@@ -3,8 +3,8 @@ r"""Chat messages to the text that the model continues.
 | template | text | special tokens added by the tokenizer |
 |---|---|---|
 | chat | the tokenizer's own chat template, with the opening of the assistant's turn | no: the template writes them |
-| qwen-math | ChatML with "Please reason step by step, and put your final answer within \boxed{}." | no: ChatML's are in it |
-| plain | the contents of the messages, a blank line between two | before the text: a model that begins with a BOS token gets it, once |
+| qwen-math | ChatML with "Please reason step by step, and put your final answer within \boxed{}." | no: it has them |
+| plain | message contents, a blank line between | before the text: a model beginning with a BOS token gets it, once |
 
 A system prompt given in the options replaces that of the row. ``qwen-math`` is rendered here, so that it is the same
 for a base model whose tokenizer has another chat template or none.

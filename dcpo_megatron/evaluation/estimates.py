@@ -2,8 +2,8 @@ r"""What an evaluation says, from which answers were right. Pure functions, no t
 
     Avg@1    share of problems whose greedy response is right
     Avg@k    right responses / (problems x k), k samples a problem
-    pass@m   mean over problems of 1 - C(k - c, m) / C(k, m), with c of the problem's k samples right: the unbiased estimate of "at least one of m is right"
-             (Chen et al., arXiv 2107.03374, eq. 1)
+    pass@m   mean over problems of 1 - C(k - c, m) / C(k, m), with c of the problem's k samples right: the unbiased
+             estimate of "at least one of m is right" (Chen et al., arXiv 2107.03374, eq. 1)
 
 Intervals are percentile bootstraps over problems: problems are drawn with replacement, each with all its samples. The
 average over sets is the plain mean of the sets' values, and its interval draws within every set. They say how much the

@@ -1,9 +1,9 @@
 """Do the servers of an evaluation hold the weights of the folder that is evaluated? They tell a path and a tag, and no
 more.
 
-    never given weights (`dcpo serve` has it say so), and its path holds the folder's files     -> yes
-    otherwise: log-probs of a few prompts, the folder's model in this process beside each server    -> they agree, or refused
-    no room for the model here, or servers that round more (quantized ones)                      -> said, not refused
+    never given weights (`dcpo serve` has it say so), and its path holds the folder's files    -> yes
+    otherwise: a few prompts' log-probs, the folder's model in this process beside each server -> they agree, or refused
+    no room for the model here, or servers that round more (quantized ones)                    -> said, not refused
 
 Weights that differ by less than rounding pass for the same.
 """

@@ -2,8 +2,10 @@
 which takes orders on standard input.
 
     launcher == ssh ==> stdin: "TERM", "USR1", ...  -->  that signal to every rank of this host, once
-                        end of stdin, or silence    -->  the launcher or the connection is gone: SIGTERM to the ranks, which save and end
-    launcher <== ssh == stdout: READY, then what the ranks say, through a pipe that outlives the connection;  exit code of the rank that failed first
+                        end of stdin, or silence    -->  the launcher or the connection is gone: SIGTERM to the ranks,
+                                                         which save and end
+    launcher <== ssh == stdout: READY, then what the ranks say, through a pipe that outlives the connection
+                        exit code of the rank that failed first
 
 Plain torchrun gives its ranks 30 seconds after SIGTERM, dies of SIGUSR1, and ends with 1 whatever its ranks ended with:
 "start me again" would be lost.

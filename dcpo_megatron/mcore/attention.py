@@ -5,8 +5,9 @@ Megatron-Core's local ``DotProductAttention`` refuses both. Here a micro-batch i
 of that sequence, and may see keys ``0 .. offset + its own place``.
 
     no context parallelism    one block a sequence: (start, 0, L)
-    context parallelism       two blocks a sequence and rank, the zigzag order: of 2*cp chunks rank r holds chunk r and chunk 2*cp-1-r, so that
-                              every rank has the same number of (query, key) pairs; keys and values are gathered over the group
+    context parallelism       two blocks a sequence and rank, the zigzag order: of 2*cp chunks rank r holds chunk r and
+                              chunk 2*cp-1-r, so that every rank has the same number of (query, key) pairs; keys and
+                              values are gathered over the group
 
 Blocks of similar size share one attention call: they are padded to the largest of their group on the right, where
 causality keeps the padding out of every real query's sight. The grouping is computed once a micro-batch

@@ -1,13 +1,13 @@
 """Megatron-Core's and Transformer Engine's faster ways of doing the same, each asked for as ``auto``, ``on`` or
 ``off``.
 
-    key                                  what it does                                     auto takes it
-    model.bias_activation_fusion         a feed-forward layer's activation in one kernel  on a GPU where Triton compiles
-    model.gradient_accumulation_fusion   products add up the weights' gradients           on a GPU with TE's layers or Apex
-    model.grouped_experts                one product for all experts of a rank            with TE's layers
-    model.moe_permute_fusion             tokens go to their experts in one kernel         with TE's layers on a GPU
-    parallel.overlap_grad_reduce         gradients travel beside the backward pass        on a GPU
-    parallel.overlap_param_gather        weights travel beside the next forward pass      with the line above, and Adam
+    key                                 what it does                                     auto takes it
+    model.bias_activation_fusion        a feed-forward layer's activation in one kernel  on a GPU where Triton compiles
+    model.gradient_accumulation_fusion  products add up the weights' gradients           on a GPU with TE layers or Apex
+    model.grouped_experts               one product for all experts of a rank            with TE layers
+    model.moe_permute_fusion            tokens go to their experts in one kernel         with TE layers on a GPU
+    parallel.overlap_grad_reduce        gradients travel beside the backward pass        on a GPU
+    parallel.overlap_param_gather       weights travel beside the next forward pass      with the line above, and Adam
 
 (TE: Transformer Engine.) ``on`` where it cannot be had is refused with the reason. Nothing here imports Megatron-Core:
 the configuration is checked with it before a rank starts.

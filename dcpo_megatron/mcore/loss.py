@@ -14,7 +14,8 @@
 (``aggregation_weights``). In default mode the schedule multiplies by cp / num_microbatches and DistributedDataParallel
 averages over dp * cp, so the function returns
 
-    (sum over local tokens of w_t l_t) * num_microbatches * dp        l_t = c_t * policy_t + kl_coef * k3_t - entropy_coef * H_t
+    (sum over local tokens of w_t l_t) * num_microbatches * dp
+    l_t = c_t * policy_t + kl_coef * k3_t - entropy_coef * H_t
 
 and the gradient becomes the sum over all ranks of w_t dl_t. ``dp`` is the pure data-parallel size, ``num_microbatches``
 the number really given to the schedule. The function returns a 2-tuple, so ``calculate_per_token_loss`` must stay False

@@ -1,7 +1,8 @@
 """What ranks tell one another when they first meet, and what follows from it: who is missing, which interface leads to
 the others. No store, nothing that waits for long.
 
-cards   {"host": "h1", "stack": ..., "address": "10.0.0.1", ...} of every rank   -->   verdict {"failed": None, "alone": False, "leaders": [0, 8], "peer": "10.0.0.2"}
+cards         {"host": "h1", "stack": ..., "address": "10.0.0.1", ...} of every rank
+--> verdict   {"failed": None, "alone": False, "leaders": [0, 8], "peer": "10.0.0.2"}
 """
 
 from __future__ import annotations

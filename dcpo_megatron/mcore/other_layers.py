@@ -1,10 +1,11 @@
 """What a run with Transformer Engine writes otherwise than a run without, and how each reads the other's checkpoint.
 
-                        with                                            without
-    second norm, MoE    decoder.layers.pre_mlp_layernorm.weight         decoder.layers.mlp.linear_fc1.layer_norm_weight
-    empty states        linear layers and norms (``._extra_state``)     linear layers
-    Adam's step         in a group's settings, an int, from step 1 on   in a parameter's state, a tensor; a float where it is saved
-    Adam's settings     bias_correction                                 amsgrad, foreach, ...
+                      with                                           without
+    second norm, MoE  decoder.layers.pre_mlp_layernorm.weight        decoder.layers.mlp.linear_fc1.layer_norm_weight
+    empty states      linear layers and norms (``._extra_state``)    linear layers
+    Adam's step       in a group's settings, an int, from step 1 on  in a parameter's state, a tensor; a float where it
+                                                                     is saved
+    Adam's settings   bias_correction                                amsgrad, foreach, ...
 
 All numbers are the same: weights, moments and main weights have the same shapes in both, so nothing is computed here.
 """

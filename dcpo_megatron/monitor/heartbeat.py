@@ -1,9 +1,10 @@
 """What every rank leaves in ``OUTPUT/health`` about itself, and what can be read from it: who is behind, who is gone.
 
-    health/rank-00000.json    {"rank": 0, "host": "a", "pid": 123, "step": 12, "phase": "update", "since": 1732461108.1, "sequence": 85, "written": 1732461110.2, ...}
-    health/rank-00000.stacks  the stacks of its threads, where a watchdog ended it
+    health/rank-00000.json       {"rank": 0, "host": "a", "pid": 123, "step": 12, "phase": "update",
+                                  "since": 1732461108.1, "sequence": 85, "written": 1732461110.2, ...}
+    health/rank-00000.stacks     the stacks of its threads, where a watchdog ended it
     health/rank-00000.traceback  where a collective of it failed for want of another rank
-    health/verdict            the sentence with which a watchdog ended the run
+    health/verdict               the sentence with which a watchdog ended the run
 
 All ranks go through the same phases in the same order, so the one with the lowest sequence number is the one the others
 wait for. Pure file work.

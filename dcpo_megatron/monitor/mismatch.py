@@ -1,7 +1,8 @@
 """Two engines, one model: how far the log-probs of training and rollout lie apart, looked at before a batch is trained
 on.
 
-    |log p_train(token) - log p_rollout(token)|       mean over the batch's tokens that the rollout engine sampled under the weights of now
+    |log p_train(token) - log p_rollout(token)|       mean over the batch's tokens that the rollout engine sampled
+                                                      under the weights of now
 
 Rounding makes it 1e-6 (fp32) to some 1e-2 (bf16). Far above that the rollout engine does not serve this model: other
 weights, another temperature, another dtype or a broken kernel; the ratios of every update would be wrong without a

@@ -36,22 +36,29 @@ _FULL_COLOUR = 0.25  # |ln ratio| of the strongest colour
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #ccc; --soft: #666; --right: #1a7f37; --wrong: #b3261e; --page: #fff }
-@media (prefers-color-scheme: dark) { :root { --line: #444; --soft: #aaa; --right: #57c76c; --wrong: #ff7b72; --page: #151515 } }
+@media (prefers-color-scheme: dark) {
+  :root { --line: #444; --soft: #aaa; --right: #57c76c; --wrong: #ff7b72; --page: #151515 } }
 * { box-sizing: border-box }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 76rem; padding: .75rem .75rem 5rem; background: var(--page) }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 76rem; padding: .75rem .75rem 5rem;
+  background: var(--page) }
 h1 { font-size: 1.4rem; margin: .2rem 0; overflow-wrap: anywhere } h2 { font-size: 1.15rem; margin: 1.8rem 0 .4rem }
 p, li { max-width: 46rem } .soft { color: var(--soft); font-size: .9rem }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .5rem; margin: .8rem 0 }
-.tiles div { border: 1px solid var(--line); border-radius: .5rem; padding: .4rem .6rem } .tiles b { display: block; font-size: 1.2rem }
+.tiles div { border: 1px solid var(--line); border-radius: .5rem; padding: .4rem .6rem }
+.tiles b { display: block; font-size: 1.2rem }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: .5rem }
 img { width: 100%; height: auto; background: #fff; border-radius: .4rem } .one { max-width: 34rem }
-details { border-top: 1px solid var(--line) } summary { padding: .6rem 0; cursor: pointer; font-weight: 600; overflow-wrap: anywhere }
-article { border-left: 4px solid var(--line); padding: 0 0 0 .6rem; margin: .8rem 0 } .up { border-color: var(--right) } .down { border-color: var(--wrong) }
+details { border-top: 1px solid var(--line) }
+summary { padding: .6rem 0; cursor: pointer; font-weight: 600; overflow-wrap: anywhere }
+article { border-left: 4px solid var(--line); padding: 0 0 0 .6rem; margin: .8rem 0 }
+.up { border-color: var(--right) } .down { border-color: var(--wrong) }
 .tokens { font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0 }
 .tokens span, .key span { border-radius: 3px; padding: 1px 0 } .key span { padding: 1px .4rem }
 .clip { outline: 2px solid #c026d3; outline-offset: -1px }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem } th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
-#told { position: fixed; inset: auto 0 0 0; padding: .6rem .75rem; background: var(--page); border-top: 2px solid var(--line); display: none; font-size: .9rem }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem }
+th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
+#told { position: fixed; inset: auto 0 0 0; padding: .6rem .75rem; background: var(--page);
+  border-top: 2px solid var(--line); display: none; font-size: .9rem }
 """
 _SCRIPT = """
 const told = document.getElementById("told");

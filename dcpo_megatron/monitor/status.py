@@ -1,9 +1,10 @@
 """How far a run is and whether it is well, from the files in its folder alone: while it runs, after it ended, after it
 was killed.
 
-config.yaml          how many steps it wants           checkpoints/latest   the newest complete checkpoint
-metrics.jsonl        steps done, seconds, reward       health/              heartbeats of the ranks, rollout servers, a watchdog's verdict
-summary.json         written when it is finished
+config.yaml      how many steps it wants         checkpoints/latest  the newest complete checkpoint
+metrics.jsonl    steps done, seconds, reward     health/             heartbeats of the ranks, rollout servers, a
+                                                                     watchdog's verdict
+summary.json     written when it is finished
 """
 
 from __future__ import annotations

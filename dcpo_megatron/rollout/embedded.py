@@ -65,10 +65,8 @@ class EmbeddedEngine:
                 if target is None:
                     problem = problem or f"weight {name!r} has no place in the rollout model"
                 elif target.shape != tensor.shape:
-                    problem = (
-                        problem
-                        or f"weight {name!r} has shape {tuple(tensor.shape)}, the rollout model has {tuple(target.shape)}"
-                    )
+                    came, wanted = tuple(tensor.shape), tuple(target.shape)
+                    problem = problem or f"weight {name!r} has shape {came}, the rollout model has {wanted}"
                 else:
                     target.copy_(tensor)
                     waiting.discard(name)

@@ -1,7 +1,8 @@
 """One SGLang server, spoken to over HTTP: small control requests, one at a time from any thread. Sampling has a client
 of its own.
 
-    Server(url).post("/pause_generation", {"mode": "retract"})      a dict, or ServerError: what happened, at which server, in which request, what to do
+    Server(url).post("/pause_generation", {"mode": "retract"})      a dict, or ServerError: what happened, at which
+                                                                    server, in which request, what to do
 
 Nothing here retries: whoever asks knows whether asking twice is harmless. Every request has a deadline.
 """

@@ -1,6 +1,7 @@
 """What is posted to an SGLang server's ``/generate`` for the samples of one prompt, and what its answers mean. Pure.
 
-posted      one request for the G samples of a prompt: the server finds the shared prefix, and one connection carries them all
+posted      one request for the G samples of a prompt: the server finds the shared prefix, and one connection carries
+            them all
 answered    an event a sample, when it is finished: a server that dies later takes only the unfinished ones with it
 
 {"index": 3, "output_ids": [...], "meta_info": {"output_token_logprobs": [[logprob, token, null], ...],

@@ -2,7 +2,8 @@
 sign of work, not from when it was asked.
 
     an event of any response              -> the deadline of all that are under way there moves
-    none for ``seconds``: it is asked        GET /health_generate: does it sample, for anybody?       GET /v1/loads: does it still hold requests?
+    none for ``seconds``: it is asked        GET /health_generate: does it sample, for anybody?
+                                             GET /v1/loads: does it still hold requests?
         yes                               -> the same
         no, for up to a minute            -> TimeoutError in all that are under way there
 

@@ -1,8 +1,10 @@
 """What every rank tells the others once, before anything is built: who it is, what it runs, and with which
 configuration.
 
-    rank R  -- host, process, doors, versions, configuration, prompts -->  all ranks: the same?      one sentence on every rank where not
-    rank 0  -- a new file in OUTPUT/health -->  seen by all ranks?                                   or OUTPUT is not the same folder
+    rank R  -- host, process, doors, versions, configuration, prompts -->  all ranks: the same?
+               one sentence on every rank where not
+    rank 0  -- a new file in OUTPUT/health -->  seen by all ranks?
+               or OUTPUT is not the same folder
 
 A rank that was started from another checkout, or by another command, would train along for a while, or wait in a
 collective that the others do not join.

@@ -1,7 +1,7 @@
 """Whether ranks that wait for each other in every layer share a host, as whoever started them has placed them.
 
-parallel.tensor=2    ranks 0..3 on hosts  a a b b    groups (0 1) (2 3): each on one host
-                                          a b a b    groups (0 1) (2 3): each on two, and every layer waits for the network
+parallel.tensor=2  ranks 0..3 on hosts  a a b b   groups (0 1) (2 3): each on one host
+                                        a b a b   groups (0 1) (2 3): each on two, and every layer waits for the network
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """A fleet of SGLang servers as the rollout engine of a run: each rank samples through its own client, all ranks publish
 together.
 
-generate        every rank: its own requests                      -> where servers died and none is left: recover together, ask again for the rest
+generate        every rank: its own requests -> where servers died and none is left: recover together, ask again for
+                the rest
 start, finish   the same beside the training of another batch
-load_weights    every rank walks the tensors; rank 0 speaks to the servers (a transaction, see dcpo_megatron.weights.publish)
+load_weights    every rank walks the tensors; rank 0 speaks to the servers (a transaction, see
+                dcpo_megatron.weights.publish)
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The layouts that the certificate runs, and what their names mean.
 
     tp2-sp-pp2-vpp2-cp2-dp2-ep2-etp1 / padded / moe / m4
-    sizes of each dimension            rows    model  micro-batches       (packed rows, the dense model and two micro-batches where nothing is said)
+    sizes of each dimension            rows    model  micro-batches
+    (packed rows, the dense model and two micro-batches where nothing is said)
 
 A name that is not in the list is as good as one that is: :func:`parse_layout` reads it, and refuses what the model
 cannot have before a rank is started.

@@ -1,8 +1,11 @@
 """What the conversions share: the layout they cut for, the chunks they cut, and where a checkpoint's configuration is.
 
-    hf-to-megatron   to_megatron.py   a unit a layer                 Hugging Face tensors -> merge -> chunks of the layout -> records
-    megatron-to-hf   to_hf.py         a unit a safetensors shard     records of any layout -> full parameter -> split -> rows of the file
-    reshard          reshard.py       a unit a layer                 records of any layout -> chunks of the new layout, optimizer state too
+    hf-to-megatron  to_megatron.py  a unit a layer              Hugging Face tensors -> merge -> chunks of the layout
+                                                                -> records
+    megatron-to-hf  to_hf.py        a unit a safetensors shard  records of any layout -> full parameter -> split
+                                                                -> rows of the file
+    reshard         reshard.py      a unit a layer              records of any layout -> chunks of the new layout,
+                                                                optimizer state too
 
 Each is a job of independent units (:mod:`~dcpo_megatron.weights.work`). A ``torch_dist`` checkpoint holds whole tensors
 cut into chunks, and every layout can be loaded from every other. The layout that a conversion is given decides how

@@ -1,7 +1,8 @@
 """Hugging Face folders on disk: which files of them count, tensors read by name from safetensors, and a whole folder
 written atomically.
 
-weights       what config.json names as transformers_weights, else model.safetensors, else the shards of its index: as transformers chooses
+weights       what config.json names as transformers_weights, else model.safetensors, else the shards of its index: as
+              transformers chooses
 companions    every other file, and the subfolders of tokenizer, processor and code (additional_chat_templates)
 left alone    weights in other forms, hidden folders, caches
 """
@@ -163,10 +164,14 @@ class SafetensorsFolder:
                 length = int.from_bytes(handle.read(8), "little")
                 entries = json.loads(handle.read(length))
             self._headers[file] = {
-                key: (tuple(entry["shape"]), DTYPES.get(entry["dtype"], entry["dtype"]), 8 + length + entry["data_offsets"][0])
+                key: (
+                    tuple(entry["shape"]),
+                    DTYPES.get(entry["dtype"], entry["dtype"]),
+                    8 + length + entry["data_offsets"][0],
+                )
                 for key, entry in entries.items()
                 if key != "__metadata__"
-            }  # fmt: skip
+            }
         return self._headers[file]
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -3,9 +3,12 @@
 Megatron-Core has written three dialects over the years; all are read, the first is written (it is what stock
 Megatron-Core asks for by default):
 
-    stacked      decoder.layers.mlp.linear_fc1.weight                 [layers, ...]           mlp.experts.experts.linear_fc1.weight  [layers, experts, ...]
-    per layer    decoder.layers.7.mlp.linear_fc1.weight               [...]                   ...7.mlp.experts.experts.linear_fc1.weight  [experts, ...]
-    singleton    decoder.layers.7.mlp.linear_fc1.weight_w, .weight_v  gate and up apart       ...7.mlp.experts.experts.3.linear_fc1.weight_w, _v
+    stacked      decoder.layers.mlp.linear_fc1.weight                      [layers, ...]
+                 decoder.layers.mlp.experts.experts.linear_fc1.weight      [layers, experts, ...]
+    per layer    decoder.layers.7.mlp.linear_fc1.weight                    [...]
+                 decoder.layers.7.mlp.experts.experts.linear_fc1.weight    [experts, ...]
+    singleton    decoder.layers.7.mlp.linear_fc1.weight_w, .weight_v       gate and up apart
+                 decoder.layers.7.mlp.experts.experts.3.linear_fc1.weight_w, .weight_v
 
 Names of parameters are those of the local layer spec with global layer and expert numbers
 (:func:`~dcpo_megatron.weights.mapping.parameter_names`). In a checkpoint the norms bear Transformer Engine's names,
@@ -94,10 +97,8 @@ def layer_states(layer: int, shape: ModelShape) -> list[tuple[str, bytes]]:
     found = [(f"decoder.layers.{part}._extra_state/shard_{layer}_{shape.layers}", empty) for part in parts]
     for linear in ("linear_fc1", "linear_fc2"):
         if shape.experts:
-            found += [
-                (f"decoder.layers.mlp.experts.experts.{linear}._extra_state/shard_{layer}.{e}_{shape.layers}.{shape.experts}", empty)
-                for e in range(shape.experts)
-            ]  # fmt: skip
+            name, sizes = f"decoder.layers.mlp.experts.experts.{linear}", f"{shape.layers}.{shape.experts}"
+            found += [(f"{name}._extra_state/shard_{layer}.{e}_{sizes}", empty) for e in range(shape.experts)]
         else:
             found.append((f"decoder.layers.mlp.{linear}._extra_state/shard_{layer}_{shape.layers}", empty))
     return found

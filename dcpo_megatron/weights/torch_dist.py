@@ -3,10 +3,12 @@ without a model.
 
 A folder holds records of tensors and of small objects, and an index that says where each lies:
 
-    .metadata                 key -> global shape, dtype, list of chunks (offsets, sizes); (key, offsets) -> file, first byte, length
-    __U_0.distcp              records, one after the other, each as torch.save writes it
-    common.pt                 what is no tensor: iteration, optimizer settings (Megatron-Core 0.19 keeps it as an object ``common_state`` instead)
-    metadata.json             the format's name; written last, so a folder without it is not a checkpoint
+    .metadata        key -> global shape, dtype, list of chunks (offsets, sizes); (key, offsets) -> file, first byte,
+                     length
+    __U_0.distcp     records, one after the other, each as torch.save writes it
+    common.pt        what is no tensor: iteration, optimizer settings (Megatron-Core 0.19 keeps it as an object
+                     ``common_state`` instead)
+    metadata.json    the format's name; written last, so a folder without it is not a checkpoint
 
 :class:`TorchDistFolder` reads any region of any tensor whatever its chunks are, so a checkpoint of one layout serves
 every other. :func:`write_records` and :func:`write_index` are the two halves of writing: processes write records of

@@ -3,11 +3,12 @@
 A family's table says for each Megatron-Core parameter which Hugging Face tensors it is made of, how, and how large they
 are. A :class:`Rule` is one line:
 
-    plain     the same tensor                                                                   norms, router
-    column    rows split over tensor ranks (vocab: padded with zero rows first)                 embedding, output layer
-    row       columns split over tensor ranks                                                   attention output, feed-forward down
-    qkv       q, k, v interleaved by query group: [group: its q heads, its k head, its v head]  weight and bias
-    gated     gate and up stacked, each split over tensor ranks on its own                      feed-forward in
+    plain     the same tensor                                                        norms, router
+    column    rows split over tensor ranks (vocab: padded with zero rows first)      embedding, output layer
+    row       columns split over tensor ranks                                        attention output, feed-forward down
+    qkv       q, k, v interleaved by query group: [group: its q heads, its k head,   weight and bias
+              its v head]
+    gated     gate and up stacked, each split over tensor ranks on its own           feed-forward in
 
 Sizes are words, so that one table serves every size of model (:data:`SIZES`). What is done by a rule is in
 :mod:`dcpo_megatron.weights.mapping`.

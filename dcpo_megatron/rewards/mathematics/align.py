@@ -1,8 +1,11 @@
 r"""Two answers in one form: what depends on both sides, after each has its settled spelling.
 
-    gold has no "="          x = 2, x = 3          ->  2,3                       gold has a \pi     90 with a degree sign  ->  \frac{90\pi}{180}
-    gold has no modulus      17 \pmod{20}          ->  17                        gold is a union    x<1 or x>2             ->  (-\infty,1)\cup(2,\infty)
-    two signs in one         \frac{1\pm\sqrt5}{2}  ->  the list of both          gold is a point    A(1,2)                 ->  (1,2)
+    gold has no "="      x = 2, x = 3           ->  2,3
+    gold has no modulus  17 \pmod{20}           ->  17
+    two signs in one     \frac{1\pm\sqrt5}{2}   ->  the list of both
+    gold has a \pi       90 with a degree sign  ->  \frac{90\pi}{180}
+    gold is a union      x<1 or x>2             ->  (-\infty,1)\cup(2,\infty)
+    gold is a point      A(1,2)                 ->  (1,2)
 
 and the same with the sides exchanged.
 """

@@ -3,9 +3,9 @@ r"""Equality of two SymPy expressions without a tolerance, in the place of math-
 math-verify rounds decimals and takes a difference below about 1e-15 for zero, so that ``\frac{1}{2^{60}}`` would be
 ``\frac{1}{2^{59}}``. Here
 
-    a - b without letters:  rational -> exact; else evaluated with as many digits as it takes to see that it is not zero,
-                            at most so many that a difference of expressions of this size would have shown
-    a - b with letters:     expanded, and the constants in front of each product of letters together are zero
+    a - b without letters: rational -> exact; else evaluated with as many digits as it takes to see that it is not zero,
+                           at most so many that a difference of expressions of this size would have shown
+    a - b with letters:    expanded, and the constants in front of each product of letters together are zero
 
 The first digit of an algebraic number that is not zero stands no farther behind the point than a distance that grows
 with the numbers it is made of; the limit of digits grows with them, several times as fast. Where the limit would pass

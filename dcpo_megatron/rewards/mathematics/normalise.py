@@ -95,18 +95,19 @@ _CURRENCY = re.compile(rf"^\s*{_MONEY}(?!.*\$)|^[^$]*?{_MONEY}\s*$", re.DOTALL) 
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 # fmt: off
 _SHORT_UNITS = frozenset((
-    "cm", "mm", "km", "in", "ft", "yd", "mi", "mph", "kmh", "kph", "kg", "mg", "lb", "lbs", "oz", "ml", "hr", "hrs", "min",
-    "sec", "sq", "cu", "per", "day", "men", "deg", "rad",
+    "cm", "mm", "km", "in", "ft", "yd", "mi", "mph", "kmh", "kph", "kg", "mg", "lb", "lbs", "oz", "ml", "hr", "hrs",
+    "min", "sec", "sq", "cu", "per", "day", "men", "deg", "rad",
 ))
 # Words after a number that change its value: such an answer keeps them, and is equal only to the same words.
 _NOT_UNITS = frozenset((
-    "am", "pm", "or", "and", "plus", "minus", "times", "over", "dozen", "dozens", "half", "halves", "third", "thirds", "quarter",
-    "quarters", "fourth", "fourths", "fifth", "fifths", "sixth", "sixths", "eighth", "eighths", "tenth", "tenths",
-    "hundredth", "hundredths", "thousandth", "thousandths", "squared", "cubed", "factorial", "choose",
+    "am", "pm", "or", "and", "plus", "minus", "times", "over", "dozen", "dozens", "half", "halves", "third", "thirds",
+    "quarter", "quarters", "fourth", "fourths", "fifth", "fifths", "sixth", "sixths", "eighth", "eighths",
+    "tenth", "tenths", "hundredth", "hundredths", "thousandth", "thousandths", "squared", "cubed", "factorial",
+    "choose",
 ))
 _NUMBER_WORDS = (
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
-    "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
 )
 # fmt: on
 

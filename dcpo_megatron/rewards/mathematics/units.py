@@ -23,10 +23,13 @@ class Unit(NamedTuple):
 _KINDS = {
     "length": (
         ("mm millimeter millimetre", "1/1000"), ("cm centimeter centimetre", "1/100"), ("dm decimeter", "1/10"),
-        ("m meter metre", 1), ("km kilometer kilometre", 1000), ("in inch", "254/10000"), ("ft foot feet", "3048/10000"),
-        ("yd yard", "9144/10000"), ("mi mile", "1609344/1000"),
+        ("m meter metre", 1), ("km kilometer kilometre", 1000), ("in inch", "254/10000"),
+        ("ft foot feet", "3048/10000"), ("yd yard", "9144/10000"), ("mi mile", "1609344/1000"),
     ),
-    "mass": (("mg milligram", "1/1000"), ("g gram", 1), ("kg kilogram", 1000), ("oz ounce", "28349523125/1000000000"), ("lb pound", "45359237/100000"), ("tonne", 1000000)),
+    "mass": (
+        ("mg milligram", "1/1000"), ("g gram", 1), ("kg kilogram", 1000), ("oz ounce", "28349523125/1000000000"),
+        ("lb pound", "45359237/100000"), ("tonne", 1000000),
+    ),
     "tons": (("ton", 1),),  # of which there are several
     "time": (
         ("ms millisecond", "1/1000"), ("s sec second", 1), ("min minute", 60), ("h hr hour", 3600), ("day", 86400),
@@ -63,7 +66,8 @@ _OTHER_NAMES = {
     "s": "с сек секунда секунды секунд 秒 秒钟 초", "min": "мин минута минуты минут 分钟 分鐘 λεπτά",
     "h": "ч час часа часов 小时 小時 時間 시간 ώρες", "day": "день дня дней 天 日",
     "week": "неделя недели недель 周 星期", "month": "месяц месяца месяцев 个月 個月 月", "yr": "год года лет 年",
-    "dollar": "доллар доллара долларов 美元 ドル 달러", "cent": "цент цента центов 美分 セント", "euro": "евро ευρώ 欧元 ユーロ 유로",
+    "dollar": "доллар доллара долларов 美元 ドル 달러", "cent": "цент цента центов 美分 セント",
+    "euro": "евро ευρώ 欧元 ユーロ 유로",
     "yuan": "元 块 人民币", "yen": "円 日元", "won": "₩ 원", "ruble": "₽ руб рубль рубля рублей",
     "kopeck": "коп копейка копейки копеек", "rupee": "₹ रुपये रुपए",
     "degree": "度 градус градуса градусов", "l": "л литр литра литров 升 リットル", "ml": "мл 毫升",

@@ -1,7 +1,7 @@
 """One server's command line and environment: the defaults for reinforcement learning, on a GPU and on a CPU, as a pure
 function.
 
-    python sglang_server.py --model-path MODEL --host H --port P  [defaults of the device]  [what the user gave after --]
+    python sglang_server.py --model-path MODEL --host H --port P [defaults of the device] [what the user gave after --]
 
 What the user gives comes last, and SGLang takes the last of two equal arguments.
 """

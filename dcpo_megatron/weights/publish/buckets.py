@@ -1,6 +1,7 @@
 """Cuts a walk over all weights into buckets that are small enough to hold and large enough to be worth a request.
 
-    q k v | o gate up | down ... | embedding         each "|" where the next tensor would make the bucket larger than the limit
+    q k v | o gate up | down ... | embedding     each "|" where the next tensor would make the bucket larger than the
+                                                 limit
 
 A bucket is complete, with the collectives that gathered it, before anything of it is sent. A tensor larger than the
 limit is a bucket of its own, so a bucket holds ``max(limit, largest tensor)`` bytes at most, and a rank its model

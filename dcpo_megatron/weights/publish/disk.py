@@ -1,6 +1,7 @@
 """Weights through files that trainer and servers both see, for servers that share no network group with the trainer.
 
-    FOLDER/.incomplete-7/model-00001-of-....safetensors ...   -- complete, on the disk -->   FOLDER/version-7   -- committed -->  the older ones are removed
+    FOLDER/.incomplete-7/model-00001-of-....safetensors ...
+        -- complete, on the disk -->  FOLDER/version-7  -- committed -->  the older ones are removed
 
 A file or folder gets its name when all of it is on the disk; what a full disk or a killed trainer leaves is under a
 name that nobody reads, and the servers go on with the weights that they have. Servers sample until all files are

@@ -1,6 +1,7 @@
 """Weights handed over in place, to servers on the same host: CUDA IPC handles on a GPU, shared memory on a CPU.
 
-    ranks on a server's GPU: pickled handles of their copy of the bucket  --all-gather-->  rank 0: POST /update_weights_from_tensor, one entry a tensor-parallel rank
+    ranks on a server's GPU: pickled handles of their copy of the bucket
+        --all-gather-->  rank 0: POST /update_weights_from_tensor, one entry a tensor-parallel rank
 
 Server ``i`` of ``tp`` GPUs takes entries ``i * tp ...``: servers are listed in the order of the GPUs they share with
 the training ranks. The handles are pickles that the server reads with its own list of allowed names; nothing pickled is

@@ -1,8 +1,10 @@
 """What a group over NCCL needs of its two sides before it is made, and how it is made so that a deadline can end it.
 
-                         trainer                        server                               where they differ
-    version              torch.cuda.nccl.version()      GET /dcpo_environment (dcpo serve)   NCCL refuses the group: "Mismatched NCCL version"
-    NCCL_CUMEM_ENABLE    "0", unless the user set it    "0", unless the user set it          the two sides open each other's buffers in other ways
+                       trainer                      server                              where they differ
+    version            torch.cuda.nccl.version()    GET /dcpo_environment (dcpo serve)  NCCL refuses the group:
+                                                                                        "Mismatched NCCL version"
+    NCCL_CUMEM_ENABLE  "0", unless the user set it  "0", unless the user set it         the two sides open each other's
+                                                                                        buffers in other ways
 
 Sources: SGLang 0.5.20 (`entrypoints/engine.py`, `_set_envs_and_config`), NCCL (`init.cc`), torch 2.13
 (`ProcessGroupNCCL`).

@@ -1,10 +1,13 @@
 """Weights through a process group: one group for each server, of this rank (0) and the server's tensor-parallel ranks
 (1, 2, ...).
 
-    POST /init_weights_update_group            ---->  server joins            |   TCPStore, PrefixStore(name), stand-alone group, as SGLang makes its own
-    POST /update_weights_from_distributed      ---->  server broadcasts       |   one broadcast a tensor; the server answers when it has loaded them
-         at the same time, in a thread: our broadcasts                        |   NCCL's first one blocks until the server has made its side, on that POST
-         both over, one failed, or the deadline: abort the group, evict       |
+    POST /init_weights_update_group         ---->  server joins       |  TCPStore, PrefixStore(name), stand-alone group,
+                                                                      |  as SGLang makes its own
+    POST /update_weights_from_distributed   ---->  server broadcasts  |  one broadcast a tensor; the server answers when
+                                                                      |  it has loaded them
+         at the same time, in a thread: our broadcasts                |  NCCL's first one blocks until the server has
+                                                                      |  made its side, on that POST
+         both over, one failed, or the deadline: abort the group, evict
 
 A group for each server and not one for all: where a server dies or stops in the middle of a broadcast, those behind it
 in the tree would wait for it until their own deadline of half an hour, which cannot be set. A group is kept as long as

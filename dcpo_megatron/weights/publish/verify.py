@@ -1,8 +1,11 @@
 """Proof that a server holds the weights that were sent, before any token sampled from them is used.
 
-    scrub       before a server's first weights: all of its own become noise          -> a tensor that does not arrive stays noise
-    checksums   of every tensor on every server (where its version computes them)     -> a tensor still noise is named; servers of one layout agree bit for bit
-    log-probs   of fixed token sequences, training model beside server                -> the weights are the training model's, used as the training model uses them
+    scrub       before a server's first weights: all of its own become noise
+                -> a tensor that does not arrive stays noise
+    checksums   of every tensor on every server (where its version computes them)
+                -> a tensor still noise is named; servers of one layout agree bit for bit
+    log-probs   of fixed token sequences, training model beside server
+                -> the weights are the training model's, used as the training model uses them
 
 Checksums alone cannot say that the weights are the trainer's: a server stores fused and padded tensors of its own, and
 on a GPU hashes them with a kernel of its own. So log-probs are compared whenever the training model's are given, and
