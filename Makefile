@@ -89,6 +89,7 @@ test-hosts: $(STAMP)
 	DCPO_TEST_HOSTS=required $(RUN) -m pytest tests/hosts
 
 lint: style $(RESOLVED)
+	$(VENV)/bin/mypy
 
 style: $(STAMP)
 	$(VENV)/bin/ruff check .

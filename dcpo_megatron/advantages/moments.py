@@ -43,7 +43,7 @@ def sigma_of(variance: float, largest: float) -> float:
 class Moments(NamedTuple):
     """Statistics of a non-empty set of rewards."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # tuple has a method of this name
     mean: float
     m2: float
     minimum: float

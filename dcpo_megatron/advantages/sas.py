@@ -40,7 +40,7 @@ _DTYPES = {"q": torch.int64, "d": torch.float64}
 
 class _Record(NamedTuple):
     visits: int
-    count: int
+    count: int  # type: ignore[assignment]  # tuple has a method of this name
     mean: float
     m2: float
 
@@ -54,7 +54,7 @@ class PromptStatistics(NamedTuple):
     """What a history knows about a prompt: visits, rewards seen, their mean and standard deviation."""
 
     visits: int
-    count: int
+    count: int  # type: ignore[assignment]  # tuple has a method of this name
     mean: float
     std: float
 
@@ -75,7 +75,7 @@ class RewardHistory:
             raise ValueError(f"std_ddof = {std_ddof!r} is not possible; allowed: 0 (population), 1 (sample)")
         self.std_ddof = std_ddof
         self._rows: dict[str, int] = {}
-        self._columns = {name: array.array(code) for name, code in _COLUMNS.items()}
+        self._columns: dict[str, array.array[Any]] = {name: array.array(code) for name, code in _COLUMNS.items()}
         self._before: dict[str, _Record | None] = {}  # of the prompts of the last visit, what was known before it
         self._warned = False
 

@@ -80,7 +80,7 @@ def load_history(path: str | os.PathLike, history: RewardHistory) -> None:
             ids, offsets, *columns = (file.get_tensor(name) for name in ("ids", "id_offsets", *_COLUMNS))
         state = {
             "version": int(_VERSION),
-            "std_ddof": {"0": 0, "1": 1}.get(metadata.get("std_ddof")),
+            "std_ddof": {"0": 0, "1": 1}.get(metadata.get("std_ddof", "")),
             "prompt_ids": _split(ids, offsets),
             **dict(zip(_COLUMNS, columns, strict=True)),
         }

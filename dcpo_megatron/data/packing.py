@@ -109,7 +109,8 @@ def cost(length: int, options: PackingOptions) -> float:
 def _least_loaded(order: list[int], costs: list[int], count: int) -> list[list[int]]:
     """Each of ``order`` goes to the group with the least cost so far (the longest-processing-time rule where ``order``
     is longest first)."""
-    heap, groups = [(0, group) for group in range(count)], [[] for _ in range(count)]
+    heap = [(0, group) for group in range(count)]
+    groups: list[list[int]] = [[] for _ in range(count)]
     for index in order:
         load, group = heap[0]
         groups[group].append(index)
@@ -125,7 +126,7 @@ def _exchange(groups: list[list[int]], costs: list[int], sizes: list[int] | None
     emptied.
     """
     loads = [sum(costs[i] for i in members) for members in groups]
-    held = [sum(sizes[i] for i in members) for members in groups] if sizes else None
+    held = [sum(sizes[i] for i in members) for members in groups] if sizes else []
     largest = max((costs[i] for members in groups for i in members), default=0)
     goal = max(sum(loads) / len(groups), largest) * (1 + _NEAR)
     for _ in range(4 * len(groups) + 64):
@@ -210,7 +211,8 @@ def _least_loaded_with_room(
 ) -> list[list[int]] | None:
     """As :func:`_least_loaded`, into a group that has room; None where none of the few least loaded has any: then
     nearly all are full."""
-    heap, groups = [(0, 0, group) for group in range(count)], [[] for _ in range(count)]
+    heap = [(0, 0, group) for group in range(count)]
+    groups: list[list[int]] = [[] for _ in range(count)]
     for index in members:
         full = []
         while heap and heap[0][1] and heap[0][1] + sizes[index] > capacity:
@@ -264,6 +266,7 @@ def _plan_padded(
     one = [1] * len(runs)
     dearest_first = sorted(range(len(runs)), key=lambda n: (-peaks[n], n))
     dealt = _least_loaded_with_room(dearest_first, ranks, one, peaks, count)
+    assert dealt is not None  # there are no more runs than places
     _exchange(dealt, peaks, one, count)
     plan = [[runs[number] for number in sorted(numbers, key=lambda n: (-peaks[n], n))] for numbers in dealt]
     return [micro_batches + [[] for _ in range(count - len(micro_batches))] for micro_batches in plan]

@@ -6,6 +6,7 @@ still a permutation, and the state is a few numbers: seed, epoch, position, and 
 """
 
 import random
+from typing import Any
 
 
 class PromptSampler:
@@ -18,6 +19,9 @@ class PromptSampler:
     def __init__(self, prompts_count: int, seed: int) -> None:
         if prompts_count < 1:
             raise ValueError(f"a sampler needs at least 1 prompt, not {prompts_count}")
+        self._epoch: int
+        self._position: int
+        self._order: list[int]
         self._count = prompts_count
         self._seed = seed
         self._start_epoch(0, [], 0)
@@ -42,7 +46,7 @@ class PromptSampler:
             self._position = missing
         return batch
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """The state as plain numbers and lists, fit for JSON."""
         return {
             "prompts_count": self._count,
@@ -53,7 +57,7 @@ class PromptSampler:
             "held_back_for": self._held_back_for,
         }
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on exactly where the state was taken. Raises ValueError if it was taken with other prompts or another
         seed."""
         for name, mine in (("prompts_count", self._count), ("seed", self._seed)):

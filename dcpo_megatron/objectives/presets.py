@@ -7,6 +7,7 @@ tune them. Each ablation is GRPO with exactly one component replaced by DCPO's. 
 
 import difflib
 from dataclasses import replace
+from typing import Any
 
 from .objective import Objective
 
@@ -20,7 +21,7 @@ _GRPO = Objective(
     kl_coef=0.0,  # the scripts use 0.001, the paper gives no value; it is an option here
 )
 
-_DAC = {"bounds": "dac", "eps_low": 0.16, "eps_high": 0.20, "ratio_max": 10.0, "cap_negative": 10.0}
+_DAC: dict[str, Any] = {"bounds": "dac", "eps_low": 0.16, "eps_high": 0.20, "ratio_max": 10.0, "cap_negative": 10.0}
 
 PRESETS: dict[str, Objective] = {
     "dcpo-paper": replace(_GRPO, **_DAC, aggregation="otm", advantage="sas"),
