@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 torch.manual_seed(3)
 config = Qwen2Config(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-                     num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False, initializer_range=0.5)
+                     num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False,
+                     initializer_range=0.5)
 made = Qwen2ForCausalLM(config).eval()
 made.save_pretrained(sys.argv[1])
 loaded = AutoModelForCausalLM.from_pretrained(sys.argv[1], local_files_only=True).eval()
@@ -36,7 +37,8 @@ ids = torch.tensor([[1, 7, 30, 49, 2]])
 with torch.no_grad():
     logits = {"made": made(ids).logits.tolist(), "loaded": loaded(ids).logits.tolist()}
 with torch.device("meta"):
-    meta = [torch.empty(2).is_meta, torch.arange(3).is_meta, torch.tensor([1.0]).is_meta, torch.nn.Linear(2, 2).weight.is_meta]
+    made = [torch.empty(2), torch.arange(3), torch.tensor([1.0]), torch.nn.Linear(2, 2).weight]
+    meta = [tensor.is_meta for tensor in made]
 torch.manual_seed(5)
 print(json.dumps({"logits": logits, "meta": meta, "drawn": torch.rand(3).tolist()}))
 """

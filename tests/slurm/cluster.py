@@ -1,8 +1,8 @@
 """A real Slurm, for tests: munged, one slurmctld and a slurmd a node, everything of theirs in one folder. Two nodes on
 this machine, or one on each of `tests.hosts`.
 
-    munged -- its own socket        slurmctld        slurmd n1   slurmd n2        each found again by the pid file that it wrote
-    h1 [ munged slurmctld slurmd ]  h2 [ munged slurmd ] ...                      a folder that all hosts see; they go with their hosts
+    munged -- its own socket    slurmctld    slurmd n1   slurmd n2    each found again by the pid file that it wrote
+    h1 [ munged slurmctld slurmd ]  h2 [ munged slurmd ] ...          a folder that all see; they go with their hosts
 
 Needs root, and Debian's `slurm-wlm` and `munge`, which :func:`install` installs where it may.
 """
@@ -86,9 +86,11 @@ class Cluster:
             # The second: a job queued again may start after that many seconds (120 unless said).
             f"AuthInfo=socket={self.munge}/munge.socket,cred_expire=5",
             "SlurmUser=root", "SlurmdUser=root", f"StateSaveLocation={folder}/state",
-            f"SlurmdSpoolDir={folder}/spool.%n", f"SlurmctldPidFile={folder}/slurmctld.pid", f"SlurmdPidFile={folder}/slurmd.%n.pid",
+            f"SlurmdSpoolDir={folder}/spool.%n", f"SlurmctldPidFile={folder}/slurmctld.pid",
+            f"SlurmdPidFile={folder}/slurmd.%n.pid",
             f"SlurmctldLogFile={folder}/slurmctld.log", f"SlurmdLogFile={folder}/slurmd.%n.log",
-            "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "SelectType=select/cons_tres", "SelectTypeParameters=CR_Core",
+            "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "SelectType=select/cons_tres",
+            "SelectTypeParameters=CR_Core",
             "ReturnToService=2", "MpiDefault=none", "SwitchType=switch/none", "SchedulerParameters=sched_interval=1",
             # Ranks stand in for the two cores of a node; there may be fewer on this machine.
             "SlurmdParameters=config_overrides",

@@ -21,7 +21,8 @@ def tool():
     ("arguments", "resolves", "word"),
     [
         (("--no-index", "pytest"), True, ""),
-        (("--no-index", "--find-links", "/nowhere", "pytest==0.0.1"), False, "No matching distribution found for pytest==0.0.1"),
+        (("--no-index", "--find-links", "/nowhere", "pytest==0.0.1"), False,
+            "No matching distribution found for pytest==0.0.1"),
         (("--index-url", "https://127.0.0.1:9/simple", "no-such-package"), None, ""),
     ],
     ids=["fits", "does not fit", "no index"],

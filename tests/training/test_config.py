@@ -313,7 +313,8 @@ def test_a_run_that_fits_gives_its_shape_layout_and_data_ranks(config_of):
         (
             ["rollout.prompts_per_step=9"],
             1,
-            ["global batch not divisible: rollout.prompts_per_step=9 is not a multiple of training.minibatch_prompts=4"],
+            ["global batch not divisible: rollout.prompts_per_step=9 is not a multiple of "
+             "training.minibatch_prompts=4"],
         ),
         (
             [],
@@ -337,7 +338,8 @@ def test_a_run_that_fits_gives_its_shape_layout_and_data_ranks(config_of):
             ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.overlap_p2p=false"],
             2,
             [
-                "parallel.virtual_pipeline with parallel.pipeline=2 gives silently wrong gradients in Megatron-Core without "
+                "parallel.virtual_pipeline with parallel.pipeline=2 gives silently wrong gradients in Megatron-Core "
+                "without "
                 "overlapped communication: set parallel.overlap_p2p=true"
             ],
         ),
@@ -355,13 +357,15 @@ def test_a_run_that_fits_gives_its_shape_layout_and_data_ranks(config_of):
                 "they need at least one each, and equally many"
             ],
         ),
-        (["parallel.sequence_parallel=true"], 1, ["parallel.sequence_parallel=true needs parallel.tensor of at least 2"]),
+        (["parallel.sequence_parallel=true"], 1,
+            ["parallel.sequence_parallel=true needs parallel.tensor of at least 2"]),
         (["parallel.expert=2"], 2, ["parallel.expert=2, but qwen2 has no experts"]),
         (
             ["parallel.tensor=2", "parallel.context=2"],
             6,
             [
-                "world size 6 is not a multiple of tensor x pipeline x context = 2 x 1 x 2 = 4: start a multiple of 4 ranks"
+                "world size 6 is not a multiple of tensor x pipeline x context = 2 x 1 x 2 = 4: start a multiple of 4 "
+                "ranks"
             ],
         ),
         (
@@ -390,14 +394,16 @@ def test_a_run_that_fits_gives_its_shape_layout_and_data_ranks(config_of):
             ["objective.preset=grpo", "rollout.group_size=1"],
             1,
             [
-                "rollout.group_size=1 gives every response the advantage 0 with objective.advantage=group: use at least 2"
+                "rollout.group_size=1 gives every response the advantage 0 with objective.advantage=group: "
+                "use at least 2"
             ],
         ),
         (
             ["model.transformer_engine=on"],
             1,
             [
-                "model.transformer_engine=on, but it does not import here: install it, or set model.transformer_engine=auto"
+                "model.transformer_engine=on, but it does not import here: install it, or set "
+                "model.transformer_engine=auto"
             ],
         ),
         (
@@ -407,7 +413,8 @@ def test_a_run_that_fits_gives_its_shape_layout_and_data_ranks(config_of):
                 "model.gradient_accumulation_fusion=on, but neither Transformer Engine's layers nor Apex's "
                 "fused_weight_gradient_mlp_cuda can be had: set model.gradient_accumulation_fusion=auto",
                 "model.grouped_experts=on, but the model has no experts: set model.grouped_experts=auto",
-                "parallel.overlap_param_gather=on, but parallel.overlap_grad_reduce is not on: set parallel.overlap_param_gather=auto",
+                "parallel.overlap_param_gather=on, but parallel.overlap_grad_reduce is not on: set "
+                "parallel.overlap_param_gather=auto",
             ],
         ),
     ],
@@ -442,7 +449,8 @@ def test_all_problems_are_reported_at_once(config_of):
         4,
     )
     assert [
-        next((words for words in ("world size", "attention heads", "key-value heads", "feed-forward", "transformer_engine=on",
+        next((words for words in ("world size", "attention heads", "key-value heads", "feed-forward",
+            "transformer_engine=on",
                                   "positions", "micro_batch_tokens") if words in line), line)
         for line in found
     ] == ["world size", "attention heads", "key-value heads", "feed-forward", "transformer_engine=on",

@@ -31,12 +31,16 @@ def test_ranks_that_are_alike_have_nothing_to_say():
 
 @pytest.mark.parametrize(("changes", "said"), [
     ([(2, "config/training/seed", 1), (3, "config/training/seed", 1)],
-     "ranks 2, 3 on host b has another configuration than rank 0 on host a: training.seed is 1, on rank 0 0: give every rank the same command"),
+     "ranks 2, 3 on host b has another configuration than rank 0 on host a: training.seed is 1, on rank 0 0: "
+     "give every rank the same command"),
     ([(1, "config/objective/preset", "gspo"), (3, "config/objective/preset", "gspo")],
-     "rank 1 on host a (and 1 more) has another configuration than rank 0 on host a: objective.preset is 'gspo', on rank 0 'grpo': "),
+     "rank 1 on host a (and 1 more) has another configuration than rank 0 on host a: "
+     "objective.preset is 'gspo', on rank 0 'grpo': "),
     ([(3, "runs/torch", "2.12.0"), (3, "config/training/seed", 1)],
-     "rank 3 on host b runs another version than rank 0 on host a: torch is '2.12.0', on rank 0 '2.13.0': install the same on every host"),
-    ([(3, "prompts", "y")], "rank 3 on host b has other prompts than rank 0 on host a: data.files hold other prompts there"),
+     "rank 3 on host b runs another version than rank 0 on host a: torch is '2.12.0', on rank 0 '2.13.0': "
+     "install the same on every host"),
+    ([(3, "prompts", "y")],
+        "rank 3 on host b has other prompts than rank 0 on host a: data.files hold other prompts there"),
 ])  # fmt: skip
 def test_the_first_that_is_otherwise_is_named_with_both_values(changes, said):
     assert difference(cards(*changes)).startswith(said)

@@ -42,7 +42,8 @@ def test_a_file_that_exists_wins_and_a_folder_does_not(empty_folder):
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("dmeo", "demo"), ("presets/grop", "presets/grpo"), ("drgrpo", "presets/dr-grpo"), ("examples/configs/demo.yml", "demo")],
+    [("dmeo", "demo"), ("presets/grop", "presets/grpo"), ("drgrpo", "presets/dr-grpo"), ("examples/configs/demo.yml",
+        "demo")],
 )  # fmt: skip
 def test_an_unknown_name_names_the_nearest_and_all(name, nearest):
     with pytest.raises(ConfigError) as caught:
