@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dcpo_megatron.rollout.protocol import GenerateRequest, Generation, SamplingParams
 
@@ -90,7 +91,7 @@ def body(
         "stream_interval": _ONE_EVENT,
     }
     tokens = [begun[place].token_ids if place in begun else [] for place in batch.places]
-    lists = {
+    lists: dict[str, list[Any]] = {
         "rid": list(rids),
         "input_ids": [[*batch.prompt_token_ids, *known] for known in tokens],
         # SGLang draws by seed and position in the text: a response that goes on later goes on with the same draws.

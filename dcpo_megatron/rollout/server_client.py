@@ -131,7 +131,7 @@ class PendingGeneration:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task | None = None
         self._cancelled = self._ended = False
-        self._thread: threading.Thread | None = None
+        self._thread: threading.Thread  # by _begin()
 
     def finish(self, progress: Callable[[int, int], None] | None = None) -> list[Generation]:
         """Waits for all; ``progress(finished, total)`` is called in this thread, whenever some more are finished.
@@ -171,7 +171,7 @@ class PendingGeneration:
         """Gives up what is not finished, at the servers too. Returns when nothing runs any more."""
         with self._changed:
             self._cancelled = self._cancelled or not self._ended
-            if self._task is not None and not self._loop.is_closed():
+            if self._task is not None and self._loop is not None and not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._task.cancel)
         self._thread.join(_CANCEL_SECONDS)
 

@@ -39,7 +39,7 @@ class Silence:
         self._http, self._server, self._seconds, self._asks = http, server, seconds, asks
         self._heard = 0.0
         self._under_way: set[asyncio.Timeout] = set()
-        self._task: asyncio.Task | None = None
+        self._task: asyncio.Task[None]  # by the first that waits
         # Why the last deadline was over.
         self.reason = ""
 

@@ -86,13 +86,14 @@ def chunk_grid(
     """``(offsets, sizes)`` of the chunks of a full parameter of ``sizes``, cut for ``parts`` tensor ranks, none above
     :data:`PIECE_BYTES` (by rows)."""
     rows, rest = sizes[0], sizes[1:]
+    blocks: list[tuple[tuple[int, ...], tuple[int, ...]]]
     if rule.kind == "row":
         blocks = [((0, column), (rows, sizes[1] // parts)) for column in range(0, sizes[1], sizes[1] // parts)]
     else:
         count = {"plain": 1, "gated": 2 * parts}.get(rule.kind, parts)
         step = rows // count
         blocks = [((first, *(0 for _ in rest)), (step, *rest)) for first in range(0, rows, step)]
-    cut = []
+    cut: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     for offsets, block in blocks:
         most = max(1, PIECE_BYTES // (math.prod(block[1:]) * itemsize))
         for first in range(0, block[0], most):

@@ -213,7 +213,7 @@ class SafetensorsFolder:
         try:
             with open(file, "rb") as handle:
                 handle.seek(start + first * math.prod(sizes[1:]) * dtype.itemsize)
-                count = handle.readinto(result.reshape(-1).view(torch.uint8).numpy())
+                count = handle.readinto(result.reshape(-1).view(torch.uint8).numpy().data)
         except OSError as error:
             raise CheckpointError(f"tensor {name!r} in {file} cannot be read ({error}): copy the file again") from None
         if count != result.nbytes:
@@ -231,7 +231,9 @@ def companions(folder: str | os.PathLike, destination: Path | None = None) -> li
     form of the weights, or a checkpoint. ``destination``: a folder that is being written; where it lies below
     ``folder``, the way to it is left out.
     """
-    root, found, seen = Path(folder), [], set()
+    root = Path(folder)
+    found: list[Path] = []
+    seen: set[Path] = set()
     target = destination.resolve() if destination is not None else None
 
     def walk(here: Path) -> None:
@@ -320,7 +322,7 @@ def write_safetensors(
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         for name, piece in pieces:
-            data = piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+            data = piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
             start, size = wanted[name]
             if file.tell() != 8 + len(encoded) + start + written[name] or written[name] + len(data) > size:
                 raise ValueError(f"{path}: tensor {name!r} came out of turn or is larger than announced")

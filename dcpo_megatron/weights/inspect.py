@@ -137,7 +137,7 @@ def _dialect(model: Iterable[str]) -> str | None:
         return "singleton"
     if not keys:
         return None
-    return "per layer" if any(_LAYER.search(key)[1] for key in keys) else "stacked"
+    return "per layer" if any(match[1] for match in map(_LAYER.search, keys) if match) else "stacked"
 
 
 def _column_parts(model: dict[str, TensorEntry], ending: str, inside: str = "") -> int | None:

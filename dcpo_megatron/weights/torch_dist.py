@@ -29,6 +29,7 @@ import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -151,8 +152,8 @@ class TorchDistFolder:
                 " torch_dist"
             )
         try:
-            with open(found / INDEX_FILE, "rb") as file:
-                index = _IndexUnpickler(file).load()
+            with open(found / INDEX_FILE, "rb") as handle:
+                index = _IndexUnpickler(handle).load()
             self._read_index(index)
             sizes: dict[str, int] = {}
             for record in self._records.values():
@@ -186,8 +187,8 @@ class TorchDistFolder:
                 raise ValueError(f"{place.fqn} is stored with {info.transform_descriptors}, which is not supported")
             offsets = None if place.offset is None else tuple(place.offset)
             self._records[place.fqn, offsets] = Record(place.fqn, info.relative_path, info.offset, info.length, offsets)
-        for key, entry in self.tensors.items():
-            lost = [offsets for offsets, _ in entry.chunks if (key, offsets) not in self._records]
+        for key, tensor in self.tensors.items():
+            lost = [offsets for offsets, _ in tensor.chunks if (key, offsets) not in self._records]
             if lost:
                 raise ValueError(f"the chunk of {key} at {lost[0]} is nowhere")
 
@@ -251,7 +252,7 @@ class TorchDistFolder:
     def common(self) -> dict:
         """What is no tensor (iteration, optimizer settings). Only plain values are loaded; others come as None."""
         if (self.folder / COMMON_FILE).is_file():
-            source: io.IOBase = open(self.folder / COMMON_FILE, "rb")
+            source: IO[bytes] = open(self.folder / COMMON_FILE, "rb")
         elif COMMON_OBJECT in self.objects:
             source = io.BytesIO(self.read_bytes(COMMON_OBJECT))
         else:
@@ -276,7 +277,8 @@ def _region_in_place(path: Path, record: Record, sizes, dtype, inside) -> torch.
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with open(path, "rb") as file, FakeTensorMode():
-        described = torch.load(_Window(file, record.start, record.length), weights_only=True)
+        window = _Window(file, record.start, record.length)
+        described = torch.load(window, weights_only=True)  # type: ignore[arg-type]  # it uses less than all of IO
     if tuple(described.shape) != tuple(sizes) or described.dtype != dtype or not described.is_contiguous():
         raise ValueError(f"{tuple(described.shape)} {described.dtype} lies where {sizes} {dtype} should")
     start = described.untyped_storage()._checkpoint_offset + described.storage_offset() * dtype.itemsize
@@ -347,7 +349,7 @@ def render(key: str, offsets: tuple[int, ...] | None, value: torch.Tensor | byte
     collected = _Collector(value)
     try:
         with _without_zip_checksums():
-            torch.save(value, collected)
+            torch.save(value, collected)  # type: ignore[arg-type]  # it uses less than all of IO
     except RuntimeError as error:
         # Interrupted inside, torch closes its archive and complains of that instead.
         if isinstance(error.__context__, KeyboardInterrupt):
@@ -362,7 +364,7 @@ class _Collector:
     def __init__(self, tensor: torch.Tensor):
         self.buffers: list[bytes | memoryview] = []
         self._start = tensor.data_ptr()
-        self._numbers = memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else None
+        self._numbers = tensor.detach().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else None
 
     def write(self, data) -> int:
         numbers, size = self._numbers, len(data)
@@ -454,22 +456,24 @@ def write_index(
         records: of every piece; those with ``sizes`` None are objects.
         common: what is no tensor; None where it is there already.
     """
-    chunks: dict[str, list[Record]] = {key: [] for key in tensors}
-    state, storage = {}, {}
+    chunks: dict[str, list[ChunkStorageMetadata]] = {key: [] for key in tensors}
+    state: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
     for record in records:
         info = _StorageInfo(record.file, record.start, record.length)
         if record.sizes is None:
             state[record.key] = BytesStorageMetadata()
             storage[MetadataIndex(record.key)] = info
         else:
+            assert record.offsets is not None  # a chunk has both
             number = len(chunks[record.key])
-            chunks[record.key].append(record)
+            chunks[record.key].append(ChunkStorageMetadata(torch.Size(record.offsets), torch.Size(record.sizes)))
             storage[MetadataIndex(record.key, torch.Size(record.offsets), number)] = info
     for key, (shape, dtype) in tensors.items():
         state[key] = TensorStorageMetadata(
             TensorProperties(dtype=dtype),
             torch.Size(shape),
-            [ChunkStorageMetadata(torch.Size(r.offsets), torch.Size(r.sizes)) for r in chunks[key]],
+            chunks[key],
         )
     with open(folder / INDEX_FILE, "wb") as file:
         pickle.dump(Metadata(state, storage_data=storage), file)

@@ -197,6 +197,7 @@ class WeightGatherer:
                 parts = [part.contiguous() for part in parts]
                 for part in parts:
                     dist.broadcast(part, source, group=position.pipeline_group)
+            assert parts is not None  # one stage alone holds every entry
             for rule, full in zip(entry.rules, parts, strict=True):
                 yield from split(rule, full, self.model.shape)
 

@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Protocol
 
@@ -173,14 +175,16 @@ def _run_unit(job: Job, number: int, folder: Path, progress: Callable[[int], Non
 
 # -- worker processes ------------------------------------------------------------------------------
 
-_counter = _stop = None
+# By _start_worker().
+_counter: Synchronized[int]
+_stop: Event
 
 
 class _Stopped(Exception):
     """Another unit failed or the user interrupted: this one ends at its next piece."""
 
 
-def _start_worker(counter, stop) -> None:
+def _start_worker(counter: Synchronized[int], stop: Event) -> None:
     global _counter, _stop
     _counter, _stop = counter, stop
     torch.set_num_threads(1)
@@ -188,7 +192,9 @@ def _start_worker(counter, stop) -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    parent.join()
     os._exit(1)
 
 

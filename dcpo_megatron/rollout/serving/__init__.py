@@ -81,7 +81,7 @@ def start_servers(
     plan = ServerPlan(
         str(model), command, "cpu" if mine is None else "cuda", host, tp, colocated, tuple(arguments), api_key,
         python_path,
-        gpus=None if gpus is None else tuple(gpu.name for gpu in mine),
+        gpus=None if gpus is None else tuple(gpu.name for gpu in mine or ()),
         uuids=tuple(gpu.uuid for gpu in mine or ()),
     )  # fmt: skip
     ports = free_ports(servers, host) if port is None else list(range(port, port + servers))

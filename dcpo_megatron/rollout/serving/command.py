@@ -118,8 +118,9 @@ def command_line(plan: ServerPlan, number: int, port: int) -> list[str]:
 def uuids_of(plan: ServerPlan, number: int) -> list[str] | None:
     """The uuids of server ``number``'s GPUs; None where they are not known, or the user's own arguments place it."""
     mine = plan.uuids[number * plan.tp : (number + 1) * plan.tp]
+    known = [uuid for uuid in mine if uuid is not None]
     placed = any(word.partition("=")[0] in PLACING for word in plan.arguments)
-    return None if placed or None in mine or not mine else list(mine)
+    return None if placed or len(known) < len(mine) or not mine else known
 
 
 def environment(plan: ServerPlan, servers: int, of: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -55,6 +55,7 @@ class ServerProcess:
     @property
     def pid(self) -> int:
         """Of the command; also the number of its process group."""
+        assert self._process is not None  # nobody asks before start()
         return self._process.pid
 
     def start(self) -> None:
@@ -73,6 +74,7 @@ class ServerProcess:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        assert self._process.stdin is not None  # a pipe
         with contextlib.suppress(BrokenPipeError):  # it has died: poll() says so
             self._process.stdin.write(json.dumps({"api_key": self._api_key}).encode() + b"\n")
             self._process.stdin.flush()
@@ -104,6 +106,7 @@ class ServerProcess:
         nothing that could be lost, and would wait for its requests."""
         if self._process is None:
             return
+        assert self._process.stdin is not None  # a pipe
         with contextlib.suppress(OSError):
             self._process.stdin.close()  # the guardian does the rest
         deadline = time.monotonic() + GUARDIAN_SECONDS

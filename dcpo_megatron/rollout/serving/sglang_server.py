@@ -168,7 +168,8 @@ def listen_towards_the_others() -> None:
     """
     from torch.distributed import distributed_c10d as c10d
 
-    meet, make, way = c10d.rendezvous, c10d.ProcessGroupGloo.__init__, []
+    meet, make = c10d.rendezvous, c10d.ProcessGroupGloo.__init__
+    way: list[str] = []
 
     def rendezvous(url, *args, **kwargs):
         way[:] = own_address(url)
@@ -178,14 +179,15 @@ def listen_towards_the_others() -> None:
 
     def init(self, store, rank, size, *rest, **named):
         if way and not rest and named.keys() <= {"timeout"} and "GLOO_SOCKET_IFNAME" not in os.environ:
-            options = c10d.ProcessGroupGloo._Options()
+            options = c10d.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stub lacks it
             options._devices = [c10d.ProcessGroupGloo.create_device(hostname=way[0])]
             if named.get("timeout") is not None:
                 options._timeout = named["timeout"]
             rest, named = (options,), {}
         make(self, store, rank, size, *rest, **named)
 
-    c10d.rendezvous, c10d.ProcessGroupGloo.__init__ = rendezvous, init
+    c10d.rendezvous = rendezvous
+    c10d.ProcessGroupGloo.__init__ = init  # type: ignore[method-assign]  # torch has no other way in
 
 
 def own_address(url: str) -> list[str]:

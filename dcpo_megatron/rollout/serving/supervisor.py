@@ -257,6 +257,7 @@ def _taken(host: str, port: int) -> bool:
             failure = error
     if can:
         return False
+    assert failure is not None  # getaddrinfo finds something, or raises
     raise ServingError(f"this host cannot listen on {in_url(host)}:{port}: {failure.strerror}") from failure
 
 
@@ -285,7 +286,7 @@ def _refuse_loopback(host: str) -> None:
     for a host's own: nobody else would reach it."""
     if host in LOOPBACK or host in WIDE or ":" in host or host.replace(".", "").isdigit():
         return
-    found = {entry[4][0] for entry in socket.getaddrinfo(host, None)}  # it resolves: _taken() has tried
+    found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}  # it resolves: _taken() has tried
     if all(map(network.is_loopback, found)):
         raise ServingError(
             f"--host {host} is {', '.join(sorted(found))} on this host, which no other host reaches: give an address of"

@@ -27,8 +27,9 @@ class DiskTransport:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).absolute()
-        self._work: Path | None = None
-        self._target: Path | None = None
+        # By begin().
+        self._work: Path
+        self._target: Path
         self._shards: list[list[str]] = []
         self._bytes = 0
 

@@ -80,13 +80,13 @@ class ProcessGroupTransport:
         which this rank then hangs alone."""
         default = c10d._get_default_group() if dist.is_initialized() else None
         bound = getattr(default, "bound_device_id", None)
-        if bound is not None:
+        if default is not None and bound is not None:
             default.bound_device_id = None
         try:
             with nccl.errors_stay_here() if self._aborts else nullcontext():
                 yield
         finally:
-            if bound is not None:
+            if default is not None and bound is not None:
                 default.bound_device_id = bound
 
     def connect(self, server: Server, known: bool, seconds: float) -> None:
@@ -140,7 +140,8 @@ class ProcessGroupTransport:
             # Our own deadlines end it long before its own would.
             timeout = datetime.timedelta(seconds=2 * self.timeout + 60)
             group, _ = c10d._new_process_group_helper(
-                1 + ranks, 0, [], c10d.Backend(self.backend), dist.PrefixStore(name, store), group_name=name,
+                1 + ranks, 0, [], c10d.Backend(self.backend), dist.PrefixStore(name, store),
+                group_name=name,  # type: ignore[arg-type]  # newer versions of torch have a NewType of str
                 timeout=timeout,
                 backend_options=nccl.options(timeout) if self.backend == "nccl" else None,
             )  # fmt: skip
@@ -198,13 +199,9 @@ class ProcessGroupTransport:
             body = {"group_name": held.name}
             # Both sides at the same time: NCCL's destroy can wait for the other's.
             leaving.append(
-                _beside(
-                    lambda server=held.server, body=body: server.post(
-                        "/destroy_weights_update_group", body, timeout=_FAREWELL_SECONDS
-                    )
-                )
+                _beside(partial(held.server.post, "/destroy_weights_update_group", body, timeout=_FAREWELL_SECONDS))
             )
-            leaving.append(_beside(lambda held=held: _take_down(held, abort=False)))
+            leaving.append(_beside(partial(_take_down, held, abort=False)))
         self._groups.clear()
         wait(leaving, timeout=_FAREWELL_SECONDS)
 
@@ -215,7 +212,7 @@ class _Gloo:
     that the environment names, or what this host's name resolves to."""
 
     def __init__(self, name: str, store: dist.Store, size: int, address: str, seconds: float):
-        options = dist.ProcessGroupGloo._Options()
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stub lacks it
         options._timeout = datetime.timedelta(seconds=seconds)
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
         for prefix in (name, f"{name}/", "cpu/"):
@@ -223,7 +220,8 @@ class _Gloo:
         self._backend = dist.ProcessGroupGloo(store, 0, size, options)
 
     def broadcast(self, tensor: torch.Tensor) -> dist.Work:
-        return self._backend.broadcast([tensor], dist.BroadcastOptions())
+        # torch's stub has a backend's life, not its operations.
+        return self._backend.broadcast([tensor], dist.BroadcastOptions())  # type: ignore[attr-defined]
 
 
 def _both(asked: Future, done: Future, seconds: float, what: str) -> None:
@@ -241,10 +239,10 @@ def _both(asked: Future, done: Future, seconds: float, what: str) -> None:
 
 
 def _take_down(held: _Group, abort: bool) -> None:
-    if abort:
-        with suppress(RuntimeError):  # not in time: destroying it goes on waiting
-            held.group.abort()
     if not isinstance(held.group, _Gloo):
+        if abort:
+            with suppress(RuntimeError):  # not in time: destroying it goes on waiting
+                held.group.abort()
         dist.destroy_process_group(held.group)
     held.gone.set()
     # Broadcasts under way end at their own deadline; the group's destructor, here, waits for them.
@@ -273,6 +271,7 @@ def _listening(address: str, url: str) -> str:
 def _own_address(url: str) -> str:
     """The address that this host has for the server at ``url``. Raises RolloutError."""
     parts = urlsplit(url)
+    assert parts.hostname is not None  # a server's address has one, see check_url()
     try:
         return own_address(parts.hostname, parts.port or 80)
     except (OSError, UnicodeError) as error:

@@ -39,6 +39,8 @@ from dcpo_megatron.weights.publish.options import Probe, PublishOptions, Publish
 from dcpo_megatron.weights.publish.process_group import ProcessGroupTransport
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
+# Token ids of each sequence, and the training model's log-probs of them.
+_Logprobs = tuple[list[list[int]], list[list[float]]]
 # How long a server may take to say that it is there, and to be let go after it failed.
 _ANSWER_SECONDS, _FAREWELL_SECONDS = 5.0, 5.0
 
@@ -70,6 +72,7 @@ class WeightPublisher:
     def _make_transport(self):
         options = self.options
         if options.mode == "disk":
+            assert options.folder is not None  # PublishOptions refuses mode disk without
             return DiskTransport(options.folder)
         if options.mode == "ipc":
             return IpcTransport([server.url for server in self.fleet.servers], self.device)
@@ -151,7 +154,7 @@ class WeightPublisher:
 class _Publication:
     """One publication as rank 0 sees it: the servers still in it, and why the others are not."""
 
-    def __init__(self, publisher: WeightPublisher, version: int, probe: tuple | None):
+    def __init__(self, publisher: WeightPublisher, version: int, probe: _Logprobs | None):
         self.fleet, self.options, self.transport = publisher.fleet, publisher.options, publisher.transport
         self.version, self.probe = version, probe
         self.report = PublishReport(version)
@@ -288,11 +291,11 @@ class _Publication:
 
     def _stream(self, walk: Iterator[tuple[Bucket, object]]) -> None:
         for bucket, payload in walk:
-            self._each(
-                lambda server, bucket=bucket, payload=payload: self.transport.send(
-                    server, bucket, payload, self._left(self.options.bucket_timeout)
-                )
-            )
+
+            def send(server: Server, bucket: Bucket = bucket, payload: object = payload) -> None:
+                self.transport.send(server, bucket, payload, self._left(self.options.bucket_timeout))
+
+            self._each(send)
             self._count(bucket)
             if len(self.servers) < self.options.min_servers:
                 return
@@ -315,13 +318,14 @@ class _Publication:
         self._each(by_checksum)
         for url, what in verify.odd_ones({s.url: found[s.url] for s in self.servers if s.url in found}).items():
             self._out(next(server for server in self.servers if server.url == url), RolloutError(what))
-        if self.probe is None:
+        probe = self.probe
+        if probe is None:
             return
         differences: dict[str, float] = {}
 
         def by_logprobs(server: Server) -> None:
             server.resume(self._left())
-            differences[server.url] = verify.logprob_difference(server, *self.probe, self._left())
+            differences[server.url] = verify.logprob_difference(server, *probe, self._left())
             verify.check_logprobs(differences[server.url], self.options.tolerance)
 
         self._each(by_logprobs)

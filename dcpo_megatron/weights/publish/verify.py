@@ -40,7 +40,7 @@ def checksums(server: Server, seconds: float) -> Checksums | None:
             raise
         return None
     # By rank, in the server's order: its parallel layout shows in the names.
-    found = {}
+    found: Checksums = {}
     for number, rank in enumerate(answer.get("ranks") or []):
         found |= {f"{number}.{name}": value for name, value in rank["checksums"].items()}
     return found or None
@@ -82,7 +82,7 @@ def logprob_difference(server: Server, sequences: list[list[int]], wanted: list[
         "sampling_params": {"max_new_tokens": 1, "temperature": 1.0, "ignore_eos": True},
     }  # fmt: skip
     answers = server.post("/generate", body, timeout=seconds)["answer"]
-    total = count = 0
+    total, count = 0.0, 0
     for ids, expected, answer in zip(sequences, wanted, answers, strict=True):
         rows = answer["meta_info"]["input_token_logprobs"]
         if [row[1] for row in rows] != ids:
