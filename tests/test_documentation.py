@@ -111,8 +111,7 @@ def test_every_configuration_of_the_paper_index_is_taken_and_every_file_is_there
 def test_a_command_that_would_be_refused_is_noticed(monkeypatch, capsys):
     for line in ("dcpo serve", "dcpo train training.stesp=3", "python tools/bench_save.py --fast", "make nothing",
                  "ssh h 'cd x && python -m dcpo_megatron.cli eval'",
-                 "sbatch examples/slurm/train.sbatch /run --cofnig x",
-                 "bash examples/pretrain.sh"):  # fmt: skip
+                 "sbatch examples/slurm/train.sbatch /run --cofnig x", "bash examples/pretrain.sh"):  # fmt: skip
         (words,) = commands(line)
         with pytest.raises((SystemExit, ValueError, AssertionError)):
             check(words, monkeypatch)

@@ -170,11 +170,8 @@ def test_a_host_that_hears_nothing_more_of_the_launcher_asks_its_ranks_to_save_a
 import os, subprocess, sys, threading, time
 from dcpo_megatron.launch.ssh_node import _obey
 rank = subprocess.Popen(
-    [
-        sys.executable,
-        "-c",
-        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print(flush=True); time.sleep(60)",
-    ],
+    [sys.executable, "-c",
+     "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print(flush=True); time.sleep(60)"],
     stdout=subprocess.PIPE,
 )
 rank.stdout.readline()

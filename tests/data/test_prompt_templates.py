@@ -110,10 +110,10 @@ def test_the_token_that_ends_a_turn(chat_tokenizer, plain_tokenizer):
     [
         # Turns end where the next one begins.
         ("{% for m in messages %}{{ '<|im_start|>' if m.role == 'user' else '<|bos|>' }}{{ m.content }}{% endfor %}",
-            "<|im_start|>"),
+         "<|im_start|>"),
         # The last turn of the assistant ends otherwise than the others.
         ("{% for m in messages %}{{ m.content }}{{ '<|im_end|>' if loop.last else '<|bos|>' }}{% endfor %}",
-            "<|im_end|>"),
+         "<|im_end|>"),
         ("{% for m in messages %}### {{ m.role }}: {{ m.content }}\n{% endfor %}", None),
         ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}", None),
         ("{{ raise_exception('never') }}", None),

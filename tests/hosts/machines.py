@@ -2,8 +2,8 @@
 `/dev/shm` and `/tmp`.
 
     h1 [ eth0 10.77.0.1, fd77::1 ] --+
-    h2 [ eth0 10.77.0.2, fd77::2 ] --+-- bridge in a namespace of its own       a folder that all share: Hosts.shared
-    h3 [ eth0 10.77.0.3, fd77::3 ] --+                                          checkout, interpreter: this machine's
+    h2 [ eth0 10.77.0.2, fd77::2 ] --+-- bridge in a namespace of its own   a folder that all share: Hosts.shared
+    h3 [ eth0 10.77.0.3, fd77::3 ] --+                              the checkout, the interpreter: as on this machine
 
 This machine's own network is not touched. Each host hangs on a process that ends with its standard input: where the
 tests end, by whatever way, the hosts, all that runs on them, their links and their folders are gone. Needs root and

@@ -1,8 +1,9 @@
 """Ranks of several hosts without their imports: one process on each host has imported everything, and forks a rank for
 each question.
 
-starter = Starter(host); starter.ask({"RANK": "0", ...}, meeting=20); starter.answer()   {"sum": 1, "interface": "eth0"}
-starter = Starter(host, training=True); starter.ask({"RANK": "0", ...}, train=[...])    {"code": 0}: `dcpo train ...`
+starter = Starter(host);  starter.ask({"RANK": "0", ...}, meeting=20)
+starter.answer()                                                                         {"sum": 1, "interface": "eth0"}
+starter = Starter(host, training=True);  starter.ask({"RANK": "0", ...}, train=[...])    {"code": 0}: `dcpo train ...`
 """
 
 from __future__ import annotations

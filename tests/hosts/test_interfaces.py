@@ -84,8 +84,8 @@ def test_hosts_without_ipv4_and_with_a_long_name_of_an_interface(three):
     hosts, starters = three
     for host in hosts:
         host.call("sh", "-ec", f"""
-            ip address flush dev eth0; ip link set eth0 down; ip link set eth0 name bond0.1234-data
-            ip link set bond0.1234-data up
+            ip address flush dev eth0; ip link set eth0 down
+            ip link set eth0 name bond0.1234-data; ip link set bond0.1234-data up
             ip -6 address add {host.ipv6}/64 dev bond0.1234-data nodad
         """)  # fmt: skip
     for kind, master in ("none", hosts[0].ipv6), ("loopback", f"[{hosts[0].ipv6}]"), ("loopback", "h1-6"):

@@ -204,7 +204,7 @@ def by_slurm(hosts: Hosts, *task: str, options: tuple[str, ...] = ()) -> str:
 
 
 @pytest.mark.thorough
-def test_a_slurm_job_on_two_nodes_meets_where_a_name_is_known_to_its_own_host_only_and_tells_of_a_cyclic_distribution(
+def test_a_slurm_job_on_two_nodes_meets_where_hosts_know_only_their_own_names_and_tells_of_a_cyclic_distribution(
     make_hosts,
 ):
     hosts = make_hosts(2)

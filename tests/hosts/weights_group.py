@@ -1,7 +1,7 @@
 """The two sides of a weights' group, for tests/hosts/test_weights_group.py: each runs on a host of its own.
 
-python -m tests.hosts.weights_group server PORT    joins and receives as SGLang does, with what `dcpo serve` adds
-python -m tests.hosts.weights_group trainer        reads servers' addresses; sends each a bucket, says what came of it
+python -m tests.hosts.weights_group server PORT   joins and receives as SGLang does, with what `dcpo serve` adds
+python -m tests.hosts.weights_group trainer       reads servers' addresses; sends a bucket to each, says what came of it
 """
 
 from __future__ import annotations

@@ -30,9 +30,15 @@ def train(hf: str, parallel: dict, overlap: str, dtype: str = "bfloat16", **opti
     load_weights(policy, hf)
     # Without clipping: the norm is a sum whose order follows the buckets. With an eps beside which rounding is nothing.
     policy.make_trainable(
-        OptimizerOptions(lr=1e-2, eps=1e-3, clip_grad=0.0, overlap_grad_reduce=overlap, overlap_param_gather=overlap,
-            bucket_parameters=3000)
-    )  # fmt: skip
+        OptimizerOptions(
+            lr=1e-2,
+            eps=1e-3,
+            clip_grad=0.0,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap,
+            bucket_parameters=3000,
+        )
+    )
     gatherer = WeightGatherer(policy)
     old, size = torch.full((3,), -2.0), policy.position.data_size
     mine = [Sequence(n, [1, 2], [3, 4 + n, 5], 1.0, 0.1, old, old) for n in range(policy.position.data_rank, 8, size)]

@@ -37,8 +37,8 @@ ids = torch.tensor([[1, 7, 30, 49, 2]])
 with torch.no_grad():
     logits = {"made": made(ids).logits.tolist(), "loaded": loaded(ids).logits.tolist()}
 with torch.device("meta"):
-    made = [torch.empty(2), torch.arange(3), torch.tensor([1.0]), torch.nn.Linear(2, 2).weight]
-    meta = [tensor.is_meta for tensor in made]
+    meta = [torch.empty(2).is_meta, torch.arange(3).is_meta, torch.tensor([1.0]).is_meta,
+            torch.nn.Linear(2, 2).weight.is_meta]
 torch.manual_seed(5)
 print(json.dumps({"logits": logits, "meta": meta, "drawn": torch.rand(3).tolist()}))
 """

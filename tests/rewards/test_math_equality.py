@@ -170,8 +170,8 @@ def test_the_quick_verdict_never_raises(answer, gold):
 
 @pytest.mark.parametrize(
     "piece",
-    ["1", "1 ", "111 ", "111,", "1.", r"\frac", r"\frac{", r"\frac1", r"\text{", r"\text{a}", "a ", "{", "}", "(",
-        "x_{", "\\ ", "^"]
+    ["1", "1 ", "111 ", "111,", "1.", r"\frac", r"\frac{", r"\frac1", r"\text{", r"\text{a}",
+     "a ", "{", "}", "(", "x_{", "\\ ", "^"],
 )  # fmt: skip
 def test_the_quick_verdict_is_fast_on_hostile_answers_at_the_length_limit(piece):
     answer = (piece * 2000)[:2000]

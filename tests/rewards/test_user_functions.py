@@ -28,8 +28,9 @@ MODULE = """
             os._exit(4)
         if response == "ask":
             return float(len(input()))
-        answers = {"nan": float("nan"), "inf": float("inf"), "text": "1.0", "none": None, "true": True, "list": []}
-        return answers.get(response, 0.5)
+        return {"nan": float("nan"), "inf": float("inf"), "text": "1.0", "none": None, "true": True, "list": []}.get(
+            response, 0.5
+        )
 
     def needs_three(response, ground_truth, extra):
         return 0.0

@@ -66,10 +66,10 @@ def test_numbers_are_among_the_visible_ones():
     ("options", "visible", "words"),
     [
         (["--servers", "4", "--tp", "2", "--gpus", "4-7"], None,
-            "4 servers of 2 GPUs need 8, --gpus 4-7 names 4: give fewer --servers or --tp, or more"),
+         "4 servers of 2 GPUs need 8, --gpus 4-7 names 4: give fewer --servers or --tp, or more"),
         (["--gpus", "6-9"], None, "--gpus 6-9: 6-9 is not among the 8 GPUs that are visible here, numbered from 0"),
         (["--gpus", "4"], "0,1",
-            "--gpus 4: 4 is not among the 2 GPUs that are visible here, numbered from 0 (CUDA_VISIBLE_DEVICES=0,1)"),
+         "--gpus 4: 4 is not among the 2 GPUs that are visible here, numbered from 0 (CUDA_VISIBLE_DEVICES=0,1)"),
         (["--gpus", "1,0-3"], None, "--gpus 1,0-3: GPU 1 is named twice"),
         (["--gpus", "7-4"], None, "7-4 is not among"),
         (["--gpus", "four"], None, "'four' names 0 of the 8 GPUs"),

@@ -148,9 +148,13 @@ def test_no_more_is_under_way_at_a_server_than_its_share_but_never_nothing(stand
 
 def test_a_sample_that_is_answered_twice_counts_once_and_one_never_asked_for_not_at_all(stand_ins):
     fleet, _ = stand_ins(
-        lambda body: [finished(0, [7] * 4, TAG), finished(0, [8] * 4, TAG), finished(5, [9] * 4, TAG), finished(1,
-            [6] * 4, TAG)]
-    )  # fmt: skip
+        lambda body: [
+            finished(0, [7] * 4, TAG),
+            finished(0, [8] * 4, TAG),
+            finished(5, [9] * 4, TAG),
+            finished(1, [6] * 4, TAG),
+        ]
+    )
     assert [g.token_ids for g in ServerClient(fleet).generate(requests(1, 2), SAMPLING)] == [[7] * 4, [6] * 4]
 
 

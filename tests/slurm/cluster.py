@@ -1,8 +1,8 @@
 """A real Slurm, for tests: munged, one slurmctld and a slurmd a node, everything of theirs in one folder. Two nodes on
 this machine, or one on each of `tests.hosts`.
 
-    munged -- its own socket    slurmctld    slurmd n1   slurmd n2    each found again by the pid file that it wrote
-    h1 [ munged slurmctld slurmd ]  h2 [ munged slurmd ] ...          a folder that all see; they go with their hosts
+    munged -- its own socket   slurmctld   slurmd n1   slurmd n2   each found again by the pid file that it wrote
+    h1 [ munged slurmctld slurmd ]  h2 [ munged slurmd ] ...       a folder that all hosts see; they go with their hosts
 
 Needs root, and Debian's `slurm-wlm` and `munge`, which :func:`install` installs where it may.
 """

@@ -23,8 +23,8 @@ def bench(*options):
 def test_a_run_measures_every_row_that_can_run_says_why_others_cannot_and_their_gradients_agree(tmp_path):
     file = tmp_path / "found.json"
     done = bench(
-        *("--tokens", "2048", "--hidden", "16", "--vocab", "16384", "--threads", "1", "--repeats", "1", "--json",
-            str(file)),
+        *("--tokens", "2048", "--hidden", "16", "--vocab", "16384", "--threads", "1", "--repeats", "1"),
+        *("--json", str(file)),
         *("--chunk-tokens", "128", "--chunk-vocab", "4096", "--rows", "full,ours,ours-fused,liger", "--entropy"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -22,7 +22,7 @@ def tool():
     [
         (("--no-index", "pytest"), True, ""),
         (("--no-index", "--find-links", "/nowhere", "pytest==0.0.1"), False,
-            "No matching distribution found for pytest==0.0.1"),
+         "No matching distribution found for pytest==0.0.1"),
         (("--index-url", "https://127.0.0.1:9/simple", "no-such-package"), None, ""),
     ],
     ids=["fits", "does not fit", "no index"],

@@ -29,7 +29,7 @@ def open_page(file: Path, width: int, height: int, *, picture: Path | None = Non
     with tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profile:
         done = subprocess.run(
             ["chromium", "--headless", *_QUIET, "--hide-scrollbars", f"--user-data-dir={profile}",
-                f"--window-size={width},{height}", what, file.resolve().as_uri()],
+             f"--window-size={width},{height}", what, file.resolve().as_uri()],
             capture_output=True, text=True, timeout=deadline, stdin=subprocess.DEVNULL,
         )  # fmt: skip
     if done.returncode:

@@ -313,8 +313,10 @@ def test_a_run_that_fits_gives_its_shape_layout_and_data_ranks(config_of):
         (
             ["rollout.prompts_per_step=9"],
             1,
-            ["global batch not divisible: rollout.prompts_per_step=9 is not a multiple of "
-             "training.minibatch_prompts=4"],
+            [
+                "global batch not divisible: rollout.prompts_per_step=9 is not a multiple of "
+                "training.minibatch_prompts=4"
+            ],
         ),
         (
             [],
@@ -339,8 +341,7 @@ def test_a_run_that_fits_gives_its_shape_layout_and_data_ranks(config_of):
             2,
             [
                 "parallel.virtual_pipeline with parallel.pipeline=2 gives silently wrong gradients in Megatron-Core "
-                "without "
-                "overlapped communication: set parallel.overlap_p2p=true"
+                "without overlapped communication: set parallel.overlap_p2p=true"
             ],
         ),
         (["parallel.virtual_pipeline=2"], 1, ["parallel.virtual_pipeline=2 needs parallel.pipeline of at least 2"]),
@@ -357,15 +358,18 @@ def test_a_run_that_fits_gives_its_shape_layout_and_data_ranks(config_of):
                 "they need at least one each, and equally many"
             ],
         ),
-        (["parallel.sequence_parallel=true"], 1,
-            ["parallel.sequence_parallel=true needs parallel.tensor of at least 2"]),
+        (
+            ["parallel.sequence_parallel=true"],
+            1,
+            ["parallel.sequence_parallel=true needs parallel.tensor of at least 2"],
+        ),
         (["parallel.expert=2"], 2, ["parallel.expert=2, but qwen2 has no experts"]),
         (
             ["parallel.tensor=2", "parallel.context=2"],
             6,
             [
-                "world size 6 is not a multiple of tensor x pipeline x context = 2 x 1 x 2 = 4: start a multiple of 4 "
-                "ranks"
+                "world size 6 is not a multiple of tensor x pipeline x context = 2 x 1 x 2 = 4: "
+                "start a multiple of 4 ranks"
             ],
         ),
         (
@@ -450,8 +454,7 @@ def test_all_problems_are_reported_at_once(config_of):
     )
     assert [
         next((words for words in ("world size", "attention heads", "key-value heads", "feed-forward",
-            "transformer_engine=on",
-                                  "positions", "micro_batch_tokens") if words in line), line)
+                                  "transformer_engine=on", "positions", "micro_batch_tokens") if words in line), line)
         for line in found
     ] == ["world size", "attention heads", "key-value heads", "feed-forward", "transformer_engine=on",
           "positions", "micro_batch_tokens"]  # fmt: skip

@@ -106,9 +106,13 @@ def test_when_a_rank_stands_still_the_watchdog_of_another_names_it_and_ends_the_
 
 def test_a_running_run_is_scraped_and_described_and_sigterm_saves_it(tmp_path, demo_start, capsys):
     port = free_port()
-    run = Run(tmp_path, demo_start, f"logging.prometheus_port={port}",
+    run = Run(
+        tmp_path,
+        demo_start,
+        f"logging.prometheus_port={port}",
         "reward.function=tests.training.rewards:unreliable",
-              "reward.timeout_seconds=0.3")  # fmt: skip
+        "reward.timeout_seconds=0.3",
+    )
     run.wait_for_step(2)
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")

@@ -40,7 +40,7 @@ def test_ranks_that_are_alike_have_nothing_to_say():
      "rank 3 on host b runs another version than rank 0 on host a: torch is '2.12.0', on rank 0 '2.13.0': "
      "install the same on every host"),
     ([(3, "prompts", "y")],
-        "rank 3 on host b has other prompts than rank 0 on host a: data.files hold other prompts there"),
+     "rank 3 on host b has other prompts than rank 0 on host a: data.files hold other prompts there"),
 ])  # fmt: skip
 def test_the_first_that_is_otherwise_is_named_with_both_values(changes, said):
     assert difference(cards(*changes)).startswith(said)

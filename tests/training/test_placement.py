@@ -49,14 +49,14 @@ def test_a_placement_that_cannot_be_better_is_not_spoken_of(hosts, layout):
     "hosts, layout, words",
     [
         ("abab", {"tensor": 2},
-            "2 of 2 tensor-parallel groups are on several hosts (rank 0 is on a, rank 1 of its group on b)"),
+         "2 of 2 tensor-parallel groups are on several hosts (rank 0 is on a, rank 1 of its group on b)"),
         ("abcabc", {"tensor": 2}, "3 of 3 tensor-parallel groups"),
         ("aabbbaab", {"tensor": 4},
-            "2 of 2 tensor-parallel groups are on several hosts (rank 0 is on a, rank 2 of its group on b)"),
+         "2 of 2 tensor-parallel groups are on several hosts (rank 0 is on a, rank 2 of its group on b)"),
         ("aaabbabb", {"tensor": 2},
-            "2 of 4 tensor-parallel groups are on several hosts (rank 2 is on a, rank 3 of its group on b)"),
+         "2 of 4 tensor-parallel groups are on several hosts (rank 2 is on a, rank 3 of its group on b)"),
         ("aabbaabb", {"tensor": 2, "context": 2},
-            "4 of 4 context-parallel groups are on several hosts (rank 0 is on a, rank 2 "),
+         "4 of 4 context-parallel groups are on several hosts (rank 0 is on a, rank 2 "),
         ("abab", {"expert": 2}, "2 of 2 expert-parallel groups"),
     ],
 )  # fmt: skip

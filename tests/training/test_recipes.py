@@ -42,9 +42,13 @@ def test_a_file_that_exists_wins_and_a_folder_does_not(empty_folder):
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("dmeo", "demo"), ("presets/grop", "presets/grpo"), ("drgrpo", "presets/dr-grpo"), ("examples/configs/demo.yml",
-        "demo")],
-)  # fmt: skip
+    [
+        ("dmeo", "demo"),
+        ("presets/grop", "presets/grpo"),
+        ("drgrpo", "presets/dr-grpo"),
+        ("examples/configs/demo.yml", "demo"),
+    ],
+)
 def test_an_unknown_name_names_the_nearest_and_all(name, nearest):
     with pytest.raises(ConfigError) as caught:
         load_config([name], GIVEN)

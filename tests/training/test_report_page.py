@@ -22,30 +22,30 @@ TOKENS = [
     ["", -0.2, 1.01, 0.8, 1.2, ""],
 ]
 SAMPLES = [
-    {"kind": "response", "step": step, "prompt_id": "sums/12+5", "correct": True, "reward": 1.0, "advantage": 0.75,
-        "length": 4, "minibatch": 2, "tokens": TOKENS}
+    {"kind": "response", "step": step, "prompt_id": "sums/12+5", "correct": True, "reward": 1.0,
+     "advantage": 0.75, "length": 4, "minibatch": 2, "tokens": TOKENS}
     for step in (1, 3)
 ] + [
-    {"kind": "visit", "step": step, "prompt_id": "sums/12+5", "rewards": [0.0, 1.0], "advantages": [-0.5, 0.75],
-        "visits": step, "mean": 0.5, "std": 0.5}
+    {"kind": "visit", "step": step, "prompt_id": "sums/12+5", "rewards": [0.0, 1.0],
+     "advantages": [-0.5, 0.75], "visits": step, "mean": 0.5, "std": 0.5}
     for step in (1, 2)
 ]  # fmt: skip
 
 # Runs in the page after it is there: taps the clipped token, and says what is to be seen. The page is a frame, since no
 # window of Chromium is narrower than 500 pixels.
 LOOK = """<script>addEventListener("load", () => {
-  const clipped = document.querySelector(".tokens .clip");
-  const found = {title: document.title, wide: document.documentElement.scrollWidth, window: innerWidth};
+  const clipped = document.querySelector(".tokens .clip"),
+    found = {title: document.title, wide: document.documentElement.scrollWidth, window: innerWidth};
   found.pictures = [...document.images].filter(image => image.checkVisibility()).map(image => image.naturalWidth);
   found.tokens = document.querySelectorAll("details[open] .tokens span").length;
-  const tokens = [...document.querySelectorAll(".tokens span")];
-  found.colours = new Set(tokens.map(token => getComputedStyle(token).backgroundColor)).size;
+  found.colours = new Set([...document.querySelectorAll(".tokens span")].map(
+    token => getComputedStyle(token).backgroundColor)).size;
   if (clipped) clipped.click();
   found.told = document.getElementById("told").innerText;
   parent.postMessage(JSON.stringify(found), "*");
 })</script>"""
-FRAME = """<!doctype html><body>
-<script>addEventListener("message", event => { document.body.dataset.found = event.data; })</script>
+FRAME = """<!doctype html><body><script>
+addEventListener("message", event => { document.body.dataset.found = event.data; })</script>
 <iframe style="border: 0" width="%d" height="900" srcdoc="%s"></iframe></body>"""
 
 

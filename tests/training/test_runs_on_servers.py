@@ -81,8 +81,8 @@ def test_on_policy_two_runs_are_one_also_where_servers_and_optimizer_take_turns(
         code, said = run([*task, *options, "training.steps=2", f"output={tmp_path / name}"], tmp_path / "log")
         assert code == 0, said
         found.append([
-            {key: value for key, value in row.items() if not key.startswith(("seconds", "tokens_per_second",
-                "mismatch"))}
+            {key: value for key, value in row.items()
+             if not key.startswith(("seconds", "tokens_per_second", "mismatch"))}
             for row in rows(tmp_path / name)
         ])  # fmt: skip
     assert found[0] == found[1] and len(found[0]) == 2

@@ -32,8 +32,8 @@ def train(log: SampleLog, steps, length=LENGTH) -> RewardHistory:
         ids = ["a"] * 4 + ["b"] * 4
         found = history.observe(ids, rewards).tolist()
         responses = [
-            Response(name, [1], "5", n % 4, [7] * length, [-1.0] * length, "stop", [0] * length, reward=reward,
-                advantage=advantage, correct=reward == 1)
+            Response(name, [1], "5", n % 4, [7] * length, [-1.0] * length, "stop", [0] * length,
+                     reward=reward, advantage=advantage, correct=reward == 1)
             for n, (name, reward, advantage) in enumerate(zip(ids, rewards.tolist(), found, strict=True))
         ]  # fmt: skip
         log.visits(step, responses, history)

@@ -48,18 +48,28 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 
 # kind, dtype, layout written for, layout resharded for, (ranks, layout) that stock Megatron-Core loads and saves in
 ROUND_TRIPS = {
-    "qwen2-tp2-pp2-vpp2-dp2": ("dense", "float32", dict(tensor=2), dict(), (8, dict(tensor=2, pipeline=2,
-        virtual_pipeline=2))),
+    "qwen2-tp2-pp2-vpp2-dp2": (
+        "dense", "float32", dict(tensor=2), dict(),
+        (8, dict(tensor=2, pipeline=2, virtual_pipeline=2)),
+    ),
     "qwen2-bf16-tp2": ("dense", "bfloat16", dict(), dict(tensor=2), (2, dict(tensor=2))),
     "qwen2-tied-pp2-tp2": ("tied", "float32", dict(pipeline=2), dict(tensor=2), (4, dict(tensor=2, pipeline=2))),
-    "qwen3-tp2-sp-cp2": ("qwen3", "float32", dict(tensor=2), dict(), (4, dict(tensor=2, sequence_parallel=True,
-        context=2))),
-    "llama-pp2-vpp2": ("llama", "bfloat16", dict(pipeline=2), dict(tensor=2), (2, dict(pipeline=2,
-        virtual_pipeline=2))),
-    "mistral-uneven-pp2": ("mistral", "float32", dict(pipeline=2, first_stage_layers=1), dict(tensor=2), (4,
-        dict(tensor=2, pipeline=2, last_stage_layers=1))),
-    "moe-ep2-pp2": ("moe", "float32", dict(expert=2), dict(tensor=2, sequence_parallel=True), (4, dict(expert=2,
-        pipeline=2))),
+    "qwen3-tp2-sp-cp2": (
+        "qwen3", "float32", dict(tensor=2), dict(),
+        (4, dict(tensor=2, sequence_parallel=True, context=2)),
+    ),
+    "llama-pp2-vpp2": (
+        "llama", "bfloat16", dict(pipeline=2), dict(tensor=2),
+        (2, dict(pipeline=2, virtual_pipeline=2)),
+    ),
+    "mistral-uneven-pp2": (
+        "mistral", "float32", dict(pipeline=2, first_stage_layers=1), dict(tensor=2),
+        (4, dict(tensor=2, pipeline=2, last_stage_layers=1)),
+    ),
+    "moe-ep2-pp2": (
+        "moe", "float32", dict(expert=2), dict(tensor=2, sequence_parallel=True),
+        (4, dict(expert=2, pipeline=2)),
+    ),
     "moe-tp2-pp2-ep2-etp1": (
         "moe", "float32", dict(tensor=2, sequence_parallel=True, expert_tensor=1), dict(expert=2),
         (8, dict(tensor=2, sequence_parallel=True, pipeline=2, expert=2, expert_tensor=1)),

@@ -122,7 +122,7 @@ def test_a_conversion_takes_it_and_its_result_has_the_usual_names(both, models, 
         (["model.fp16.safetensors"], "only model.fp16.safetensors, which transformers does not take either"),
         (["consolidated.safetensors", "pytorch_model.bin"], "only consolidated.safetensors, which"),
         (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
-            "00002.safetensors and 1 more, which"),
+         "00002.safetensors and 1 more, which"),
         (["pytorch_model.bin"], "has no *.safetensors file: convert the weights to safetensors first"),
     ],
 )  # fmt: skip

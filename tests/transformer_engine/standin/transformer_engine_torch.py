@@ -2,7 +2,8 @@
 
     generic_gemm, te_general_grouped_gemm       products, with bias, bias gradient and accumulation
     rmsnorm_fwd, rmsnorm_bwd                    y = x * r * w,  r = 1 / sqrt(mean(x^2) + eps)
-    convert_thd_to_bshd, convert_bshd_to_thd    packed rows <-> padded rows, for the attention in torch ("unfused")
+    convert_thd_to_bshd, convert_bshd_to_thd    packed rows <-> padded rows, for the attention that Transformer Engine
+                                                writes in torch ("unfused")
     fused_rope_forward, fused_rope_backward     rotary embedding
     multi_tensor_adam, _sgd, _l2norm, _scale    FusedAdam, FusedSGD, gradient norms
 

@@ -6,7 +6,8 @@ load CUDA's libraries:
 
     transformer_engine               this file: where torch asks for a GPU's properties, those of an H100 are given
     transformer_engine.pytorch ...   the wheel's, unchanged
-    transformer_engine_torch         the stand-in beside this folder: plain torch formulas for the kernels called
+    transformer_engine_torch         the stand-in beside this folder: plain torch formulas for the kernels that are
+                                     called
 
 Left out is the export to ONNX, whose packages nothing here needs.
 """
