@@ -63,14 +63,15 @@ demo-sglang: $(STAMP) $(SGLANG)
 	$(RUN) -m dcpo_megatron.cli demo --servers 2 --server-python $(SGLANG_RUN) --seed $(SEED) --output runs/demo-sglang
 
 test: $(STAMP) $(OTHER_MEGATRON) $(TE) $(SGLANG) style
-	DCPO_TEST_SGLANG=required $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 20 tests
+	DCPO_TEST_SGLANG=required $(SIDE_BY_SIDE) tests
 
 # For who changes one room: without the files that take long (tests/conftest.py names them), without servers.
 test-fast: $(STAMP)
-	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 20 --fast tests
+	$(SIDE_BY_SIDE) --fast tests
 
 # Files of tests that run at once. Most start ranks of their own: more than there are cores is slower, and meets the tests' deadlines.
 WORKERS ?= 2
+SIDE_BY_SIDE = $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 20
 
 # What speaks to real servers, alone, and the same with the newest SGLang.
 test-sglang: $(STAMP) $(SGLANG)

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import itertools
 import os
 import random
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
@@ -38,18 +40,22 @@ def free_port() -> int:
     return free_ports(1)[0]
 
 
-def free_ports(count: int) -> list[int]:
-    """``count`` of them, all different. Raises OSError where there are not so many."""
-    found: list[int] = []
-    for port in random.sample(range(20000, 30000), 500):
-        if len(found) == count:
-            break
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            found.append(port)
+def free_ports(count: int, is_free: Callable[[int], bool] | None = None) -> list[int]:
+    """``count`` of them, all different; ``is_free`` looks at one elsewhere than on the loopback interface. Raises
+    OSError where there are not so many."""
+    is_free = is_free or _free_on_loopback
+    candidates = random.sample(range(20000, 30000), 500)
+    found = list(itertools.islice(filter(is_free, candidates), count))
     if len(found) < count:
-        raise OSError(f"{count} free ports were looked for between 20000 and 30000 on 127.0.0.1, {len(found)} found")
+        raise OSError(f"{count} free ports were looked for between 20000 and 30000, {len(found)} found")
     return found
+
+
+def _free_on_loopback(port: int) -> bool:
+    with socket.socket() as probe, contextlib.suppress(OSError):
+        probe.bind(("127.0.0.1", port))
+        return True
+    return False
 
 
 def own_address(host: str, port: int = 9) -> str:

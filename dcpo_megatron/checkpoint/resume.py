@@ -29,17 +29,13 @@ _VERSION = 1
 # results by rounding only.
 _FREE = (
     "output", "logging.", "evaluation.", "checkpoint.", "training.steps", "training.timeout_seconds",
-    "training.save_every",
-    "training.platform", "training.max_bad_steps", "reward.timeout_seconds", "reward.workers", "data.files",
-    "servers.", "publish.",
-    "rollout.max_mismatch", "training.start_timeout_seconds",
+    "training.save_every", "training.platform", "training.max_bad_steps", "reward.timeout_seconds", "reward.workers",
+    "data.files", "servers.", "publish.", "rollout.max_mismatch", "training.start_timeout_seconds",
 )  # fmt: skip
 _LAYOUT = (
     "parallel.", "training.micro_batch_tokens", "training.packing", "model.head", "model.fused_head_loss",
-    "model.recompute",
-    "model.transformer_engine", "model.bias_activation_fusion", "model.gradient_accumulation_fusion",
-    "model.grouped_experts",
-    "model.moe_permute_fusion", "rollout.batch_size",
+    "model.recompute", "model.transformer_engine", "model.bias_activation_fusion",
+    "model.gradient_accumulation_fusion", "model.grouped_experts", "model.moe_permute_fusion", "rollout.batch_size",
 )  # fmt: skip
 
 

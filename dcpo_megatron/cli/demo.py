@@ -225,7 +225,9 @@ def _tell(folder: Path) -> None:
     print(
         f"\naccuracy on held-out problems: {summary['accuracy_before']:.3f} before, {summary['accuracy_after']:.3f}"
         f" after (greedy {summary['greedy_before']:.3f} -> {summary['greedy_after']:.3f}); {summary['steps']} steps in"
-        f" {summary['train_seconds']:.0f} s\nmean |log-prob difference| between rollout and trainer:"
-        f" {summary['mismatch_abs']:.1e}\nsummary: {folder / 'summary.json'}\npicture: {folder / 'report.png'}\nmodel: "
-        f"  {folder / 'model'}"
+        f" {summary['train_seconds']:.0f} s\n"
+        f"mean |log-prob difference| between rollout and trainer: {summary['mismatch_abs']:.1e}\n"
+        f"summary: {folder / 'summary.json'}\n"
+        f"picture: {folder / 'report.png'}\n"
+        f"model:   {folder / 'model'}"
     )

@@ -36,7 +36,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dcpo_megatron.mcore.head.chunks import BLOCK_BYTES, COPY_BYTES, FUSED_BLOCK_BYTES
+from dcpo_megatron.mcore.head.chunks import BLOCK_BYTES, COPY_BYTES, FUSED_BLOCK_BYTES, vocab_chunk
 from dcpo_megatron.mcore.hf_config import ModelShape
 from dcpo_megatron.mcore.layout import ParallelLayout, padded_vocab
 from dcpo_megatron.memory.states import BYTES
@@ -211,7 +211,7 @@ def head_bytes(shape: ModelShape, layout: ParallelLayout, compute: Compute, resp
         forward = block + pieces + 4 * chunk * hidden + ((block // 2 if on_gpu else 0) + COPY_BYTES if bf16 else 0)
         return gathered + 8 * n + max(forward, w * rows * hidden if bf16 else 0)
     block = BLOCK_BYTES[compute.device]
-    chunk_vocab = min(rows, max(1, block // (4 * compute.chunk_tokens) // 128) * 128)
+    chunk_vocab = min(rows, vocab_chunk(block, compute.chunk_tokens))
     forward = block + pieces + 32 * n
     backward = block + pieces + w * (n + rows) * hidden
     if bf16:

@@ -83,9 +83,14 @@ def make_settings(
     rank = dist.get_rank(group) if group is not None else 0
     first_row = rank * weight.shape[0]
     if chunk_vocab is None:
-        chunk_vocab = max(128, whole_blocks(of_device(BLOCK_BYTES, weight.device) // (4 * chunk_tokens)))
+        chunk_vocab = vocab_chunk(of_device(BLOCK_BYTES, weight.device), chunk_tokens)
     real_rows = max(0, min(weight.shape[0], vocab - first_row))
     return HeadSettings(first_row, real_rows, temperature, group, blocks, chunk_tokens, chunk_vocab)
+
+
+def vocab_chunk(block_bytes: int, chunk_tokens: int) -> int:
+    """Rows of the vocabulary whose fp32 logits, ``chunk_tokens`` each, fill a block; at least 128."""
+    return max(128, whole_blocks(block_bytes // (4 * chunk_tokens)))
 
 
 def of_device(budget: dict[str, int], device: torch.device) -> int:

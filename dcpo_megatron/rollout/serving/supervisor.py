@@ -14,7 +14,6 @@ import contextlib
 import errno
 import json
 import os
-import random
 import socket
 import threading
 import time
@@ -229,11 +228,7 @@ class _Watched:
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
     """Ports of ``host`` that nobody listens on, below those that the kernel gives to outgoing connections: they are
     still free a little later."""
-    found: list[int] = []
-    for port in random.sample(range(20000, 30000), 500):
-        if len(found) < count and not _taken(host, port):
-            found.append(port)
-    return found
+    return network.free_ports(count, lambda port: not _taken(host, port))
 
 
 def _taken(host: str, port: int) -> bool:
