@@ -66,13 +66,13 @@ def model_config(millions: float):
     )  # fmt: skip
 
 
-def make_model(folder: Path, millions: float) -> None:
-    """Writes a Hugging Face folder of random float32 weights."""
+def make_model(folder: Path, millions: float, dtype: str = "float32") -> None:
+    """Writes a Hugging Face folder of random weights."""
     import torch
     from transformers import Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    Qwen2ForCausalLM(model_config(millions)).save_pretrained(folder)
+    Qwen2ForCausalLM(model_config(millions)).to(getattr(torch, dtype)).save_pretrained(folder)
 
 
 # -- a training rank -------------------------------------------------------------------------------
@@ -95,6 +95,7 @@ def measure(args: argparse.Namespace) -> None:
     from dcpo_megatron.rollout.serving.api_key import read_api_key
     from dcpo_megatron.training.probe import TrainingProbe
     from dcpo_megatron.weights.publish import PublishOptions, WeightPublisher
+    from dcpo_megatron.weights.publish.verify import TOLERANCES
     from dcpo_megatron.weights.transfer import WeightGatherer, load_weights
 
     platform = platforms.select_platform("auto")
@@ -102,7 +103,7 @@ def measure(args: argparse.Namespace) -> None:
     layout = ParallelLayout(tensor=args.tp)
     make_groups(layout)
     shape = read_shape(args.model)
-    policy = PolicyModel.create(shape, layout, ModelOptions(dtype="float32"), platform, rank_position())
+    policy = PolicyModel.create(shape, layout, ModelOptions(dtype=args.dtype), platform, rank_position())
     load_weights(policy, args.model)
     gatherer, folder = WeightGatherer(policy), Path(args.measure)
     prompts = [SimpleNamespace(token_ids=tuple((7 * n + 3 * t) % shape.vocab for t in range(32))) for n in range(2)]
@@ -112,7 +113,12 @@ def measure(args: argparse.Namespace) -> None:
         mode: WeightPublisher(
             fleet,
             PublishOptions(
-                mode, platform.backend, args.bucket_mib * 2**20, folder=folder / "published", min_servers=len(args.url)
+                mode,
+                platform.backend,
+                args.bucket_mib * 2**20,
+                folder=folder / "published",
+                min_servers=len(args.url),
+                tolerance=TOLERANCES[args.dtype],
             ),
             device=platform.device,
             probe=TrainingProbe(policy, prompts),
@@ -330,6 +336,10 @@ def show(found: dict, servers: int) -> None:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--millions", default="220", help="sizes of the random models, million parameters (default 220)")
+    made.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of the weights on both sides (default float32; a server on a GPU computes in 16 bits: bfloat16)",
+    )  # fmt: skip
     made.add_argument("--modes", default=",".join(MODES), help=f"default {','.join(MODES)}")
     made.add_argument("--servers", type=int, default=1, help="servers to start (default 1)")
     made.add_argument("--tp", type=int, default=1, help="tensor-parallel training ranks (default 1)")
@@ -401,14 +411,15 @@ def _one_model(args: argparse.Namespace, folder: Path, millions: float | None) -
 
     model = Path(args.model or folder / "model").absolute()
     if millions is not None:
-        make_model(model, millions)
+        make_model(model, millions, args.dtype)
     servers = nullcontext(SimpleNamespace(urls=args.url))
     if not args.url:
         servers = start_servers(
             model, args.servers, command=[args.python] if args.python else None, python_path=args.python_path
         )
     with servers as running:
-        words = ["--model", model, "--tp", args.tp, "--bucket-mib", args.bucket_mib, "--repeats", args.repeats]
+        words = ["--model", model, "--dtype", args.dtype, "--tp", args.tp]
+        words += ["--bucket-mib", args.bucket_mib, "--repeats", args.repeats]
         words += ["--no-raw"] if args.no_raw else []
         words += ["--modes", ",".join(args.modes), *(word for url in running.urls for word in ("--url", url))]
         if run_ranks(args.tp, [__file__, "--measure", str(folder), *map(str, words)]):

@@ -233,7 +233,7 @@ def release(args: argparse.Namespace) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        make_model(model, args.millions)
+        make_model(model, args.millions, "bfloat16" if args.device == "cuda" else "float32")
         note("before the server")
         command = [args.server_python] if args.server_python else None
         with start_servers(model, 1, command=command, device=args.device, colocated=True, say=print) as running:

@@ -182,6 +182,7 @@ def _ipc(s: Settings) -> list[list[str]]:
     millions, server = (2 if s.tiny else 500), s.server_python
     return [
         s.tool("bench_publish", "--python", server, "--modes", "ipc", "--millions", millions, "--no-raw",
+               "--dtype", "bfloat16" if s.device == "cuda" else "float32",
                "--repeats", 1 if s.tiny else 3, "--json", s.folder / "publish.json"),
         s.tool("check_publishing", "release", "--device", s.device, "--server-python", server, "--millions", millions,
                "--json", s.folder / "memory.json"),

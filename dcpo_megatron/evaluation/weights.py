@@ -19,10 +19,8 @@ import torch
 from dcpo_megatron.evaluation.store import EvaluationError
 from dcpo_megatron.rollout.server import Server
 from dcpo_megatron.rollout.serving import UNPUBLISHED
-from dcpo_megatron.weights.publish.verify import logprob_difference
+from dcpo_megatron.weights.publish.verify import TOLERANCES, logprob_difference
 
-# Mean |log-prob difference| of one set of weights computed twice, as for publish.tolerance.
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 _PROMPTS, _TOKENS = 4, 64
 
 
@@ -61,13 +59,14 @@ def check_weights(
     wanted = _logprobs(folder, sequences, dtype)
     difference = max(logprob_difference(server, sequences, wanted, server.timeout) for server in servers)
     what = f"{theirs} give log-probs that differ from those of {folder} by {difference:.2g} on average"
-    if difference <= _TOLERANCE[dtype]:
+    tolerance = TOLERANCES[str(dtype).removeprefix("torch.")]
+    if difference <= tolerance:
         say(f"{what}: they are taken for the same weights")
     elif info.get("quantization"):
         say(f"{what}; they are quantized ({info['quantization']}), and are taken at their word")
     else:
         raise EvaluationError(
-            f"{what}, above {_TOLERANCE[dtype]:g}: start servers of {folder} (dcpo serve {folder}), or evaluate the"
+            f"{what}, above {tolerance:g}: start servers of {folder} (dcpo serve {folder}), or evaluate the"
             " folder whose weights they hold"
         )
 

@@ -1,7 +1,7 @@
 """Starts a run on several hosts by ssh, for clusters without a scheduler; the command is ``tools/launch_cluster.py``.
 
-    launcher -- ssh host 1 --> cluster_node (torchrun) --> ranks 0 .. K-1          all meet at MASTER:PORT
-             -- ssh host 2 --> cluster_node (torchrun) --> ranks K .. 2K-1
+    launcher -- ssh host 1 --> ssh_node (torchrun) --> ranks 0 .. K-1          all meet at MASTER:PORT
+             -- ssh host 2 --> ssh_node (torchrun) --> ranks K .. 2K-1
       SIGTERM, SIGINT, SIGUSR1 --> to every rank of every host, through ssh's standard input
       a host fails             --> it is named; the others are asked to end, and killed where they stay
       a line now and then      --> the launcher is there: hosts that hear nothing for long end their ranks

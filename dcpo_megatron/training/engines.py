@@ -32,6 +32,7 @@ from dcpo_megatron.training.probe import TrainingProbe
 from dcpo_megatron.training.server_engine import ServerEngine, look_at, say_refusals, wait_together
 from dcpo_megatron.training.shared_gpus import SharedGpu, check_servers_gpus, gpu_of
 from dcpo_megatron.weights.publish import PublishOptions, WeightPublisher, nccl
+from dcpo_megatron.weights.publish.verify import TOLERANCES
 from dcpo_megatron.weights.transfer import WeightGatherer
 
 # For one server to answer, at a start at which many ask.
@@ -161,7 +162,7 @@ def publish_options(config: Config, is_cpu: bool) -> PublishOptions:
         address=publish.address,
         folder=(publish.folder or Path(config.output) / "published") if publish.mode == "disk" else None,
         verify=publish.verify,
-        tolerance=publish.tolerance or (1e-3 if config.model.dtype == "float32" else 0.1),
+        tolerance=publish.tolerance or TOLERANCES[config.model.dtype],
         min_servers=config.servers.min_healthy,
         # A batch that is sampled beside training goes on under the new weights, with its cache computed anew.
         pause="retract" if config.rollout.max_staleness else "abort",

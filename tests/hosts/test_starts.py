@@ -149,7 +149,7 @@ def test_the_end_of_the_launcher_or_of_its_host_ends_the_ranks_of_every_host_and
     run, checkout = hosts.shared / "run", hosts.shared / "checkout"
     # Three minutes of silence are long for a test: a checkout of its own has less patience.
     shutil.copytree(ROOT / "dcpo_megatron", checkout / "dcpo_megatron", ignore=shutil.ignore_patterns("__pycache__"))
-    node = checkout / "dcpo_megatron" / "cli" / "cluster_node.py"
+    node = checkout / "dcpo_megatron" / "launch" / "ssh_node.py"
     patient = node.read_text()
     node.write_text(patient.replace("GIVEN_UP_SECONDS = 180.0", "GIVEN_UP_SECONDS = 40.0"))
     assert node.read_text() != patient

@@ -21,6 +21,8 @@ from dcpo_megatron.rollout.server import Server, ServerError
 
 _CHECKER = "/weights_checker"
 Checksums = dict[str, str]
+# Mean |log-prob difference| that one set of weights, computed twice, may show, by the dtype of both.
+TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 def scrub(server: Server, seconds: float) -> Checksums | None:
