@@ -120,22 +120,22 @@ def _run_steps(args: argparse.Namespace) -> dict:
     try:
         for step in range(1, args.warm_up + args.steps + 1):
             if args.trace and step == args.warm_up + 1:
-                trainer.timeline.events = []
+                trainer.monitors.timeline.events = []
             started = time.perf_counter()
             metrics = trainer.step(step)
-            with trainer.timeline.span("logging"):
-                trainer.sinks.step(step, metrics)
+            with trainer.monitors.timeline.span("logging"):
+                trainer.monitors.sinks.step(step, metrics)
             wall = time.perf_counter() - started
             parts = {name: metrics[f"seconds_{name}"] for name in PARTS if name != "logging"}
             if step > args.warm_up:
-                steps.append(rest | parts | trainer.timeline.take() | {"wall": wall})
+                steps.append(rest | parts | trainer.monitors.timeline.take() | {"wall": wall})
             else:
-                trainer.timeline.take()
+                trainer.monitors.timeline.take()
     except BaseException:
         # Not the process groups: another rank may be in a collective that this one will not join.
         trainer.close(groups=False)
         raise
-    events = trainer.timeline.events or []
+    events = trainer.monitors.timeline.events or []
     trainer.close()
     return {"steps": steps, "events": events}
 

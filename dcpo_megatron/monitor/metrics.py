@@ -7,10 +7,13 @@ whole list: a key that is not in it is not logged.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dcpo_megatron.advantages import RewardHistory
+from dcpo_megatron.data import Response
 from dcpo_megatron.mcore.step import UpdateResult
+from dcpo_megatron.monitor.mismatch import stale_tokens
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,44 @@ METRICS: dict[str, Metric] = {
     "gpu_utilization": Metric("share of time a kernel ran on rank 0's GPU, as NVML reports it (GPU only)"),
     "gpu_memory_bytes": Metric("memory in use on rank 0's GPU, as NVML reports it (GPU only)"),
 }
+
+
+def rollout_metrics(
+    responses: Sequence[Response],
+    totals: Mapping[str, float],
+    rounds: int,
+    version: int,
+    history: RewardHistory | None,
+) -> dict[str, float]:
+    """The part of a step's metrics that its rollout batch gives.
+
+    Args:
+        responses: those that are trained on, advantages filled in.
+        totals: sums over all generated responses.
+        rounds: of sampling.
+        version: of the weights that the engine sampled with; tokens of others are stale.
+        history: what prompts have earned (SAS), this step in it.
+    """
+    generated = totals["generated"]
+    metrics = {
+        "reward": totals["reward"] / generated,
+        "accuracy": totals["correct"] / generated,
+        "response_length": totals["tokens"] / generated,
+        "truncated": totals["truncated"] / generated,
+        "reward_failures": totals["reward_failures"] / generated,
+        "responses_generated": generated,
+        "responses_trained": float(len(responses)),
+        "sampling_rounds": float(rounds),
+        "response_utilization_ratio": sum(r.advantage != 0 for r in responses) / generated,
+    }
+    if responses:
+        tokens = sum(len(r.token_ids) for r in responses)
+        metrics["stale_tokens"] = stale_tokens(responses, version) / max(tokens, 1)
+        metrics["advantage_abs"] = sum(abs(r.advantage) for r in responses) / len(responses)
+        if history is not None:
+            ids = {r.prompt_id for r in responses}
+            metrics["prompt_visits"] = sum(history.visits(i) for i in ids) / len(ids)
+    return metrics
 
 
 def update_metrics(updates: Sequence[UpdateResult]) -> dict[str, float]:

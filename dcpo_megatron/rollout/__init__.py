@@ -2,6 +2,21 @@
 own, the client of SGLang servers (``fleet``, ``server``, ``server_client``) and their launcher (``serving``)."""
 
 from dcpo_megatron.rollout.embedded import EmbeddedEngine
-from dcpo_megatron.rollout.protocol import GenerateRequest, Generation, RolloutEngine, RolloutError, SamplingParams
+from dcpo_megatron.rollout.protocol import (
+    GenerateRequest,
+    Generation,
+    RolloutEngine,
+    RolloutError,
+    SamplingParams,
+    StartedBatch,
+)
 
-__all__ = ["EmbeddedEngine", "GenerateRequest", "Generation", "RolloutEngine", "RolloutError", "SamplingParams"]
+__all__ = [
+    "EmbeddedEngine",
+    "GenerateRequest",
+    "Generation",
+    "RolloutEngine",
+    "RolloutError",
+    "SamplingParams",
+    "StartedBatch",
+]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from dcpo_megatron.rollout.protocol import GenerateRequest, Generation, RolloutError, SamplingParams
+from dcpo_megatron.rollout.protocol import GenerateRequest, Generation, RolloutError, SamplingParams, StartedBatch
 
 
 class EmbeddedEngine:
@@ -189,6 +189,16 @@ class EmbeddedEngine:
             logits_to_keep=1,
         )
         return out.logits[:, -1].float(), out.past_key_values, mask
+
+    def start(self, requests: Sequence[GenerateRequest], sampling: SamplingParams) -> None:
+        """None: it samples in the caller's time."""
+
+    def finish(self, started: StartedBatch, progress: Callable[[int, int], None] | None = None) -> list[Generation]:
+        """Raises RuntimeError: nothing is ever started."""
+        raise RuntimeError("the embedded engine starts no batch: call generate")
+
+    def release_memory(self) -> None:
+        """It keeps its copy of the model."""
 
     def close(self) -> None:
         """Drops the model."""

@@ -73,10 +73,22 @@ class Generation:
     weight_versions: list[int]
 
 
-class RolloutEngine(Protocol):
-    """What the training loop needs of an engine. ``version`` is that of the weights it samples with."""
+class StartedBatch(Protocol):
+    """Responses that are being sampled: :meth:`RolloutEngine.start` gives it, ``finish`` takes it."""
 
-    version: int
+    def done_so_far(self) -> dict[int, Generation]:
+        """The finished responses, by place in the requests."""
+
+    def cancel(self) -> None:
+        """Gives the rest up."""
+
+
+class RolloutEngine(Protocol):
+    """All that the training loop asks of an engine."""
+
+    @property
+    def version(self) -> int | None:
+        """Of the weights that it samples with; None before the first."""
 
     def generate(
         self,
@@ -86,9 +98,18 @@ class RolloutEngine(Protocol):
     ) -> list[Generation]:
         """Samples one response a request, in their order. ``progress(finished, total)`` is called now and then."""
 
+    def start(self, requests: Sequence[GenerateRequest], sampling: SamplingParams) -> StartedBatch | None:
+        """Begins to sample beside whatever the caller does next. None: this engine samples in ``generate`` alone."""
+
+    def finish(self, started: StartedBatch, progress: Callable[[int, int], None] | None = None) -> list[Generation]:
+        """Waits for a started batch; returns as :meth:`generate` does."""
+
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Takes over all weights as one transaction. After an error the engine refuses to sample until a transaction
         succeeds."""
+
+    def release_memory(self) -> None:
+        """Gives back what it holds of the trainer's GPU until the next weights, where it can."""
 
     def close(self) -> None:
         """Frees what the engine holds."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dcpo_megatron.advantages import RewardHistory
-from dcpo_megatron.checkpoint.resume import data_fingerprint, find_checkpoint, refuse_another_run
+from dcpo_megatron.checkpoint.resume import Found, data_fingerprint, find_checkpoint, refuse_another_run
 from dcpo_megatron.checkpoint.saver import CheckpointSaver
 from dcpo_megatron.checkpoint.snapshot import restore
 from dcpo_megatron.config.schema import ConfigError, to_yaml
@@ -29,11 +29,13 @@ from dcpo_megatron.monitor.samples import SampleLog
 from dcpo_megatron.monitor.sinks import Sinks
 from dcpo_megatron.monitor.watchdog import Watchdog, WatchedTimeline, collective_timeout
 from dcpo_megatron.rewards import Rewarder
-from dcpo_megatron.rollout import SamplingParams
+from dcpo_megatron.rollout import RolloutEngine, SamplingParams
+from dcpo_megatron.training.checkpoints import resume
 from dcpo_megatron.training.checks import CheckedRun
 from dcpo_megatron.training.engines import make_engine, settle_interface, settle_nccl
 from dcpo_megatron.training.first_meeting import meet
 from dcpo_megatron.training.loop import Trainer
+from dcpo_megatron.training.parts import Monitors, RunData
 from dcpo_megatron.training.placement import placement_warning
 from dcpo_megatron.training.rollout_phase import RolloutPhase
 from dcpo_megatron.training.tokenizer import load_tokenizer, stop_token_ids
@@ -54,6 +56,83 @@ def build_trainer(
     config = run_.config
     folder = _writable(Path(config.output))
     refuse_another_run(folder, config)
+    data = _read_data(run_)
+    rewarder = Rewarder(
+        config.reward.function, config.reward.timeout_seconds, config.reward.failure_reward, config.reward.workers
+    )
+    fingerprint = data_fingerprint(data.prompts)
+    watchdog, warning = _join_ranks(run_, folder, fingerprint, stop_requested, watchdog)
+    found = find_checkpoint(folder)
+    if found.state is not None and found.state.data != fingerprint:
+        raise ConfigError(
+            f"output={folder} holds a run on other prompts than data.files now gives: bring the run's own data, or give"
+            " another output"
+        )
+    policy, reference = _make_models(run_, found)
+    gatherer = WeightGatherer(policy)
+    step = found.state.step if found.state else 0
+    monitors = _make_monitors(run_, folder, policy, data, watchdog, None if found.state is None else step)
+    sinks = monitors.sinks
+    if warning is not None:
+        sinks.announce(warning)
+    if (misplaced := placement_warning(policy.position)) is not None:
+        sinks.warn(misplaced)
+    try:
+        engine = make_engine(
+            run_,
+            policy,
+            gatherer,
+            data.prompts,
+            step=step,
+            restored=found.path is not None or run_.weights != run_.hf_folder,
+            announce=sinks.announce,
+            tick=watchdog.progress,
+            stop=stop_requested,
+        )
+    except Stopped:
+        rewarder.close()
+        watchdog.close("stopped")
+        raise
+    for held in filter(None, (policy, reference)):
+        held.span = monitors.timeline.span
+    trainer = Trainer(
+        run_,
+        folder,
+        data,
+        policy,
+        reference,
+        gatherer,
+        engine,
+        _make_phase(run_, data, engine, rewarder, monitors),
+        PackingOptions(
+            max_tokens=config.training.micro_batch_tokens,
+            packed=policy.packed,
+            align=sequence_alignment(run_.layout.context),
+            attention_length=6 * run_.shape.hidden,
+            row_align=alignment(run_.layout.tensor, run_.layout.context, run_.layout.sequence_parallel),
+        ),
+        CheckpointSaver(
+            folder / "checkpoints",
+            run_.hf_folder,
+            keep_last=config.checkpoint.keep_last,
+            keep_every=config.checkpoint.keep_every,
+            timeout=config.checkpoint.timeout_seconds,
+            device=run_.platform.device,
+        ),
+        monitors,
+    )
+    if config.model.head == "auto" and not run_.platform.is_cpu and (missing := missing_for_triton("cuda")):
+        sinks.announce(f"model.head=auto takes plain PyTorch: {missing}")
+    for note in found.notes:
+        sinks.announce(note)
+    if found.path is not None and found.state is not None:
+        resume(trainer, found.path, found.state)
+    return trainer
+
+
+def _read_data(run_: CheckedRun) -> RunData:
+    """Tokenizer, prompts and held-out prompts. Raises DataError, and ConfigError where a step wants more prompts."""
+    config = run_.config
     tokenizer = load_tokenizer(run_.hf_folder, run_.shape.vocab)
     stops = stop_token_ids(run_.hf_folder, tokenizer, config.rollout.stop_token_ids)
     prompts = load_prompts(config.data.files, tokenizer, PromptOptions(**config.data.model_dump(exclude={"files"})))
@@ -67,17 +146,24 @@ def build_trainer(
             held_out = load_prompts(config.evaluation.files, tokenizer, PromptOptions(**options))
         except DataError as error:
             raise DataError(f"evaluation.files: {error}") from None
-    rewarder = Rewarder(
-        config.reward.function, config.reward.timeout_seconds, config.reward.failure_reward, config.reward.workers
-    )
-    sampler = PromptSampler(len(prompts), config.training.seed)
     if config.rollout.prompts_per_step > len(prompts):
         raise ConfigError(
             f"rollout.prompts_per_step={config.rollout.prompts_per_step}, but data.files hold {len(prompts)} usable"
             " prompts: lower it or bring more prompts"
         )
+    return RunData(tokenizer, stops, prompts, held_out, PromptSampler(len(prompts), config.training.seed))
 
-    fingerprint = data_fingerprint(prompts)
+
+def _join_ranks(
+    run_: CheckedRun,
+    folder: Path,
+    fingerprint: str,
+    stop_requested: Callable[[], bool],
+    watchdog: Watchdog | None,
+) -> tuple[Watchdog, str | None]:
+    """The process groups, once all ranks were found to run the same; the watchdog, started, and what settling nccl had
+    to say."""
+    config = run_.config
     timeout = collective_timeout(config.training.timeout_seconds)
     warning = settle_nccl(config, run_.platform.is_cpu)
 
@@ -98,13 +184,13 @@ def build_trainer(
         make_groups(run_.layout, timeout_minutes=math.ceil(timeout / 60))
     finally:
         watchdog.enter("start", 0, math.inf)
-    position = rank_position()
-    found = find_checkpoint(folder)
-    if found.state is not None and found.state.data != fingerprint:
-        raise ConfigError(
-            f"output={folder} holds a run on other prompts than data.files now gives: bring the run's own data, or give"
-            " another output"
-        )
+    return watchdog, warning
+
+
+def _make_models(run_: CheckedRun, found: Found) -> tuple[PolicyModel, PolicyModel | None]:
+    """The policy with its optimizer, as the checkpoint has them where there is one, and the reference model where the
+    objective has a KL term."""
+    config, position = run_.config, rank_position()
     options = ModelOptions(
         dtype=config.model.dtype,
         transformer_engine=config.model.transformer_engine,
@@ -138,86 +224,53 @@ def build_trainer(
     policy.make_trainable(OptimizerOptions(**settings, **overlap))
     if found.path is not None:
         restore(policy, found.path)
-    gatherer = WeightGatherer(policy)
-    step = found.state.step if found.state else 0
-    is_writer = dist.get_rank() == 0
+    return policy, reference
+
+
+def _make_monitors(
+    run_: CheckedRun, folder: Path, policy: PolicyModel, data: RunData, watchdog: Watchdog, resumed: int | None
+) -> Monitors:
+    """Rank 0 also writes ``config.yaml``. ``resumed``: the step of the checkpoint that the run goes on from."""
+    config, is_writer = run_.config, dist.get_rank() == 0
     if is_writer:
         (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    sinks = Sinks(config, folder, is_writer, config.training.steps, None if found.state is None else step)
-    if warning is not None:
-        sinks.announce(warning)
-    if (misplaced := placement_warning(position)) is not None:
-        sinks.warn(misplaced)
-    try:
-        engine = make_engine(
-            run_,
-            policy,
-            gatherer,
-            prompts,
-            step=step,
-            restored=found.path is not None or run_.weights != run_.hf_folder,
-            announce=sinks.announce,
-            tick=watchdog.progress,
-            stop=stop_requested,
-        )
-    except Stopped:
-        rewarder.close()
-        watchdog.close("stopped")
-        raise
-    timeline = WatchedTimeline(watchdog)
-    for held in filter(None, (policy, reference)):
-        held.span = timeline.span
-    sas = run_.objective.advantage == "sas"
-    phase = RolloutPhase(
+    sinks = Sinks(config, folder, is_writer, config.training.steps, resumed)
+    return Monitors(
+        sinks,
+        GpuMonitor(run_.platform),
+        watchdog,
+        WatchedTimeline(watchdog),
+        BadSteps(folder, config.training.max_bad_steps, is_writer),
+        SampleLog(
+            folder, config.logging.samples, policy.position, [prompt.id for prompt in data.prompts.prompts],
+            sinks.announce, resumed,
+        ),
+    )  # fmt: skip
+
+
+def _make_phase(
+    run_: CheckedRun, data: RunData, engine: RolloutEngine, rewarder: Rewarder, monitors: Monitors
+) -> RolloutPhase:
+    config, objective = run_.config, run_.objective
+    return RolloutPhase(
         engine=engine,
-        tokenizer=tokenizer,
+        tokenizer=data.tokenizer,
         rewarder=rewarder,
-        objective=run_.objective,
-        history=RewardHistory(run_.objective.std_ddof) if sas else None,
+        objective=objective,
+        history=RewardHistory(objective.std_ddof) if objective.advantage == "sas" else None,
         sampling=SamplingParams(
             config.rollout.max_response_tokens,
             config.rollout.temperature,
             config.rollout.top_p,
             config.rollout.top_k,
-            stops,
+            data.stop_token_ids,
         ),
         group_size=config.rollout.group_size,
         correct_at=config.reward.correct_at,
         seed=config.training.seed,
-        timeline=timeline,
+        timeline=monitors.timeline,
         whole_prompts=config.rollout.engine == "sglang",
     )
-    saver = CheckpointSaver(
-        folder / "checkpoints",
-        run_.hf_folder,
-        keep_last=config.checkpoint.keep_last,
-        keep_every=config.checkpoint.keep_every,
-        timeout=config.checkpoint.timeout_seconds,
-        device=run_.platform.device,
-    )
-    packing = PackingOptions(
-        max_tokens=config.training.micro_batch_tokens,
-        packed=policy.packed,
-        align=sequence_alignment(run_.layout.context),
-        attention_length=6 * run_.shape.hidden,
-        row_align=alignment(run_.layout.tensor, run_.layout.context, run_.layout.sequence_parallel),
-    )
-    trainer = Trainer(
-        run_, folder, tokenizer, prompts, held_out, sampler, policy, reference, gatherer, engine, phase, packing, sinks,
-        GpuMonitor(run_.platform), saver, watchdog, timeline,
-        BadSteps(folder, config.training.max_bad_steps, is_writer),
-        SampleLog(
-            folder, config.logging.samples, policy.position, [prompt.id for prompt in prompts.prompts], sinks.announce,
-            None if found.state is None else step,
-        ),
-    )  # fmt: skip
-    if config.model.head == "auto" and not run_.platform.is_cpu and (missing := missing_for_triton("cuda")):
-        sinks.announce(f"model.head=auto takes plain PyTorch: {missing}")
-    for note in found.notes:
-        sinks.announce(note)
-    if found.path is not None:
-        trainer.resume(found)
-    return trainer
 
 
 def _writable(folder: Path) -> Path:

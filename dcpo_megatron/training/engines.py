@@ -9,6 +9,7 @@ import secrets
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
@@ -65,9 +66,9 @@ def make_engine(
         ConfigError: an address or key that cannot be used.
     """
     if run_.config.rollout.engine == "sglang":
-        engine = _server_engine(run_, policy, gatherer, prompts, announce, tick, stop)
-        engine.load_weights(gatherer, version=step)
-        return engine
+        served = _server_engine(run_, policy, gatherer, prompts, announce, tick, stop)
+        served.load_weights(gatherer, version=step)
+        return served
     engine = EmbeddedEngine(
         run_.hf_folder,
         device=run_.platform.device,
@@ -143,7 +144,7 @@ def settle_interface(config: Config, is_cpu: bool) -> None:
     ):
         return
     urls = config.servers.urls or (listed_servers(Path(config.servers.file)) if config.servers.file else [])
-    for host in (urlsplit(url).hostname for url in urls):
+    for host in filter(None, (urlsplit(url).hostname for url in urls)):
         with contextlib.suppress(OSError, UnicodeError):
             if not network.is_here(host):
                 network.use_interface(network.interface_towards(host), gloo=False)
@@ -179,8 +180,9 @@ def listed_servers(file: Path) -> dict[str, list[str] | None]:
     found: dict[str, list[str] | None] = {}
     for part in sorted(file.glob("*.json")) if file.is_dir() else [file]:
         try:
-            entries = json.loads(part.read_text(encoding="utf-8"))
-            for entry in entries if isinstance(entries, list) else [None]:
+            read = json.loads(part.read_text(encoding="utf-8"))
+            entries: list[Any] = read if isinstance(read, list) else [None]
+            for entry in entries:
                 url, gpus = (entry, None) if isinstance(entry, str) else (entry["url"], list(entry["gpus"]))
                 found.setdefault(url, gpus)
         except FileNotFoundError:
@@ -218,7 +220,7 @@ def _addresses(config: Config, key: str | None, announce, tick, stop) -> dict[st
 
     def look() -> str | None:
         try:
-            now = dict.fromkeys(servers.urls) if servers.urls else listed_servers(Path(servers.file))
+            now = dict.fromkeys(servers.urls) if servers.urls else listed_servers(Path(servers.file or ""))
         except ConfigError as error:
             return f"!{error}"
         listed.clear()
@@ -240,8 +242,10 @@ def _addresses(config: Config, key: str | None, announce, tick, stop) -> dict[st
         found = wait_together(look, seconds, tick, stop)
     if found is None:
         # Those that answer will do, where they are enough.
-        mine = [_briefly(url, answers[url]) for url in listed if answers[url] is not None]
-        missing, listed = json.loads(wait_together(lambda: json.dumps([mine, listed]), 1.0, tick, stop))
+        mine = [_briefly(url, error) for url in listed if (error := answers[url]) is not None]
+        agreed = wait_together(lambda: json.dumps([mine, listed]), 1.0, tick, stop)
+        assert agreed is not None  # there is nothing to wait for
+        missing, listed = json.loads(agreed)
         if len(listed) - len(missing) < servers.min_healthy:
             what = f"{', '.join(missing)} did not answer" if missing else f"{servers.file} lists {len(listed)} servers"
             raise RolloutError(

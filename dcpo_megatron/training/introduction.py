@@ -13,9 +13,15 @@ data.template=chat ends a turn with <|im_end|> (151645), which does not end a re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
 
 from dcpo_megatron.data import Prompt
 from dcpo_megatron.data.templates import choose_template, turn_end
+
+if TYPE_CHECKING:
+    from dcpo_megatron.training.loop import Trainer
 
 _HEAD, _TAIL = 2000, 1000  # characters shown of a long prompt
 
@@ -49,6 +55,26 @@ def introduce(prompt: Prompt, tokenizer, stops: Sequence[int], template: str, st
             f" on up to the longest length. If it should end there, set {stop_key.format(end)}"
         )
     return lines
+
+
+def introduce_run(trainer: Trainer) -> None:
+    """Says on rank 0 what is trained, on how many ranks, on which prompts."""
+    run_, data, sinks, world = trainer.run_, trainer.data, trainer.monitors.sinks, dist.get_world_size()
+    layout = run_.layout
+    sinks.say(
+        f"[bold]{run_.config.objective.get('preset', 'dcpo-paper')}[/bold] on {run_.shape.model_type},"
+        f" {run_.shape.layers} layers of {run_.shape.hidden}; {world} ranks ({run_.platform.name},"
+        f" {run_.platform.backend}): tensor {layout.tensor}, pipeline {layout.pipeline}, context {layout.context},"
+        f" data {run_.data_parallel}"
+    )
+    # Rows left out are counted aloud, also without a console.
+    sinks.announce(f"data: {data.prompts.summary()}")
+    if data.held_out is not None:
+        sinks.announce(f"evaluation: {data.held_out.summary()}")
+    stops, template = data.stop_token_ids, run_.config.data.template
+    key = f"rollout.stop_token_ids=[{','.join(map(str, [*run_.config.rollout.stop_token_ids, '{}']))}]"
+    for line in introduce(data.prompts.prompts[0], data.tokenizer, stops, template, key):
+        sinks.announce(line)
 
 
 def _visible(text: str) -> str:

@@ -68,7 +68,7 @@ def plan_minibatch(
                 number=trained[k][0],
                 prompt_ids=trained[k][1].prompt_token_ids,
                 response_ids=trained[k][1].token_ids,
-                advantage=trained[k][1].advantage,
+                advantage=_advantage(trained[k][1]),
                 weight=trained[k][2],
                 rollout_logprobs=logprobs_of[k],
             )
@@ -76,3 +76,8 @@ def plan_minibatch(
         ]
         for micro_batch in plan
     ]
+
+
+def _advantage(response: Response) -> float:
+    assert response.advantage is not None  # the rollout phase fills it in
+    return response.advantage

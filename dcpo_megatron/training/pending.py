@@ -11,24 +11,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from dcpo_megatron.checkpoint.folder import write_text
 from dcpo_megatron.data import Prompt, Response, decode_responses, encode_responses
 from dcpo_megatron.files import sync
-from dcpo_megatron.rollout import GenerateRequest, Generation
+from dcpo_megatron.rollout import GenerateRequest, Generation, StartedBatch
 
 PENDING_FILE = "pending.json"
-
-
-class PendingHandle(Protocol):
-    """What an engine's ``start`` gives."""
-
-    def done_so_far(self) -> dict[int, Generation]:
-        """The finished responses, by place in the requests."""
-
-    def cancel(self) -> None:
-        """Gives the rest up."""
 
 
 @dataclass
@@ -46,7 +35,7 @@ class PendingBatch:
     known: dict[int, Generation]
     asked: list[int]
     requests: list[GenerateRequest]
-    handle: PendingHandle | None
+    handle: StartedBatch | None
 
     def finished(self) -> list[Response]:
         """Everything that is finished now, not judged yet."""

@@ -10,7 +10,7 @@ import json
 import os
 import socket
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -44,7 +44,7 @@ def this_host() -> tuple[str, str]:
     return socket.gethostname(), identity or socket.gethostname()
 
 
-def misplaced(hosts: Sequence[tuple[str, str]], groups: dict[str, Collection[tuple[int, ...]]]) -> str | None:
+def misplaced(hosts: Sequence[tuple[str, str]], groups: Mapping[str, Collection[tuple[int, ...]]]) -> str | None:
     """One sentence where a group of ``groups`` ("tensor", "context", "expert" ...: tuples of ranks) is on several hosts
     and need not be; None where all is well.
 

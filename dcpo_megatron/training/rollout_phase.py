@@ -4,15 +4,16 @@ The prompts_per_step x G samples are dealt over ALL ranks in one contiguous slic
 over ranks; rewards are judged where the response was sampled; advantages come from one all-reduce of statistics; then
 every rank gets every response that will be trained on.
 
-With :meth:`RolloutPhase.begin` the first round of a later step is sampled while this one trains, by an engine with
-``start`` and ``finish``; another engine samples it when :meth:`RolloutPhase.run` of that step takes it up.
+With :meth:`RolloutPhase.begin` the first round of a later step is sampled while this one trains, by an engine that can
+do so; another engine samples it when :meth:`RolloutPhase.run` of that step takes it up.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,12 +22,16 @@ from dcpo_megatron.advantages import RewardHistory, group_advantages, keep_mixed
 from dcpo_megatron.data import Prompt, Response, decode_responses, encode_responses
 from dcpo_megatron.distributed import CPU, all_gather_bytes, host_group
 from dcpo_megatron.launch.signals import Stopped
+from dcpo_megatron.mcore.step import UpdateResult
 from dcpo_megatron.monitor.timeline import Timeline
 from dcpo_megatron.objectives import Objective, soft_overlong_penalty
 from dcpo_megatron.rewards import Rewarder
 from dcpo_megatron.rollout import GenerateRequest, Generation, RolloutEngine, SamplingParams
 from dcpo_megatron.rollout.streams import share, stream_seed
 from dcpo_megatron.training.pending import PendingBatch, response_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -45,7 +50,7 @@ class RolloutPhase:
     ``timeline`` gets the spans rollout, reward, rollout_wait and advantage."""
 
     engine: RolloutEngine
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase
     rewarder: Rewarder
     objective: Objective
     history: RewardHistory | None
@@ -79,6 +84,7 @@ class RolloutPhase:
         totals: dict[str, float] = {}
         rounds = 0
         while rounds < max_rounds:
+            prompts: Sequence[Prompt]
             if rounds == 0 and self.pending is not None:
                 prompts, mine = self._take_pending(step, progress)
             else:
@@ -139,9 +145,17 @@ class RolloutPhase:
         }
         asked = [place for place in range(len(jobs)) if place not in known]
         requests = self._requests([jobs[place] for place in asked], step, 0)
-        start = getattr(self.engine, "start", None)
-        handle = start(requests, self.sampling) if start is not None else None
+        handle = self.engine.start(requests, self.sampling)
         self.pending = PendingBatch(step, list(prompts), jobs, known, asked, requests, handle)
+
+    def take_back_visits(self, responses: list[Response], parts: list[list[int]], updates: list[UpdateResult]) -> None:
+        """A visit counts where it reached an update: those of an update that was left out are taken back. The same on
+        every rank; ``parts``: the numbers of each update's responses."""
+        if self.history is None:
+            return
+        for indices, update in zip(parts, updates, strict=True):
+            if not update.stepped:
+                self.history.take_back({responses[index].prompt_id for index in indices})
 
     def drop_pending(self) -> None:
         """Gives up the pending batch, if there is one."""
@@ -151,6 +165,7 @@ class RolloutPhase:
 
     def _take_pending(self, step: int, progress) -> tuple[list[Prompt], list[Response]]:
         batch, self.pending = self.pending, None
+        assert batch is not None  # run() has looked
         if batch.step != step:
             raise RuntimeError(f"the pending batch is for step {batch.step}, and this is step {step}")
         with self.timeline.span("rollout"):
@@ -213,7 +228,7 @@ class RolloutPhase:
         failures = sum(self.rewarder.failures.values())
         self.rewarder.failures.clear()
         names = ("reward", "correct", "tokens", "truncated", "reward_failures", "generated")
-        columns = (
+        columns: tuple[Iterable[Any], ...] = (
             (response.raw_reward for response in mine),
             (response.correct for response in mine),
             (len(response.token_ids) for response in mine),
@@ -231,6 +246,7 @@ class RolloutPhase:
         ids = [response.prompt_id for response in kept]
         rewards = torch.tensor([response.reward for response in kept], dtype=torch.float64)
         if self.objective.advantage == "sas":
+            assert self.history is not None  # SAS has one
             advantages = self.history.observe(ids, rewards, self._exchange_group())
         else:
             advantages = group_advantages(

@@ -21,10 +21,10 @@ import torch.distributed as dist
 from dcpo_megatron.distributed import all_gather_on_host, all_reduce_on_host
 from dcpo_megatron.launch.signals import Stopped
 from dcpo_megatron.monitor.server_health import ServerHealth
-from dcpo_megatron.rollout import GenerateRequest, Generation, RolloutError, SamplingParams
+from dcpo_megatron.rollout import GenerateRequest, Generation, RolloutError, SamplingParams, StartedBatch
 from dcpo_megatron.rollout.fleet import Fleet
 from dcpo_megatron.rollout.server import Server, ServerError
-from dcpo_megatron.rollout.server_client import NoServersLeft, ServerClient
+from dcpo_megatron.rollout.server_client import NoServersLeft, PendingGeneration, ServerClient
 from dcpo_megatron.training.shared_gpus import SharedGpu
 from dcpo_megatron.weights.publish import WeightPublisher
 
@@ -38,12 +38,12 @@ _IN_VAIN = "!"
 
 
 @dataclass
-class StartedBatch:
+class ServerBatch:
     """A batch under way; what :meth:`ServerEngine.finish` takes."""
 
     requests: Sequence[GenerateRequest]
     sampling: SamplingParams
-    handle: object
+    handle: PendingGeneration
 
     def done_so_far(self) -> dict[int, Generation]:
         return self.handle.done_so_far()
@@ -99,12 +99,13 @@ class ServerEngine:
         time; Stopped where the run is asked to stop while it waits for them."""
         return self._complete(requests, sampling, progress, lambda: self.client.generate(requests, sampling, progress))
 
-    def start(self, requests: Sequence[GenerateRequest], sampling: SamplingParams) -> StartedBatch:
+    def start(self, requests: Sequence[GenerateRequest], sampling: SamplingParams) -> ServerBatch:
         """Begins to sample beside whatever the caller does next. Not collective."""
-        return StartedBatch(requests, sampling, self.client.start(requests, sampling))
+        return ServerBatch(requests, sampling, self.client.start(requests, sampling))
 
     def finish(self, started: StartedBatch, progress: Callable[[int, int], None] | None = None) -> list[Generation]:
         """Waits for a started batch, as :meth:`generate` does."""
+        assert isinstance(started, ServerBatch)  # of this engine's start()
         return self._complete(started.requests, started.sampling, progress, lambda: started.handle.finish(progress))
 
     def _complete(self, requests, sampling, progress, attempt: Callable[[], list[Generation]]) -> list[Generation]:
@@ -146,7 +147,7 @@ class ServerEngine:
             if None in found.values():
                 return "back"
             say_refusals(found, said, self.announce)
-            if all(error.final for error in found.values()):
+            if all(error is not None and error.final for error in found.values()):
                 return _IN_VAIN + "; ".join(map(str, found.values()))
             return None
 

@@ -61,7 +61,7 @@ def check_servers_gpus(servers: Mapping[str, Sequence[str] | None], gpu: str | N
         ConfigError: the same on every rank: GPUs are shared and should not be, or the other way round.
     """
     unknown = [url for url, gpus in servers.items() if gpus is None]
-    mine = json.dumps([gpu, [url for url in unknown if gpu is not None and is_here(urlsplit(url).hostname)]])
+    mine = json.dumps([gpu, [url for url in unknown if gpu is not None and is_here(urlsplit(url).hostname or "")]])
     answers = [json.loads(answer) for answer in all_gather_on_host(mine.encode())]
     rank_of = {uuid: rank for rank, (uuid, _) in enumerate(answers) if uuid is not None}
     if not rank_of:

@@ -17,7 +17,7 @@ def has_tokenizer(folder: str | os.PathLike) -> bool:
     return any((Path(folder) / name).is_file() for name in _FILES)
 
 
-def load_tokenizer(folder: str, vocab: int):
+def load_tokenizer(folder: str | Path, vocab: int):
     """The folder's tokenizer (nothing is fetched).
 
     Raises:
@@ -45,7 +45,7 @@ def load_tokenizer(folder: str, vocab: int):
     return tokenizer
 
 
-def stop_token_ids(folder: str, tokenizer, more: Iterable[int] = ()) -> tuple[int, ...]:
+def stop_token_ids(folder: str | Path, tokenizer, more: Iterable[int] = ()) -> tuple[int, ...]:
     """Tokens that end a response: those of ``generation_config.json``, the tokenizer's end of text, and ``more``.
 
     Raises:

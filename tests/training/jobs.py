@@ -14,7 +14,7 @@ def train(overrides: list[str]) -> list[dict]:
     trainer = build_trainer(check_run(load_config([], overrides), dist.get_world_size()))
     try:
         trainer.run()
-        return trainer.history_of_metrics
+        return trainer.progress.metrics
     finally:
         trainer.phase.rewarder.close()
-        trainer.sinks.close()
+        trainer.monitors.sinks.close()

@@ -21,6 +21,7 @@ from dcpo_megatron.monitor.metrics import METRICS, STEP_PARTS, check_declared, s
 from dcpo_megatron.monitor.watchdog import Watchdog, WatchedTimeline
 from dcpo_megatron.objectives import get_preset
 from dcpo_megatron.training.loop import Trainer
+from dcpo_megatron.training.parts import Monitors
 from dcpo_megatron.training.rollout_phase import RolloutResult
 
 TOKEN_SHARES = (
@@ -170,23 +171,22 @@ def trainer_of(responses, history=None):
     return Trainer(
         run_=section(config=config, objective=get_preset("dcpo-paper"), layout=ParallelLayout()),
         folder=None,
-        tokenizer=None,
-        prompts=None,
-        held_out=None,
-        sampler=None,
+        data=None,
         policy=policy,
         reference=None,
         gatherer=section(tensors=lambda: iter(())),
         engine=section(load_weights=lambda tensors, version: None, version=0),
-        phase=section(run=lambda *args, **kwargs: rollout, history=history),
+        phase=section(run=lambda *args, **kwargs: rollout, history=history, take_back_visits=lambda *_: None),
         packing=PackingOptions(64),
-        sinks=section(progress=None),
-        gpu=section(read=lambda: {}),
         saver=None,
-        watchdog=watchdog,
-        timeline=WatchedTimeline(watchdog),
-        bad_steps=BadSteps(Path("nowhere"), 5, False),
-        samples=section(visits=lambda *_: None, due=lambda step: False),
+        monitors=Monitors(
+            sinks=section(progress=None),
+            gpu=section(read=lambda: {}),
+            watchdog=watchdog,
+            timeline=WatchedTimeline(watchdog),
+            bad_steps=BadSteps(Path("nowhere"), 5, False),
+            samples=section(visits=lambda *_: None, due=lambda step: False),
+        ),
     )
 
 

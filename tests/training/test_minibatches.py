@@ -14,8 +14,8 @@ from dcpo_megatron.data import Response
 from dcpo_megatron.data.packing import PackingOptions
 from dcpo_megatron.mcore.step import UpdateResult
 from dcpo_megatron.objectives import get_preset
-from dcpo_megatron.training.loop import Trainer
 from dcpo_megatron.training.minibatches import plan_minibatch, split_minibatches, token_weights
+from dcpo_megatron.training.rollout_phase import RolloutPhase
 
 OTM, SLM, TLM, DR = (get_preset(name) for name in ("dcpo-paper", "grpo", "dapo", "dr-grpo"))
 
@@ -149,6 +149,6 @@ def test_prompts_of_an_update_that_was_left_out_have_not_been_visited():
         history.observe(ids, torch.tensor([0.0, 1.0] * 4))
     responses = [SimpleNamespace(prompt_id=prompt_id) for prompt_id in ids]
     updates = [UpdateResult({}, {}, 1.0, stepped, 1e-6) for stepped in (True, False)]
-    trainer = SimpleNamespace(phase=SimpleNamespace(history=history))
-    Trainer._take_back_visits(trainer, responses, split_minibatches(responses, 2), updates)
+    phase = SimpleNamespace(history=history)
+    RolloutPhase.take_back_visits(phase, responses, split_minibatches(responses, 2), updates)
     assert [history.visits(f"p{number}") for number in range(4)] == [2, 2, 1, 1]
