@@ -5,7 +5,7 @@
     leave_one_out  A_j = R_j - mean of the other R     RLOO (arXiv 2402.14740), = n/(n - 1) (R_j - mean)
 
 No epsilon is added to sigma, nothing is clipped or whitened. A constant group has no preference: its advantages are 0.
-Rewards that differ by rounding only are constant (`statistics.sigma_of`).
+Rewards that differ by rounding only are constant (`moments.sigma_of`).
 """
 
 import warnings

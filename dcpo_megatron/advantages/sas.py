@@ -7,14 +7,14 @@ included (DCPO, arXiv 2509.02333, section "Smooth Advantage Standardization"):
     A_tot = (R - mu_tot)/sigma_tot        SA_tot = (A_new + (i-1) A_tot)/i
     A     = SA_new if |SA_new| < |SA_tot| else SA_tot        (a tie, within 1e-12 relative, takes SA_tot)
 
-Rewards that differ by rounding only count as equal, in a visit as in the history (`statistics.sigma_of`).
+Rewards that differ by rounding only count as equal, in a visit as in the history (`moments.sigma_of`).
 A group whose rewards are all equal has A_new = 0, yet still learns from A_tot/i. Per prompt the history keeps the
 number of visits and (count, mean, M2); merging by counts is the paper's recursion where all groups have one size, and
 stays right where they differ. `i` counts the visits of THAT prompt which reached an update: show the history only what
 is trained on, and take back (`RewardHistory.take_back`) what an update left out.
 
 The statistics of all prompts are four flat arrays, one row a prompt in the order of first sight, and a dictionary from
-id to row: 32 bytes a prompt and the id, written to a file and read from it as they lie (`history_file`).
+id to row: 32 bytes a prompt and the id, written to a file and read from it as they lie (`sas_file`).
 """
 
 import array
