@@ -116,26 +116,27 @@ def _run_steps(args: argparse.Namespace) -> dict:
     from dcpo_megatron.training.build import build_trainer
 
     trainer = build_trainer(run)
+    timeline = trainer.monitors.timeline
     steps, rest = [], dict.fromkeys(PARTS, 0.0)
     try:
         for step in range(1, args.warm_up + args.steps + 1):
             if args.trace and step == args.warm_up + 1:
-                trainer.monitors.timeline.events = []
+                timeline.events = []
             started = time.perf_counter()
             metrics = trainer.step(step)
-            with trainer.monitors.timeline.span("logging"):
+            with timeline.span("logging"):
                 trainer.monitors.sinks.step(step, metrics)
             wall = time.perf_counter() - started
             parts = {name: metrics[f"seconds_{name}"] for name in PARTS if name != "logging"}
             if step > args.warm_up:
-                steps.append(rest | parts | trainer.monitors.timeline.take() | {"wall": wall})
+                steps.append(rest | parts | timeline.take() | {"wall": wall})
             else:
-                trainer.monitors.timeline.take()
+                timeline.take()
     except BaseException:
         # Not the process groups: another rank may be in a collective that this one will not join.
         trainer.close(groups=False)
         raise
-    events = trainer.monitors.timeline.events or []
+    events = timeline.events or []
     trainer.close()
     return {"steps": steps, "events": events}
 

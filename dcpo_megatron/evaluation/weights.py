@@ -47,7 +47,7 @@ def check_weights(
         return
     theirs = f"weights {tag!r} of servers started from {path}"
     info = servers[0].get("/server_info")
-    dtype = torch.float32 if info.get("dtype") == "float32" else torch.bfloat16
+    dtype = "float32" if info.get("dtype") == "float32" else "bfloat16"
     size, room = _bytes(Path(folder)), _available()
     if size > room:
         say(
@@ -56,17 +56,16 @@ def check_weights(
         )
         return
     sequences = [list(prompt[:_TOKENS]) for prompt in prompts if len(prompt) > 1][:_PROMPTS]
-    wanted = _logprobs(folder, sequences, dtype)
+    wanted = _logprobs(folder, sequences, getattr(torch, dtype))
     difference = max(logprob_difference(server, sequences, wanted, server.timeout) for server in servers)
     what = f"{theirs} give log-probs that differ from those of {folder} by {difference:.2g} on average"
-    tolerance = TOLERANCES[str(dtype).removeprefix("torch.")]
-    if difference <= tolerance:
+    if difference <= TOLERANCES[dtype]:
         say(f"{what}: they are taken for the same weights")
     elif info.get("quantization"):
         say(f"{what}; they are quantized ({info['quantization']}), and are taken at their word")
     else:
         raise EvaluationError(
-            f"{what}, above {tolerance:g}: start servers of {folder} (dcpo serve {folder}), or evaluate the"
+            f"{what}, above {TOLERANCES[dtype]:g}: start servers of {folder} (dcpo serve {folder}), or evaluate the"
             " folder whose weights they hold"
         )
 

@@ -70,8 +70,8 @@ def build_trainer(
         )
     policy, reference = _make_models(run_, found)
     gatherer = WeightGatherer(policy)
-    step = found.state.step if found.state else 0
-    monitors = _make_monitors(run_, folder, policy, data, watchdog, None if found.state is None else step)
+    resumed = found.state.step if found.state else None
+    monitors = _make_monitors(run_, folder, policy, data, watchdog, resumed)
     sinks = monitors.sinks
     if warning is not None:
         sinks.announce(warning)
@@ -83,7 +83,7 @@ def build_trainer(
             policy,
             gatherer,
             data.prompts,
-            step=step,
+            step=resumed or 0,
             restored=found.path is not None or run_.weights != run_.hf_folder,
             announce=sinks.announce,
             tick=watchdog.progress,

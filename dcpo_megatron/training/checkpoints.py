@@ -1,9 +1,11 @@
 """A run's checkpoints: begun and completed at step boundaries, and taken over when it goes on.
 
-checkpoint(trainer, step, stop)     completes the one under way, begins one where it is time
-resume(trainer, path, state)        everything of a checkpoint but weights and optimizer
-step_back(trainer, step, ...)       the run ends as after a step whose follower had begun
-save_copy(trainer, name)            the weights alone, as a Hugging Face folder
+    checkpoint(trainer, step, stop)     completes the one under way, begins one where it is time
+    resume(trainer, path, state)        everything of a checkpoint but weights and optimizer
+    step_back(trainer, step, ...)       the run ends as after a step whose follower had begun
+    save_copy(trainer, name)            the weights alone, as a Hugging Face folder
+
+How the files are written and read is ``checkpoint/``'s.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import torch.distributed as dist
 
 from dcpo_megatron import network
-from dcpo_megatron.config.schema import Config, ConfigError
+from dcpo_megatron.config.schema import Config, ConfigError, ServersSection
 from dcpo_megatron.data import PromptSet
 from dcpo_megatron.distributed import all_gather_on_host
 from dcpo_megatron.mcore.model import DTYPES
@@ -143,8 +143,7 @@ def settle_interface(config: Config, is_cpu: bool) -> None:
         or network.NCCL in os.environ
     ):
         return
-    urls = config.servers.urls or (listed_servers(Path(config.servers.file)) if config.servers.file else [])
-    for host in filter(None, (urlsplit(url).hostname for url in urls)):
+    for host in filter(None, (urlsplit(url).hostname for url in _configured(config.servers))):
         with contextlib.suppress(OSError, UnicodeError):
             if not network.is_here(host):
                 network.use_interface(network.interface_towards(host), gloo=False)
@@ -168,6 +167,13 @@ def publish_options(config: Config, is_cpu: bool) -> PublishOptions:
         # A batch that is sampled beside training goes on under the new weights, with its cache computed anew.
         pause="retract" if config.rollout.max_staleness else "abort",
     )
+
+
+def _configured(servers: ServersSection) -> dict[str, list[str] | None]:
+    """Of the servers that ``servers.urls`` or ``servers.file`` names now: the address, and its GPUs as far as known."""
+    if servers.urls or not servers.file:
+        return dict.fromkeys(servers.urls)
+    return listed_servers(Path(servers.file))
 
 
 def listed_servers(file: Path) -> dict[str, list[str] | None]:
@@ -220,7 +226,7 @@ def _addresses(config: Config, key: str | None, announce, tick, stop) -> dict[st
 
     def look() -> str | None:
         try:
-            now = dict.fromkeys(servers.urls) if servers.urls else listed_servers(Path(servers.file or ""))
+            now = _configured(servers)
         except ConfigError as error:
             return f"!{error}"
         listed.clear()

@@ -110,7 +110,8 @@ class Trainer:
                 max_rounds=config.rollout.max_sampling_rounds,
                 progress=self._show_progress,
             )
-            responses, version = rollout.responses, self.engine.version or 0
+            responses, version = rollout.responses, self.engine.version
+            assert version is not None  # it has sampled
             # Off-policy by one step: the engine samples the next one's prompts while this one trains.
             if config.rollout.max_staleness and step < config.training.steps:
                 self.phase.begin(self._next_prompts(), step + 1)

@@ -84,7 +84,6 @@ class RolloutPhase:
         totals: dict[str, float] = {}
         rounds = 0
         while rounds < max_rounds:
-            prompts: Sequence[Prompt]
             if rounds == 0 and self.pending is not None:
                 prompts, mine = self._take_pending(step, progress)
             else:
@@ -163,7 +162,7 @@ class RolloutPhase:
             self.pending.handle.cancel()
         self.pending = None
 
-    def _take_pending(self, step: int, progress) -> tuple[list[Prompt], list[Response]]:
+    def _take_pending(self, step: int, progress) -> tuple[Sequence[Prompt], list[Response]]:
         batch, self.pending = self.pending, None
         assert batch is not None  # run() has looked
         if batch.step != step:

@@ -144,11 +144,12 @@ class ServerEngine:
 
         def look() -> str | None:
             found = look_at(self.fleet.servers, _LOOK_SECONDS)
-            if None in found.values():
+            errors = [error for error in found.values() if error is not None]
+            if len(errors) < len(found):
                 return "back"
             say_refusals(found, said, self.announce)
-            if all(error is not None and error.final for error in found.values()):
-                return _IN_VAIN + "; ".join(map(str, found.values()))
+            if all(error.final for error in errors):
+                return _IN_VAIN + "; ".join(map(str, errors))
             return None
 
         back = wait_together(look, self.start_timeout, self.tick, self.stop)
