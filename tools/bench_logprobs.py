@@ -267,6 +267,14 @@ def summary(results: list[dict]) -> dict:
     return results[0] | times | {"extra": max(result["extra"] for result in results)}
 
 
+def progress(repeat: int, row: str, result: dict) -> str:
+    """One measurement as a line."""
+    if "skipped" in result:
+        return f"{repeat + 1}. {row}: {result['skipped']}"
+    seconds = f"{result['forward']:.3f} s forward, {result['backward']:.3f} s backward"
+    return f"{repeat + 1}. {row}: {seconds}, {result['extra'] / 2**20:.0f} MiB"
+
+
 def table(found: dict[str, dict]) -> str:
     """The measured rows as text; ratios are to the first one that ran."""
     head = (
@@ -342,12 +350,14 @@ def main(options: list[str] | None = None) -> int:
             results[row].append({"skipped": reason})
     facts = {name: getattr(args, name) for name in ("tokens", "hidden", "vocab", "tp", "dtype", "device", "threads")}
     facts |= {"torch": torch.__version__, "entropy": args.entropy}
-    for _ in range(args.repeats):
+    for repeat in range(args.repeats):
         for row in rows:
             if results[row] and "skipped" in results[row][-1]:
                 continue
             results[row].append(measure_apart(row, args, options))
-            if args.json:  # after each: a run that is ended leaves what it had
+            # After each, here and in the file: a run that is ended leaves what it had.
+            print(progress(repeat, row, results[row][-1]), file=sys.stderr, flush=True)
+            if args.json:
                 text = json.dumps({"settings": facts, "measurements": results}, indent=1)
                 Path(args.json).write_text(text, encoding="utf-8")
     print(table({row: summary(measured) for row, measured in results.items()}))
