@@ -48,6 +48,17 @@ def all_gather_on_host(payload: bytes) -> list[bytes]:
     return all_gather_bytes(payload, host_group(), CPU)
 
 
+def gather_on_first(payload: bytes) -> list[bytes]:
+    """Every rank's bytes on rank 0, in rank order; nothing elsewhere."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    all_sizes = all_reduce_on_host(torch.tensor([len(payload) if place == rank else 0 for place in range(world)]))
+    from_each = all_sizes.tolist() if rank == 0 else [0] * world
+    received = torch.empty(sum(from_each), dtype=torch.uint8)
+    sent = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+    dist.all_to_all_single(received, sent, from_each, [len(payload)] + [0] * (world - 1), group=host_group())
+    return [part.numpy().tobytes() for part in received.split(from_each)] if rank == 0 else []
+
+
 def all_gather_bytes(payload: bytes, group: dist.ProcessGroup, device: torch.device) -> list[bytes]:
     """Every rank's bytes, in rank order, without pickle: sizes first, then one padded all-gather."""
     world = dist.get_world_size(group)

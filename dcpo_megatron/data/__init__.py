@@ -3,6 +3,7 @@
 from dcpo_megatron.data.errors import DataError
 from dcpo_megatron.data.prompts import Prompt, PromptOptions, PromptSet, load_prompts
 from dcpo_megatron.data.response import Response, decode_responses, encode_responses
+from dcpo_megatron.data.response_table import ResponseTable
 from dcpo_megatron.data.sampler import PromptSampler
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "PromptSampler",
     "PromptSet",
     "Response",
+    "ResponseTable",
     "decode_responses",
     "encode_responses",
     "load_prompts",

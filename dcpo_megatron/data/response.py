@@ -1,16 +1,16 @@
 """One response on its way through a step, and its form on the wire.
 
 A ``Response`` is made by the rollout and then grows: the text is decoded, the reward and whether it is right are
-judged, the advantage is computed. ``encode_responses`` packs a list of them into bytes for a gather over ranks: token
-data as flat safetensors tensors with lengths, strings as JSON. Nothing in it can run code, unlike pickle.
+judged, the advantage is computed. What it has of each token are arrays. ``encode_responses`` packs a list of them into
+bytes for a file: token data as flat safetensors tensors with lengths, strings as JSON. Nothing in it can run code,
+unlike pickle.
 """
 
-import array
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -25,26 +25,50 @@ _STRINGS = ("prompt_id", "ground_truth", "finish_reason", "text", "data_source")
 _NUMBERS = ("reward", "raw_reward", "advantage")  # float or None; NaN on the wire is None
 
 
-@dataclass
-class Response:
+class ArrayRecord:
+    """Of a dataclass (``eq=False``) with arrays, ``DTYPES`` by field: they are taken as they are where the type is
+    right, anything else is converted; two records are equal where all fields are, arrays by value."""
+
+    DTYPES: ClassVar[dict[str, type]]
+
+    def __post_init__(self) -> None:
+        for name, dtype in self.DTYPES.items():
+            setattr(self, name, np.asarray(getattr(self, name), dtype=dtype))
+
+    def __eq__(self, other) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))  # type: ignore[arg-type]  # a dataclass
+        return all(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in pairs)
+
+
+@dataclass(eq=False)
+class Response(ArrayRecord):
     """One sampled response. ``T`` = its number of tokens, at least 0 (an aborted one may have none).
 
-    ``sample_index``: 0..G-1 within the prompt. ``rollout_logprobs`` [T]: natural logs by the engine; kept to the
-    precision of fp32, so that what is computed here and after the wire agrees. ``weight_versions`` [T]: the version
-    that sampled each token. ``finish_reason``: "stop", "length" (cut at the limit) or "abort". ``raw_reward``: the
+    ``prompt_token_ids``, ``token_ids`` [T]: int32. ``sample_index``: 0..G-1 within the prompt. ``rollout_logprobs``
+    [T]: fp32, natural logs by the engine. ``weight_versions`` [T]: int64, the version that sampled each token; it never
+    falls within a response. ``finish_reason``: "stop", "length" (cut at the limit) or "abort". ``raw_reward``: the
     reward before any shaping (None: not shaped). ``correct``: whether the raw reward means a right answer.
 
     Raises DataError if lengths disagree or a value is out of range.
     """
 
+    # Of what there is for each token, of the prompt or of the response.
+    DTYPES = {
+        "prompt_token_ids": np.int32,
+        "token_ids": np.int32,
+        "rollout_logprobs": np.float32,
+        "weight_versions": np.int64,
+    }
     prompt_id: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: np.ndarray
     ground_truth: str
     sample_index: int
-    token_ids: list[int]
-    rollout_logprobs: list[float]
+    token_ids: np.ndarray
+    rollout_logprobs: np.ndarray
     finish_reason: str
-    weight_versions: list[int]
+    weight_versions: np.ndarray
     text: str = ""
     data_source: str = ""
     reward: float | None = None
@@ -53,7 +77,7 @@ class Response:
     correct: bool | None = None
 
     def __post_init__(self) -> None:
-        self.rollout_logprobs = array.array("f", self.rollout_logprobs).tolist()
+        super().__post_init__()
         self.validate()
 
     def validate(self) -> None:
@@ -61,7 +85,7 @@ class Response:
         name = f"response {self.sample_index} to prompt {self.prompt_id!r}"
         if not self.prompt_id:
             raise DataError(f"response {self.sample_index} has no prompt id: every prompt needs one that never changes")
-        if not self.prompt_token_ids:
+        if not len(self.prompt_token_ids):
             raise DataError(f"{name} has an empty prompt: a response needs at least one prompt token")
         if not len(self.token_ids) == len(self.rollout_logprobs) == len(self.weight_versions):
             raise DataError(
@@ -72,8 +96,7 @@ class Response:
             raise DataError(f"{name} has finish reason {self.finish_reason!r}: it must be one of {FINISH_REASONS}")
         if self.sample_index < 0:
             raise DataError(f"{name} has a negative sample index: it counts from 0 within the prompt")
-        # The sum is NaN where a term is, and is quick to have; infinities of both signs make it so too.
-        if math.isnan(sum(self.rollout_logprobs)) and any(map(math.isnan, self.rollout_logprobs)):
+        if np.isnan(self.rollout_logprobs).any():
             raise DataError(f"{name} has a log-prob that is not a number: the engine's logits are broken")
         for field in _NUMBERS:
             value = getattr(self, field)
@@ -93,15 +116,12 @@ def encode_responses(responses: Sequence[Response]) -> bytes:
         "strings": torch.frombuffer(bytearray(text), dtype=torch.uint8),
         "sample_index": _integers(response.sample_index for response in responses),
         "prompt_lengths": _integers(len(response.prompt_token_ids) for response in responses),
-        "prompt_token_ids": _integers(chain.from_iterable(response.prompt_token_ids for response in responses)),
         "lengths": _integers(len(response.token_ids) for response in responses),
-        "token_ids": _integers(chain.from_iterable(response.token_ids for response in responses)),
-        "weight_versions": _integers(chain.from_iterable(response.weight_versions for response in responses)),
-        "rollout_logprobs": torch.from_numpy(
-            np.fromiter(chain.from_iterable(response.rollout_logprobs for response in responses), dtype=np.float32)
-        ),
         "numbers": torch.tensor(numbers, dtype=torch.float64).reshape(len(responses), len(_NUMBERS)),
         "correct": torch.tensor([-1 if r.correct is None else int(r.correct) for r in responses], dtype=torch.int8),
+    } | {
+        name: torch.from_numpy(np.concatenate([np.empty(0, dtype), *(getattr(r, name) for r in responses)]))
+        for name, dtype in Response.DTYPES.items()
     })  # fmt: skip
 
 
@@ -117,9 +137,9 @@ def decode_responses(data: bytes) -> list[Response]:
             )
         columns = {name: strings[name] for name in _STRINGS}
         columns["sample_index"] = tensors["sample_index"].tolist()
-        columns["prompt_token_ids"] = _split(tensors["prompt_token_ids"], tensors["prompt_lengths"])
-        for name in ("token_ids", "weight_versions", "rollout_logprobs"):
-            columns[name] = _split(tensors[name], tensors["lengths"])
+        for name in Response.DTYPES:
+            lengths = tensors["prompt_lengths" if name == "prompt_token_ids" else "lengths"]
+            columns[name] = _split(tensors[name].numpy(), lengths.numpy())
         for index, name in enumerate(_NUMBERS):
             columns[name] = [None if math.isnan(value) else value for value in tensors["numbers"][:, index].tolist()]
         columns["correct"] = [None if value < 0 else bool(value) for value in tensors["correct"].tolist()]
@@ -141,9 +161,7 @@ def _integers(values: Iterable[int]) -> torch.Tensor:
     return torch.from_numpy(np.fromiter(values, dtype=np.int64))
 
 
-def _split(flat: torch.Tensor, lengths: torch.Tensor) -> list[list]:
-    # One list, cut: thousands of short tensors would cost more than their content.
-    values, counts = flat.tolist(), lengths.tolist()
-    if min(counts, default=0) < 0 or sum(counts) != len(values):
-        raise ValueError(f"the lengths do not cut {len(values)} values")
-    return [values[begin:end] for begin, end in pairwise(accumulate(counts, initial=0))]
+def _split(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    if min(lengths, default=0) < 0 or lengths.sum() != len(flat):
+        raise ValueError(f"the lengths do not cut {len(flat)} values")
+    return np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []

@@ -45,7 +45,9 @@ def evaluate(
             GenerateRequest(prompt.token_ids, stream_seed(seed, -1, 0, prompt.id, sample)) for prompt, sample in mine
         ]
         generations = engine.generate(requests, sampling, progress)
-        texts = [tokenizer.decode(generation.token_ids, skip_special_tokens=True) for generation in generations]
+        texts = [
+            tokenizer.decode(generation.token_ids.tolist(), skip_special_tokens=True) for generation in generations
+        ]
         rewards = rewarder.score(texts, [prompt.ground_truth for prompt, _ in mine])
         counts[0 if greedy else 1] += sum(reward >= correct_at for reward in rewards)
         if not greedy:

@@ -158,7 +158,9 @@ def answer(
                 for name, prompt, number in part
             ]
             generations = engine.generate(requests, params, report)
-            texts = [tokenizer.decode(generation.token_ids, skip_special_tokens=True) for generation in generations]
+            texts = [
+                tokenizer.decode(generation.token_ids.tolist(), skip_special_tokens=True) for generation in generations
+            ]
             scored = rewarder.score_each(texts, [prompt.ground_truth for _, prompt, _ in part])
             store.add(
                 [

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import torch
@@ -27,8 +26,8 @@ class Sequence:
     """
 
     number: int
-    prompt_ids: Seq[int]
-    response_ids: Seq[int]
+    prompt_ids: Seq[int] | np.ndarray
+    response_ids: Seq[int] | np.ndarray
     advantage: float = 0.0
     weight: float = 0.0
     old_logprobs: torch.Tensor | None = None
@@ -114,8 +113,9 @@ def make_micro_batch(
     prompt = np.array([len(s.prompt_ids) for s in sequences] or [0])
     total = np.array(totals)
     tokens = np.full(len(owner), pad_id, dtype=np.int64)
-    ids = chain.from_iterable(chain(s.prompt_ids, s.response_ids) for s in sequences)
-    tokens[place < total[owner]] = np.fromiter(ids, dtype=np.int64, count=total.sum())
+    ids = [np.asarray(part, dtype=np.int64) for s in sequences for part in (s.prompt_ids, s.response_ids)]
+    if ids:
+        tokens[place < total[owner]] = np.concatenate(ids)
 
     mine = _zigzag(sizes, begin, context_size, context_rank) if context_size > 1 else np.arange(len(owner))
     row, place, owner = tokens[mine], place[mine], owner[mine]

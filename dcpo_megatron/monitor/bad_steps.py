@@ -11,7 +11,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from dcpo_megatron.data import Response, encode_responses
+from dcpo_megatron.data import Response, decode_responses, encode_responses
+from dcpo_megatron.distributed import gather_on_first
 from dcpo_megatron.mcore.step import UpdateResult
 
 
@@ -32,9 +33,12 @@ class BadSteps:
         self._folder, self._limit, self._is_writer = folder, limit, is_writer
         self.in_a_row = 0
 
-    def note(self, step: int, responses: Sequence[Response], updates: Sequence[UpdateResult]) -> None:
-        """Takes in one step: all its responses and the results of its updates, the same on every rank. A step without
-        updates changes nothing.
+    def note(self, step: int, held: Sequence[Response], updates: Sequence[UpdateResult]) -> None:
+        """Takes in one step. A step without updates changes nothing. Collective over all ranks where it raises.
+
+        Args:
+            held: this rank's responses.
+            updates: the same on every rank.
 
         Raises:
             BadStepsError: the limit is reached; on every rank.
@@ -46,10 +50,11 @@ class BadSteps:
         if not self._limit or self.in_a_row < self._limit:
             return
         file = self._folder / f"bad-batch-step-{step}.responses"
-        where = f"the step's {len(responses)} responses are in {file} (dcpo_megatron.data.decode_responses reads it)"
+        parts = gather_on_first(encode_responses(held))
+        where = f"the step's responses are in {file} (dcpo_megatron.data.decode_responses reads it)"
         if self._is_writer:
             try:
-                file.write_bytes(encode_responses(list(responses)))
+                file.write_bytes(encode_responses([r for part in parts for r in decode_responses(part)]))
             except OSError as error:
                 where = f"the step's responses could not be written to {file} ({error.strerror})"
         raise BadStepsError(

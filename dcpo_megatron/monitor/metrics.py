@@ -10,10 +10,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from dcpo_megatron.advantages import RewardHistory
-from dcpo_megatron.data import Response
+from dcpo_megatron.data.response_table import ResponseTable
 from dcpo_megatron.mcore.step import UpdateResult
-from dcpo_megatron.monitor.mismatch import stale_tokens
 
 
 @dataclass(frozen=True)
@@ -108,19 +109,17 @@ METRICS: dict[str, Metric] = {
 
 
 def rollout_metrics(
-    responses: Sequence[Response],
+    table: ResponseTable,
     totals: Mapping[str, float],
     rounds: int,
-    version: int,
     history: RewardHistory | None,
 ) -> dict[str, float]:
     """The part of a step's metrics that its rollout batch gives.
 
     Args:
-        responses: those that are trained on, advantages filled in.
+        table: of the responses that are trained on, advantages filled in.
         totals: sums over all generated responses.
         rounds: of sampling.
-        version: of the weights that the engine sampled with; tokens of others are stale.
         history: what prompts have earned (SAS), this step in it.
     """
     generated = totals["generated"]
@@ -131,16 +130,15 @@ def rollout_metrics(
         "truncated": totals["truncated"] / generated,
         "reward_failures": totals["reward_failures"] / generated,
         "responses_generated": generated,
-        "responses_trained": float(len(responses)),
+        "responses_trained": float(len(table)),
         "sampling_rounds": float(rounds),
-        "response_utilization_ratio": sum(r.advantage != 0 for r in responses) / generated,
+        "response_utilization_ratio": int(np.count_nonzero(table.advantage)) / generated,
     }
-    if responses:
-        tokens = sum(len(r.token_ids) for r in responses)
-        metrics["stale_tokens"] = stale_tokens(responses, version) / max(tokens, 1)
-        metrics["advantage_abs"] = sum(abs(r.advantage) for r in responses) / len(responses)
+    if len(table):
+        metrics["stale_tokens"] = int(table.stale.sum()) / max(int(table.length.sum()), 1)
+        metrics["advantage_abs"] = sum(map(abs, table.advantage.tolist())) / len(table)
         if history is not None:
-            ids = {r.prompt_id for r in responses}
+            ids = {table.prompts[number].id for number in set(table.prompt.tolist())}
             metrics["prompt_visits"] = sum(history.visits(i) for i in ids) / len(ids)
     return metrics
 

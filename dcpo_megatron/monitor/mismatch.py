@@ -12,12 +12,11 @@ message. Tokens of older weights differ rightly: they are counted, and left out 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 
-from dcpo_megatron.data import Response
 from dcpo_megatron.distributed import all_reduce_on_host
 from dcpo_megatron.mcore.batch import Sequence as TrainingSequence
 
@@ -27,21 +26,11 @@ class MismatchError(RuntimeError):
     look at."""
 
 
-def stale_tokens(responses: Iterable[Response], version: int) -> int:
-    """Tokens sampled under weights older than ``version``. Versions never fall within a response."""
-    return sum(
-        bisect_left(r.weight_versions, version)
-        for r in responses
-        if r.weight_versions and r.weight_versions[0] < version
-    )
-
-
 def check_mismatch(
     step: int,
     sequences: Iterable[TrainingSequence],
-    responses: Sequence[Response],
+    stale: Sequence[int] | np.ndarray,
     *,
-    version: int,
     limit: float,
     counts_here: bool,
 ) -> None:
@@ -50,7 +39,8 @@ def check_mismatch(
     Args:
         sequences: this rank's, with ``old_logprobs`` where it has them (NaN at places that another context-parallel
             rank holds).
-        version: of the weights that old log-probs were computed with.
+        stale: of each response, by ``Sequence.number``: its first tokens that older weights sampled than those that old
+            log-probs were computed with.
         limit: largest mean difference (nats).
         counts_here: whether this rank's tokens are to be counted (one rank of each set of tensor-parallel peers).
 
@@ -64,7 +54,7 @@ def check_mismatch(
             if sequence.old_logprobs is None or sequence.rollout_logprobs is None:
                 continue
             difference = (sequence.old_logprobs - sequence.rollout_logprobs).abs().double()
-            old = bisect_left(responses[sequence.number].weight_versions, version)
+            old = int(stale[sequence.number])
             # A place that another rank holds is NaN here; a log-prob that is NaN by fault stops the run by its
             # gradient.
             held = ~sequence.old_logprobs.isnan()

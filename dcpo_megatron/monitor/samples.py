@@ -18,12 +18,14 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from dcpo_megatron.advantages.sas import RewardHistory
-from dcpo_megatron.data import Response
+from dcpo_megatron.data.response_table import ResponseTable
 from dcpo_megatron.files import read_rows
+from dcpo_megatron.mcore.batch import Sequence as TrainingSequence
 from dcpo_megatron.mcore.layout import RankPosition
 from dcpo_megatron.objectives import Objective, policy_loss
 
@@ -67,21 +69,22 @@ class SampleLog:
         """Whether responses of this step are kept."""
         return bool(self._every) and (step == 1 or step % self._every == 0)
 
-    def visits(self, step: int, responses: Sequence[Response], history: RewardHistory | None) -> None:
+    def visits(self, step: int, table: ResponseTable, history: RewardHistory | None) -> None:
         """Keeps this step's visits of the watched prompts."""
         if not (self._writes and self._every):
             return
-        found: dict[str, list[Response]] = {}
-        for response in responses:
-            if self._watched.get(response.prompt_id, VISITS) < VISITS:
-                found.setdefault(response.prompt_id, []).append(response)
+        found: dict[str, list[int]] = {}
+        for row in range(len(table)):
+            if self._watched.get(table.prompt_id(row), VISITS) < VISITS:
+                found.setdefault(table.prompt_id(row), []).append(row)
         for prompt_id, group in found.items():
             # A first visit may have been taken back with the update that was left out.
             known = history.statistics(prompt_id)._asdict() if history is not None and history.visits(prompt_id) else {}
             self._watched[prompt_id] += 1
             self._keep({
                 "kind": "visit", "step": step, "prompt_id": prompt_id,
-                "rewards": [r.reward for r in group], "advantages": [_short(r.advantage) for r in group],
+                "rewards": table.reward[group].tolist(),
+                "advantages": [_short(advantage) for advantage in table.advantage[group].tolist()],
                 "visits": known.get("visits", self._watched[prompt_id]), "mean": known.get("mean"),
                 "std": known.get("std"),
             })  # fmt: skip
@@ -91,7 +94,7 @@ class SampleLog:
     def responses(
         self,
         step: int,
-        responses: Sequence[Response],
+        table: ResponseTable,
         minibatches: Sequence[Sequence[Sequence]],
         logprobs_of: Callable[[Sequence], dict[int, torch.Tensor]],
         objective: Objective,
@@ -114,12 +117,12 @@ class SampleLog:
             return
         counts = [len(sequence.response_ids) for sequence in chosen]
         for sequence, now, before in zip(chosen, new.split(counts), old.split(counts), strict=True):
-            response = responses[sequence.number]
+            row = sequence.number
             self._keep({
-                "kind": "response", "step": step, "prompt_id": response.prompt_id, "correct": response.correct,
-                "reward": response.reward,
-                "advantage": _short(response.advantage), "length": len(now), "minibatch": len(minibatches),
-                "tokens": _tokens(now, before, response, objective, text_of),
+                "kind": "response", "step": step, "prompt_id": table.prompt_id(row),
+                "correct": bool(table.correct[row]), "reward": float(table.reward[row]),
+                "advantage": _short(float(table.advantage[row])), "length": len(now), "minibatch": len(minibatches),
+                "tokens": _tokens(now, before, sequence, objective, text_of),
             })  # fmt: skip
         steps = sorted({step for kind, step, _ in self._lines if kind == "response"})
         kept = {*steps[:1], *steps[1:][-(STEPS - 1) :]}
@@ -151,11 +154,15 @@ class SampleLog:
 
 
 def _tokens(
-    new: torch.Tensor, old: torch.Tensor, response: Response, objective: Objective, text_of: Callable[[int], str]
+    new: torch.Tensor,
+    old: torch.Tensor,
+    sequence: TrainingSequence,
+    objective: Objective,
+    text_of: Callable[[int], str],
 ) -> list[list]:
     sequence_level = objective.ratio_level == "sequence"
     # As the update makes it: one that is beyond fp32 becomes infinite, and the update, not this page, refuses it.
-    advantage = torch.tensor([response.advantage], dtype=new.dtype)
+    advantage = torch.tensor([sequence.advantage], dtype=new.dtype)
     terms = policy_loss(
         new,
         old,
@@ -174,7 +181,7 @@ def _tokens(
         terms.lower.expand_as(new).tolist(),
         terms.upper.expand_as(new).tolist(),
     )
-    rows = zip(response.token_ids, *columns, names, strict=True)
+    rows = zip(np.asarray(sequence.response_ids).tolist(), *columns, names, strict=True)
     return [
         [text_of(token), *(_short(value) for value in values), clipped]
         for token, *values, clipped in list(rows)[:TOKENS]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 
 from dcpo_megatron.rollout.protocol import GenerateRequest, Generation, RolloutError, SamplingParams, StartedBatch
@@ -160,12 +161,13 @@ class EmbeddedEngine:
             )
             logits = out.logits[:, -1].float()
         report(count)
+        all_tokens, all_logprobs = tokens.cpu().numpy(), logprobs.cpu().numpy()
         return [
             Generation(
-                token_ids=tokens[i, :n].tolist(),
-                logprobs=logprobs[i, :n].tolist(),
+                token_ids=all_tokens[i, :n].astype(np.int32),  # a copy: the padded rows go
+                logprobs=all_logprobs[i, :n].copy(),
                 finish_reason="stop" if done else "length",
-                weight_versions=[self.version] * n,
+                weight_versions=np.full(n, self.version),
             )
             for i, (n, done) in enumerate(zip(lengths.tolist(), stopped.tolist(), strict=True))
         ]

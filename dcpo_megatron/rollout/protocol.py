@@ -13,7 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+
+from dcpo_megatron.data.response import ArrayRecord
 
 
 class RolloutError(RuntimeError):
@@ -61,16 +64,20 @@ class GenerateRequest:
             )
 
 
-@dataclass
-class Generation:
-    """One sampled response of ``T`` tokens: ``token_ids`` [T], ``logprobs`` [T] (natural, of the distribution at the
-    sampling temperature, before top-p and top-k), ``finish_reason`` "stop" | "length" | "abort", ``weight_versions``
-    [T]."""
+@dataclass(eq=False)
+class Generation(ArrayRecord):
+    """One sampled response of ``T`` tokens.
 
-    token_ids: list[int]
-    logprobs: list[float]
+    ``token_ids`` [T] int32; ``logprobs`` [T] fp32 (natural, of the distribution at the sampling temperature, before
+    top-p and top-k); ``finish_reason`` "stop" | "length" | "abort"; ``weight_versions`` [T] int64.
+    """
+
+    DTYPES = {"token_ids": np.int32, "logprobs": np.float32, "weight_versions": np.int64}
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
     finish_reason: str
-    weight_versions: list[int]
+    weight_versions: np.ndarray
 
 
 class StartedBatch(Protocol):

@@ -17,12 +17,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from dcpo_megatron.rollout.protocol import GenerateRequest, Generation, SamplingParams
 
 # Tokens between two events of a sample: more than any response has, so that a sample is sent once, whole (and once with
 # its first token).
 _ONE_EVENT = 2**31 - 1
 _DATA = "data:"
+_NONE = np.empty(0)
 
 
 class BadAnswer(Exception):
@@ -90,7 +93,7 @@ def body(
         "ignore_eos": not sampling.stop_token_ids,
         "stream_interval": _ONE_EVENT,
     }
-    tokens = [begun[place].token_ids if place in begun else [] for place in batch.places]
+    tokens = [begun[place].token_ids.tolist() if place in begun else [] for place in batch.places]
     lists: dict[str, list[Any]] = {
         "rid": list(rids),
         "input_ids": [[*batch.prompt_token_ids, *known] for known in tokens],
@@ -173,26 +176,31 @@ def read(
     except (KeyError, TypeError, IndexError) as error:
         raise BadAnswer(f"a response without {error}") from None
     if reason == "abort" and not tokens:
-        return index, Generation([], [], "abort", [])
+        return index, Generation(_NONE, _NONE, "abort", _NONE)
     if not tokens or ids != tokens or not all(isinstance(x, float | int) and math.isfinite(x) for x in logprobs):
         raise BadAnswer(f"a response of {len(tokens)} tokens with {len(logprobs)} log-probs that do not belong to them")
     if "weight_versions" not in meta and not constant:
         raise Unsure(
             "weights changed while it sampled, and it (SGLang before 0.5.20) does not tell which token is from which"
         )
-    versions: list[int] = []
+    versions, known = np.empty(len(tokens), dtype=np.int64), 0
     for tag, start, end in _spans(event):
         version = version_of(tag)
         if version is None:
             raise ForeignWeights(f"it sampled from weights {tag!r}, which are not this run's")
         if version < oldest:
             raise ForeignWeights(f"it sampled from weights of version {version}; {oldest} is the oldest allowed")
-        if start != len(versions) or end < start:
+        if start != known or end < start:
             raise BadAnswer(f"weight versions with a gap or an overlap at token {start}")
-        versions += [version] * (end - start)
-    if len(versions) != len(tokens):
-        raise BadAnswer(f"weight versions of {len(versions)} tokens for a response of {len(tokens)}")
-    return index, Generation(tokens, logprobs, reason if reason in ("stop", "abort") else "length", versions)
+        versions[start:end], known = version, end
+    if known != len(tokens):
+        raise BadAnswer(f"weight versions of {known} tokens for a response of {len(tokens)}")
+    try:
+        token_ids = np.array(tokens, dtype=np.int32)
+    except (OverflowError, ValueError, TypeError) as error:
+        raise BadAnswer(f"a response with tokens that are no token ids ({error})") from None
+    reason = reason if reason in ("stop", "abort") else "length"
+    return index, Generation(token_ids, np.array(logprobs, dtype=np.float32), reason, versions)
 
 
 def joined(begun: Generation | None, more: Generation) -> Generation:
@@ -200,10 +208,10 @@ def joined(begun: Generation | None, more: Generation) -> Generation:
     if begun is None:
         return more
     return Generation(
-        begun.token_ids + more.token_ids,
-        begun.logprobs + more.logprobs,
+        np.concatenate([begun.token_ids, more.token_ids]),
+        np.concatenate([begun.logprobs, more.logprobs]),
         more.finish_reason,
-        begun.weight_versions + more.weight_versions,
+        np.concatenate([begun.weight_versions, more.weight_versions]),
     )
 
 

@@ -231,7 +231,7 @@ class Sampling:
         place = waiting[index]
         generation = joined(self._begun.get(place), part)
         if part.finish_reason == "abort":
-            if part.token_ids:
+            if len(part.token_ids):
                 self._begun[place] = generation
             return
         tokens = len(generation.token_ids)

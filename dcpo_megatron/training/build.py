@@ -35,6 +35,7 @@ from dcpo_megatron.training.checks import CheckedRun
 from dcpo_megatron.training.engines import make_engine, settle_interface, settle_nccl
 from dcpo_megatron.training.first_meeting import meet
 from dcpo_megatron.training.loop import Trainer
+from dcpo_megatron.training.minibatches import MinibatchMaker, gather_data_ranks
 from dcpo_megatron.training.parts import Monitors, RunData
 from dcpo_megatron.training.placement import placement_warning
 from dcpo_megatron.training.rollout_phase import RolloutPhase
@@ -104,13 +105,7 @@ def build_trainer(
         gatherer,
         engine,
         _make_phase(run_, data, engine, rewarder, monitors),
-        PackingOptions(
-            max_tokens=config.training.micro_batch_tokens,
-            packed=policy.packed,
-            align=sequence_alignment(run_.layout.context),
-            attention_length=6 * run_.shape.hidden,
-            row_align=alignment(run_.layout.tensor, run_.layout.context, run_.layout.sequence_parallel),
-        ),
+        _make_minibatches(run_, policy, monitors),
         CheckpointSaver(
             folder / "checkpoints",
             run_.hf_folder,
@@ -270,6 +265,28 @@ def _make_phase(
         seed=config.training.seed,
         timeline=monitors.timeline,
         whole_prompts=config.rollout.engine == "sglang",
+    )
+
+
+def _make_minibatches(run_: CheckedRun, policy: PolicyModel, monitors: Monitors) -> MinibatchMaker:
+    """Collective over all ranks."""
+    config, layout, position = run_.config, run_.layout, policy.position
+    return MinibatchMaker(
+        run_.objective,
+        PackingOptions(
+            max_tokens=config.training.micro_batch_tokens,
+            packed=policy.packed,
+            align=sequence_alignment(layout.context),
+            attention_length=6 * run_.shape.hidden,
+            row_align=alignment(layout.tensor, layout.context, layout.sequence_parallel),
+        ),
+        prompts=config.training.minibatch_prompts,
+        max_response_tokens=config.rollout.max_response_tokens,
+        # The interleaved schedule wants a multiple of the pipeline size.
+        multiple_of=position.pipeline_size if layout.interleaved else 1,
+        data_rank=position.data_rank,
+        data_ranks=gather_data_ranks(position),
+        timeline=monitors.timeline,
     )
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from dcpo_megatron.checkpoint.model_copy import UnsavedModelError, holder
 from dcpo_megatron.checkpoint.saver import CheckpointSaver
-from dcpo_megatron.data import Prompt, Response
-from dcpo_megatron.data.packing import PackingOptions
+from dcpo_megatron.data import Prompt
+from dcpo_megatron.data.response_table import ResponseTable
 from dcpo_megatron.launch.signals import Stopped
 from dcpo_megatron.mcore import platform as platforms
 from dcpo_megatron.mcore.step import PolicyModel
@@ -27,7 +27,7 @@ from dcpo_megatron.training.checkpoints import checkpoint, save_copy, step_back
 from dcpo_megatron.training.checks import CheckedRun
 from dcpo_megatron.training.held_out import evaluate_held_out
 from dcpo_megatron.training.introduction import introduce_run
-from dcpo_megatron.training.minibatches import plan_minibatch, split_minibatches
+from dcpo_megatron.training.minibatches import MinibatchMaker
 from dcpo_megatron.training.parts import Monitors, Progress, RunData
 from dcpo_megatron.training.rollout_phase import RolloutPhase
 from dcpo_megatron.training.summary import write_summary
@@ -46,7 +46,7 @@ class Trainer:
     gatherer: WeightGatherer
     engine: RolloutEngine
     phase: RolloutPhase
-    packing: PackingOptions
+    minibatches: MinibatchMaker
     saver: CheckpointSaver
     monitors: Monitors
     progress: Progress = field(default_factory=Progress)
@@ -110,36 +110,33 @@ class Trainer:
                 max_rounds=config.rollout.max_sampling_rounds,
                 progress=self._show_progress,
             )
-            responses, version = rollout.responses, self.engine.version
-            assert version is not None  # it has sampled
+            table = rollout.table
             # Off-policy by one step: the engine samples the next one's prompts while this one trains.
             if config.rollout.max_staleness and step < config.training.steps:
                 self.phase.begin(self._next_prompts(), step + 1)
             if config.publish.colocated:
                 self.engine.release_memory()
-            parts = split_minibatches(responses, config.training.minibatch_prompts)
-            with span("packing"):
-                minibatches = [self._plan(responses, indices) for indices in parts]
+            parts, minibatches = self.minibatches.make(table, rollout.held)
             with span("old_logprobs"):
                 self._take_logprobs(minibatches)
-                self._check_mismatch(step, minibatches, responses, version)
+                self._check_mismatch(step, minibatches, table)
             updates = []
             for micro_batches in minibatches:
                 if micro_batches is minibatches[-1] and samples.due(step):
                     samples.responses(
-                        step, responses, minibatches, self.policy.logprobs, self.run_.objective,
+                        step, table, minibatches, self.policy.logprobs, self.run_.objective,
                         lambda token: self.data.tokenizer.decode([token]),
                     )  # fmt: skip
                 updates.append(self.policy.update(micro_batches, self.run_.objective, self._lr(step)))
                 self.progress.updates += 1
-            self.phase.take_back_visits(responses, parts, updates)
-            samples.visits(step, responses, history)
+            self.phase.take_back_visits(table, parts, updates)
+            samples.visits(step, table, history)
             with span("publish"):
                 self.engine.load_weights(self.gatherer, version=step)
-            metrics = rollout_metrics(responses, rollout.totals, rollout.rounds, version, history)
+            metrics = rollout_metrics(table, rollout.totals, rollout.rounds, history)
             metrics |= update_metrics(updates) | monitors.gpu.read()
         seconds = seconds_metrics(monitors.timeline.take())
-        monitors.bad_steps.note(step, responses, updates)
+        monitors.bad_steps.note(step, rollout.held, updates)
         return metrics | seconds | {"tokens_per_second": rollout.totals["tokens"] / seconds["seconds"]}
 
     def _next_prompts(self) -> list[Prompt]:
@@ -149,20 +146,6 @@ class Trainer:
     def _show_progress(self, finished: int, total: int) -> None:
         self.monitors.watchdog.progress()
         self.monitors.sinks.progress(finished, total)
-
-    def _plan(self, responses: list[Response], indices: list[int]):
-        position = self.policy.position
-        return plan_minibatch(
-            responses,
-            indices,
-            self.run_.objective,
-            self.packing,
-            max_response_tokens=self.run_.config.rollout.max_response_tokens,
-            data_rank=position.data_rank,
-            data_size=position.data_size,
-            # The interleaved schedule wants a multiple of the pipeline size.
-            multiple_of=position.pipeline_size if self.run_.layout.interleaved else 1,
-        )
 
     def _take_logprobs(self, minibatches) -> None:
         """Old (and reference) log-probs of the whole rollout batch, before its first update, in the very micro-batches
@@ -176,12 +159,12 @@ class Trainer:
             sequence.old_logprobs = old.get(sequence.number)
             sequence.reference_logprobs = reference.get(sequence.number)
 
-    def _check_mismatch(self, step: int, minibatches, responses: list[Response], version: int) -> None:
+    def _check_mismatch(self, step: int, minibatches, table: ResponseTable) -> None:
         limit = self.run_.config.rollout.max_mismatch
         if limit is not None:
             sequences = [s for micro_batches in minibatches for micro_batch in micro_batches for s in micro_batch]
             here = self.policy.position.owns_loss
-            check_mismatch(step, sequences, responses, version=version, limit=limit, counts_here=here)
+            check_mismatch(step, sequences, table.stale, limit=limit, counts_here=here)
 
     def _lr(self, step: int) -> float:
         optimizer = self.run_.config.optimizer

@@ -12,6 +12,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from dcpo_megatron.checkpoint.folder import write_text
 from dcpo_megatron.data import Prompt, Response, decode_responses, encode_responses
 from dcpo_megatron.files import sync
@@ -81,7 +83,7 @@ def response_of(prompt: Prompt, sample: int, generation: Generation, text: str =
     """What an engine sampled for ``prompt``, not judged yet."""
     return Response(
         prompt_id=prompt.id,
-        prompt_token_ids=list(prompt.token_ids),
+        prompt_token_ids=np.array(prompt.token_ids, dtype=np.int32),
         ground_truth=prompt.ground_truth,
         sample_index=sample,
         token_ids=generation.token_ids,

@@ -2,7 +2,7 @@
 
 The prompts_per_step x G samples are dealt over ALL ranks in one contiguous slice each, so a prompt's group may be split
 over ranks; rewards are judged where the response was sampled; advantages come from one all-reduce of statistics; then
-every rank gets every response that will be trained on.
+every rank gets the table of the responses that will be trained on, and their tokens stay where they are.
 
 With :meth:`RolloutPhase.begin` the first round of a later step is sampled while this one trains, by an engine that can
 do so; another engine samples it when :meth:`RolloutPhase.run` of that step takes it up.
@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 
 from dcpo_megatron.advantages import RewardHistory, group_advantages, keep_mixed_groups
-from dcpo_megatron.data import Prompt, Response, decode_responses, encode_responses
+from dcpo_megatron.data import Prompt, Response
+from dcpo_megatron.data.response_table import ResponseTable
 from dcpo_megatron.distributed import CPU, all_gather_bytes, host_group
 from dcpo_megatron.launch.signals import Stopped
 from dcpo_megatron.mcore.step import UpdateResult
@@ -28,6 +29,7 @@ from dcpo_megatron.objectives import Objective, soft_overlong_penalty
 from dcpo_megatron.rewards import Rewarder
 from dcpo_megatron.rollout import GenerateRequest, Generation, RolloutEngine, SamplingParams
 from dcpo_megatron.rollout.streams import share, stream_seed
+from dcpo_megatron.training.exchange import exchange_table
 from dcpo_megatron.training.pending import PendingBatch, response_of
 
 if TYPE_CHECKING:
@@ -36,10 +38,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class RolloutResult:
-    """The same on every rank. ``responses``: prompt by prompt in sampling order, advantages filled in. ``totals``: sums
-    over all generated responses."""
+    """``table``: of the responses that will be trained on, advantages filled in; ``totals``: sums over all generated
+    responses; both are the same on every rank. ``held``: this rank's responses, in the order of its rows."""
 
-    responses: list[Response]
+    table: ResponseTable
+    held: list[Response]
     totals: dict[str, float]
     rounds: int
 
@@ -80,7 +83,7 @@ class RolloutPhase:
         surplus of the last round is left out.
         """
         kept: list[Response] = []
-        order: list[str] = []
+        order: dict[str, Prompt] = {}
         totals: dict[str, float] = {}
         rounds = 0
         while rounds < max_rounds:
@@ -93,7 +96,7 @@ class RolloutPhase:
             for name, value in self._totals(mine).items():
                 totals[name] = totals.get(name, 0.0) + value
             if not self.objective.dynamic_sampling:
-                kept, order = mine, [prompt.id for prompt in prompts]
+                kept, order = mine, {prompt.id: prompt for prompt in prompts}
                 break
             with self.timeline.span("advantage"):
                 ids = [response.prompt_id for response in mine]
@@ -103,19 +106,20 @@ class RolloutPhase:
                 kept_here = [response for response, keep in zip(mine, mask.tolist(), strict=True) if keep]
                 kept_ids = self._union(response.prompt_id for response in kept_here)
                 # A prompt that comes round again within the step stays the one visit that it was.
-                new = [prompt.id for prompt in prompts if prompt.id in kept_ids and prompt.id not in order]
-                new = new[: prompts_wanted - len(order)]
-                order += new
-                kept += [response for response in kept_here if response.prompt_id in new]
+                new = [prompt for prompt in prompts if prompt.id in kept_ids and prompt.id not in order]
+                added = {prompt.id: prompt for prompt in new[: prompts_wanted - len(order)]}
+                order |= added
+                kept += [response for response in kept_here if response.prompt_id in added]
             if len(order) >= prompts_wanted:
                 break
 
         with self.timeline.span("advantage"):
             self._fill_advantages(kept)
-            everyone = self._gather(kept)
             place = {prompt_id: number for number, prompt_id in enumerate(order)}
-            everyone.sort(key=lambda response: (place[response.prompt_id], response.sample_index))
-        return RolloutResult(everyone, totals, rounds)
+            kept.sort(key=lambda response: (place[response.prompt_id], response.sample_index))
+            assert self.engine.version is not None  # it has sampled
+            table = exchange_table(kept, list(order.values()), self.engine.version, self._exchange_group())
+        return RolloutResult(table, kept, totals, rounds)
 
     def _world(self) -> tuple[int, int]:
         return dist.get_rank(self.group), dist.get_world_size(self.group)
@@ -147,14 +151,16 @@ class RolloutPhase:
         handle = self.engine.start(requests, self.sampling)
         self.pending = PendingBatch(step, list(prompts), jobs, known, asked, requests, handle)
 
-    def take_back_visits(self, responses: list[Response], parts: list[list[int]], updates: list[UpdateResult]) -> None:
+    def take_back_visits(
+        self, table: ResponseTable, parts: Sequence[Iterable[int]], updates: Sequence[UpdateResult]
+    ) -> None:
         """A visit counts where it reached an update: those of an update that was left out are taken back. The same on
-        every rank; ``parts``: the numbers of each update's responses."""
+        every rank; ``parts``: the rows of each update."""
         if self.history is None:
             return
-        for indices, update in zip(parts, updates, strict=True):
+        for rows, update in zip(parts, updates, strict=True):
             if not update.stepped:
-                self.history.take_back({responses[index].prompt_id for index in indices})
+                self.history.take_back({table.prompt_id(row) for row in rows})
 
     def drop_pending(self) -> None:
         """Gives up the pending batch, if there is one."""
@@ -207,7 +213,10 @@ class RolloutPhase:
     def _judge(self, jobs, generations) -> list[Response]:
         responses = [
             response_of(
-                prompt, sample, generation, self.tokenizer.decode(generation.token_ids, skip_special_tokens=True)
+                prompt,
+                sample,
+                generation,
+                self.tokenizer.decode(generation.token_ids.tolist(), skip_special_tokens=True),
             )
             for (prompt, sample), generation in zip(jobs, generations, strict=True)
         ]
@@ -253,13 +262,6 @@ class RolloutPhase:
             )
         for response, advantage in zip(kept, advantages.tolist(), strict=True):
             response.advantage = advantage
-
-    def _gather(self, responses: list[Response]) -> list[Response]:
-        payloads = all_gather_bytes(encode_responses(responses), self._exchange_group(), CPU)
-        # What this rank sent it has already.
-        rank, _ = self._world()
-        parts = (responses if place == rank else decode_responses(payload) for place, payload in enumerate(payloads))
-        return [response for part in parts for response in part]
 
     def _union(self, ids) -> set[str]:
         payloads = all_gather_bytes(

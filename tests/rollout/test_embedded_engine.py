@@ -91,7 +91,7 @@ def greedy_by_transformers(model, prompt, count, stop=None):
 def test_greedy_responses_are_those_of_transformers_own_generate(shared_engine, model):
     generations = shared_engine.generate(requests_of(seeds=[0]), SamplingParams(12, temperature=0))
     expected = [greedy_by_transformers(model, prompt, 12) for prompt in PROMPTS]
-    assert [g.token_ids for g in generations] == expected
+    assert [g.token_ids.tolist() for g in generations] == expected
     assert len({tuple(tokens) for tokens in expected}) > 1
 
 
@@ -99,7 +99,7 @@ def test_greedy_responses_with_a_stop_token_are_those_of_transformers_too(shared
     free = [greedy_by_transformers(model, prompt, 12) for prompt in PROMPTS]
     stop = free[0][2]
     generations = shared_engine.generate(requests_of(seeds=[0]), SamplingParams(12, 0, stop_token_ids=(stop,)))
-    assert [g.token_ids for g in generations] == [greedy_by_transformers(model, p, 12, stop) for p in PROMPTS]
+    assert [g.token_ids.tolist() for g in generations] == [greedy_by_transformers(model, p, 12, stop) for p in PROMPTS]
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
@@ -107,14 +107,16 @@ def test_logprobs_are_those_of_a_plain_forward_pass_at_the_sampling_temperature(
     requests = requests_of()
     generations = shared_engine.generate(requests, SamplingParams(10, temperature, top_p=0.9, top_k=9))
     for request, generation in zip(requests, generations, strict=True):
-        logits = plain_logits(model, request.prompt_token_ids, generation.token_ids)
-        assert generation.logprobs == pytest.approx(picked(logits, generation.token_ids, temperature), abs=1e-5)
+        logits = plain_logits(model, request.prompt_token_ids, generation.token_ids.tolist())
+        assert generation.logprobs.tolist() == pytest.approx(
+            picked(logits, generation.token_ids.tolist(), temperature), abs=1e-5
+        )
 
 
 def test_greedy_logprobs_are_those_at_temperature_one(shared_engine, model):
     (generation,) = shared_engine.generate(requests_of(PROMPTS[:1], [0]), SamplingParams(6, temperature=0))
-    logits = plain_logits(model, PROMPTS[0], generation.token_ids)
-    assert generation.logprobs == pytest.approx(picked(logits, generation.token_ids), abs=1e-5)
+    logits = plain_logits(model, PROMPTS[0], generation.token_ids.tolist())
+    assert generation.logprobs.tolist() == pytest.approx(picked(logits, generation.token_ids.tolist()), abs=1e-5)
 
 
 def test_a_response_is_the_same_alone_and_in_any_company(shared_engine):
@@ -126,14 +128,14 @@ def test_a_response_is_the_same_alone_and_in_any_company(shared_engine):
     for request, in_batch, in_turned_batch in zip(requests, together, turned, strict=True):
         (alone,) = shared_engine.generate([request], sampling)
         for other in (in_batch, in_turned_batch):
-            assert alone.token_ids == other.token_ids
-            assert alone.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+            assert alone.token_ids.tolist() == other.token_ids.tolist()
+            assert alone.logprobs.tolist() == pytest.approx(other.logprobs.tolist(), abs=1e-5)
             assert alone.finish_reason == other.finish_reason
 
 
 def test_other_seeds_give_other_responses_and_the_same_seed_the_same(shared_engine):
     generations = shared_engine.generate(requests_of(PROMPTS[:1], [0, 1, 2, 3, 0]), SamplingParams(12))
-    tokens = [tuple(g.token_ids) for g in generations]
+    tokens = [tuple(g.token_ids.tolist()) for g in generations]
     assert len(set(tokens[:4])) == 4 and tokens[4] == tokens[0]
 
 
@@ -141,7 +143,7 @@ def test_a_longer_limit_continues_the_same_response(shared_engine):
     requests = requests_of()
     short = shared_engine.generate(requests, SamplingParams(5))
     long = shared_engine.generate(requests, SamplingParams(20))
-    assert [g.token_ids for g in short] == [g.token_ids[:5] for g in long]
+    assert [g.token_ids.tolist() for g in short] == [g.token_ids.tolist()[:5] for g in long]
 
 
 def test_a_stop_token_ends_a_response_and_belongs_to_it(shared_engine):
@@ -149,8 +151,8 @@ def test_a_stop_token_ends_a_response_and_belongs_to_it(shared_engine):
     generations = shared_engine.generate(requests_of(seeds=range(8)), SamplingParams(8, stop_token_ids=stops))
     assert {g.finish_reason for g in generations} == {"stop", "length"}
     for generation in generations:
-        assert not set(generation.token_ids[:-1]) & set(stops)
-        stopped = generation.token_ids[-1] in stops
+        assert not set(generation.token_ids.tolist()[:-1]) & set(stops)
+        stopped = generation.token_ids.tolist()[-1] in stops
         assert generation.finish_reason == ("stop" if stopped else "length")
         assert stopped or len(generation.token_ids) == 8
         assert len(generation.token_ids) == len(generation.logprobs) == len(generation.weight_versions)
@@ -158,10 +160,10 @@ def test_a_stop_token_ends_a_response_and_belongs_to_it(shared_engine):
 
 def test_a_stop_token_in_the_last_place_is_a_stop(shared_engine):
     (free,) = shared_engine.generate(requests_of(PROMPTS[:1], [0]), SamplingParams(6))
-    last = free.token_ids[-1]
-    count = free.token_ids.index(last) + 1
+    last = free.token_ids.tolist()[-1]
+    count = free.token_ids.tolist().index(last) + 1
     (generation,) = shared_engine.generate(requests_of(PROMPTS[:1], [0]), SamplingParams(count, stop_token_ids=(last,)))
-    assert generation.token_ids == free.token_ids[:count] and generation.finish_reason == "stop"
+    assert generation.token_ids.tolist() == free.token_ids.tolist()[:count] and generation.finish_reason == "stop"
 
 
 def test_batches_of_any_size_give_the_same_responses_in_the_order_of_the_requests(shared_engine, folder):
@@ -169,7 +171,7 @@ def test_batches_of_any_size_give_the_same_responses_in_the_order_of_the_request
     expected = shared_engine.generate(requests, sampling)
     for max_batch in (1, 4, 15):
         found = EmbeddedEngine(folder, max_batch=max_batch).generate(requests, sampling)
-        assert [g.token_ids for g in found] == [g.token_ids for g in expected]
+        assert [g.token_ids.tolist() for g in found] == [g.token_ids.tolist() for g in expected]
 
 
 def test_progress_rises_to_the_number_of_requests(folder):
@@ -193,9 +195,9 @@ def test_no_requests_give_no_responses(shared_engine):
 def test_top_k_of_one_is_greedy(shared_engine):
     greedy = shared_engine.generate(requests_of(), SamplingParams(10, temperature=0))
     narrow = shared_engine.generate(requests_of(), SamplingParams(10, temperature=1.0, top_k=1))
-    assert [g.token_ids for g in narrow] == [g.token_ids for g in greedy]
+    assert [g.token_ids.tolist() for g in narrow] == [g.token_ids.tolist() for g in greedy]
     narrow = shared_engine.generate(requests_of(), SamplingParams(10, temperature=1.0, top_p=1e-6))
-    assert [g.token_ids for g in narrow] == [g.token_ids for g in greedy]
+    assert [g.token_ids.tolist() for g in narrow] == [g.token_ids.tolist() for g in greedy]
 
 
 def draws(probabilities, sampling, count=10_000):
@@ -238,14 +240,14 @@ def test_a_token_without_probability_is_never_drawn(uniform):
 def test_sampled_frequencies_match_the_models_distribution(shared_engine, model):
     count, prompt = 3000, PROMPTS[3]
     generations = shared_engine.generate(requests_of([prompt], range(count)), SamplingParams(2))
-    first = torch.tensor([g.token_ids[0] for g in generations])
+    first = torch.tensor([g.token_ids.tolist()[0] for g in generations])
     probabilities = plain_logits(model, prompt, [0]).softmax(-1)[0].double()
     chi_square = ((first.bincount(minlength=VOCAB) - count * probabilities) ** 2 / (count * probabilities)).sum()
     # Mean 22, standard deviation 6.6: the seeds are fixed, so this fails always or never.
     assert chi_square < 22 + 4 * 6.6
     # The second token is drawn independently of the first: its uniform number is another one.
     likely = int(first.mode().values)
-    second = torch.tensor([g.token_ids[1] for g in generations if g.token_ids[0] == likely])
+    second = torch.tensor([g.token_ids.tolist()[1] for g in generations if g.token_ids.tolist()[0] == likely])
     probabilities = plain_logits(model, (*prompt, likely), [0]).softmax(-1)[0].double()
     shares = second.bincount(minlength=VOCAB) / len(second)
     assert (shares - probabilities).abs().max() < 4 * math.sqrt(0.25 / len(second))
@@ -288,15 +290,15 @@ def test_new_weights_are_sampled_from_and_their_version_stands_at_every_token(en
     other = make_model(1)
     sampling = SamplingParams(6)
     before = engine.generate(requests_of(), sampling)
-    assert {v for g in before for v in g.weight_versions} == {0}
+    assert {v for g in before for v in g.weight_versions.tolist()} == {0}
     engine.load_weights(weights_of(other).items(), version=7)
     assert engine.version == 7
     after = engine.generate(requests_of(), sampling)
     for request, generation in zip(requests_of(), after, strict=True):
-        assert generation.weight_versions == [7] * len(generation.token_ids)
-        logits = plain_logits(other, request.prompt_token_ids, generation.token_ids)
-        assert generation.logprobs == pytest.approx(picked(logits, generation.token_ids), abs=1e-5)
-    assert [g.token_ids for g in after] != [g.token_ids for g in before]
+        assert generation.weight_versions.tolist() == [7] * len(generation.token_ids)
+        logits = plain_logits(other, request.prompt_token_ids, generation.token_ids.tolist())
+        assert generation.logprobs.tolist() == pytest.approx(picked(logits, generation.token_ids.tolist()), abs=1e-5)
+    assert [g.token_ids.tolist() for g in after] != [g.token_ids.tolist() for g in before]
 
 
 def spoiled(weights, problem):
@@ -327,7 +329,7 @@ def test_after_a_broken_update_the_engine_refuses_to_sample_until_a_complete_one
         engine.generate(requests_of(), SamplingParams(2))
     engine.load_weights(weights.items(), version=4)
     (generation,) = engine.generate(requests_of(PROMPTS[:1], [0]), SamplingParams(2))
-    assert generation.weight_versions == [4, 4]
+    assert generation.weight_versions.tolist() == [4, 4]
 
 
 def test_an_update_that_dies_on_the_way_leaves_the_engine_refusing_to_sample(engine):
@@ -347,8 +349,8 @@ def test_an_engine_without_weights_refuses_to_sample_until_they_come(folder, sha
         empty.generate(requests_of(), SamplingParams(2))
     empty.load_weights(weights_of(model).items(), version=0)
     sampling = SamplingParams(6)
-    assert [g.token_ids for g in empty.generate(requests_of(), sampling)] == [
-        g.token_ids for g in shared_engine.generate(requests_of(), sampling)
+    assert [g.token_ids.tolist() for g in empty.generate(requests_of(), sampling)] == [
+        g.token_ids.tolist() for g in shared_engine.generate(requests_of(), sampling)
     ]
 
 
@@ -362,8 +364,8 @@ def test_tied_embeddings_come_with_or_without_the_copy_for_the_output(tmp_path, 
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     engine.load_weights(weights.items(), version=1)
     (generation,) = engine.generate(requests_of(PROMPTS[:1], [0]), SamplingParams(6))
-    logits = plain_logits(other, PROMPTS[0], generation.token_ids)
-    assert generation.logprobs == pytest.approx(picked(logits, generation.token_ids), abs=1e-5)
+    logits = plain_logits(other, PROMPTS[0], generation.token_ids.tolist())
+    assert generation.logprobs.tolist() == pytest.approx(picked(logits, generation.token_ids.tolist()), abs=1e-5)
 
 
 def test_experts_come_under_the_names_that_checkpoints_give_them(tmp_path):
@@ -394,8 +396,8 @@ def test_experts_come_under_the_names_that_checkpoints_give_them(tmp_path):
     engine = EmbeddedEngine(tmp_path / "start")
     engine.load_weights(weights.items(), version=1)
     (generation,) = engine.generate(requests_of(PROMPTS[:1], [0]), SamplingParams(6))
-    logits = plain_logits(other, PROMPTS[0], generation.token_ids)
-    assert generation.logprobs == pytest.approx(picked(logits, generation.token_ids), abs=1e-5)
+    logits = plain_logits(other, PROMPTS[0], generation.token_ids.tolist())
+    assert generation.logprobs.tolist() == pytest.approx(picked(logits, generation.token_ids.tolist()), abs=1e-5)
     del weights["model.layers.1.mlp.experts.3.gate_proj.weight"]
     with pytest.raises(RolloutError, match=r"experts\.3\.gate_proj\.weight' did not come"):
         engine.load_weights(weights.items(), version=2)

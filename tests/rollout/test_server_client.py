@@ -42,7 +42,7 @@ def requests(prompts: int, samples: int) -> list[GenerateRequest]:
 def test_samples_of_a_prompt_go_to_one_server_and_prompts_are_spread(stand_ins):
     fleet, servers = stand_ins(*[ordinary(TAG)] * 3)
     generations = ServerClient(fleet).generate(requests(6, 4), SAMPLING)
-    assert [g.token_ids for g in generations] == [[1] * 4] * 24
+    assert [g.token_ids.tolist() for g in generations] == [[1] * 4] * 24
     prompts = [{tuple(ids) for body in one.asked for ids in body["input_ids"]} for one in servers]
     assert [len(found) for found in prompts] == [2, 2, 2] and len(set.union(*prompts)) == 6
     assert [len(body["input_ids"]) for one in servers for body in one.asked] == [4] * 6
@@ -69,7 +69,7 @@ def test_ranks_begin_at_different_servers(stand_ins):
 def test_a_bad_answer_is_thrown_away_its_server_evicted_and_the_rest_sampled_elsewhere(stand_ins, bad, reason):
     fleet, servers = stand_ins(bad, ordinary(TAG))
     generations = ServerClient(fleet).generate(requests(1, 3), SAMPLING)
-    assert [(g.token_ids, g.weight_versions) for g in generations] == [([1] * 4, [3] * 4)] * 3
+    assert [(g.token_ids.tolist(), g.weight_versions.tolist()) for g in generations] == [([1] * 4, [3] * 4)] * 3
     assert reason in fleet.evicted()[servers[0].server.url] and fleet.serving() == [servers[1].server]
 
 
@@ -78,7 +78,7 @@ def test_what_was_finished_before_the_fault_is_kept_and_only_the_rest_is_asked_a
         lambda body: [finished(1, [7] * 4, TAG), finished(0, [8] * 4, TAG), "not JSON"], ordinary(TAG)
     )
     generations = ServerClient(fleet).generate(requests(1, 4), SAMPLING)
-    assert [g.token_ids[0] for g in generations] == [8, 7, 1, 1]
+    assert [g.token_ids.tolist()[0] for g in generations] == [8, 7, 1, 1]
     assert [params["sampling_seed"] for params in servers[1].asked[0]["sampling_params"]] == [2, 3]
 
 
@@ -86,7 +86,7 @@ def test_without_servers_the_finished_responses_come_with_the_error(stand_ins):
     fleet, _ = stand_ins(lambda body: [finished(2, [9] * 4, TAG), "not JSON"])
     with pytest.raises(NoServersLeft, match="not JSON") as caught:
         ServerClient(fleet).generate(requests(1, 4), SAMPLING)
-    assert {place: g.token_ids for place, g in caught.value.finished.items()} == {2: [9] * 4}
+    assert {place: g.token_ids.tolist() for place, g in caught.value.finished.items()} == {2: [9] * 4}
 
 
 def test_a_refusal_is_one_sentence_and_is_not_repeated(stand_ins):
@@ -113,7 +113,7 @@ def test_an_aborted_response_goes_on_from_its_last_token(stand_ins):
 
     fleet, servers = stand_ins(interrupted)
     generations = ServerClient(fleet).generate(requests(1, 2), SAMPLING)
-    assert generations[0].token_ids == [7, 8, 1, 1] and generations[0].weight_versions == [3, 3, 4, 4]
+    assert generations[0].token_ids.tolist() == [7, 8, 1, 1] and generations[0].weight_versions.tolist() == [3, 3, 4, 4]
     assert generations[0].finish_reason == "length" and len(generations[0].logprobs) == 4
     again = servers[0].asked[1]
     assert again["input_ids"] == [[5, 6, 0, 7, 8]] and again["sampling_params"][0]["max_new_tokens"] == 2
@@ -123,7 +123,7 @@ def test_an_aborted_response_goes_on_from_its_last_token(stand_ins):
 def test_a_server_that_refuses_whoever_asks_is_evicted_and_the_others_go_on(stand_ins, status):
     fleet, servers = stand_ins(lambda body: status, ordinary(TAG))
     generations = ServerClient(fleet).generate(requests(1, 3), SAMPLING)
-    assert [g.token_ids for g in generations] == [[1] * 4] * 3
+    assert [g.token_ids.tolist() for g in generations] == [[1] * 4] * 3
     assert f"status {status}" in fleet.evicted()[servers[0].server.url] and len(servers[0].asked) == 1
 
 
@@ -155,7 +155,7 @@ def test_a_sample_that_is_answered_twice_counts_once_and_one_never_asked_for_not
             finished(1, [6] * 4, TAG),
         ]
     )
-    assert [g.token_ids for g in ServerClient(fleet).generate(requests(1, 2), SAMPLING)] == [[7] * 4, [6] * 4]
+    assert [g.token_ids.tolist() for g in ServerClient(fleet).generate(requests(1, 2), SAMPLING)] == [[7] * 4, [6] * 4]
 
 
 def test_a_response_cut_short_ends_the_batch_and_says_what_the_server_lacks(stand_ins):
@@ -166,7 +166,7 @@ def test_a_response_cut_short_ends_the_batch_and_says_what_the_server_lacks(stan
 
 def test_a_response_that_ends_itself_may_be_short(stand_ins):
     fleet, _ = stand_ins(lambda body: [finished(0, [1] * 3, TAG, "stop")])
-    assert ServerClient(fleet).generate(requests(1, 1), SAMPLING)[0].token_ids == [1] * 3
+    assert ServerClient(fleet).generate(requests(1, 1), SAMPLING)[0].token_ids.tolist() == [1] * 3
 
 
 def test_what_a_server_finishes_after_it_failed_at_another_prompt_counts(stand_ins):
@@ -178,12 +178,12 @@ def test_what_a_server_finishes_after_it_failed_at_another_prompt_counts(stand_i
 
     fleet, servers = stand_ins(answer, ordinary(TAG))
     generations = ServerClient(fleet).generate(requests(3, 1), SAMPLING)
-    assert [g.token_ids[0] for g in generations] == [7, 1, 1] and servers[0].server.url in fleet.evicted()
+    assert [g.token_ids.tolist()[0] for g in generations] == [7, 1, 1] and servers[0].server.url in fleet.evicted()
 
 
 def test_tokens_as_old_as_the_caller_allows_are_taken(stand_ins):
     fleet, _ = stand_ins(lambda body: [finished(0, [1] * 4, "run-2")])
-    assert ServerClient(fleet).generate(requests(1, 1), SAMPLING, oldest=2)[0].weight_versions == [2] * 4
+    assert ServerClient(fleet).generate(requests(1, 1), SAMPLING, oldest=2)[0].weight_versions.tolist() == [2] * 4
     assert not fleet.evicted()
 
 
@@ -196,7 +196,7 @@ def test_a_request_that_brought_a_token_is_not_one_in_vain(stand_ins, attempts):
 
     fleet, servers = stand_ins(interrupted)
     (generation,) = ServerClient(fleet, attempts=attempts).generate(requests(1, 1), SAMPLING)
-    assert generation.token_ids == [1, 2, 3, 1] and len(servers[0].asked) == 4
+    assert generation.token_ids.tolist() == [1, 2, 3, 1] and len(servers[0].asked) == 4
 
 
 def test_tokens_from_weights_under_check_count_once_the_check_is_over(stand_ins):
@@ -205,7 +205,7 @@ def test_tokens_from_weights_under_check_count_once_the_check_is_over(stand_ins)
     threading.Event().wait(0.3)
     assert not pending.done_so_far()
     fleet.admit(servers[0].server, 4)
-    assert pending.finish()[0].weight_versions == [4] * 4
+    assert pending.finish()[0].weight_versions.tolist() == [4] * 4
 
 
 def test_tokens_from_weights_that_failed_their_check_are_thrown_away(stand_ins):
@@ -214,7 +214,7 @@ def test_tokens_from_weights_that_failed_their_check_are_thrown_away(stand_ins):
     threading.Event().wait(0.3)
     fleet.evict(servers[0].server, "its weights are wrong")
     fleet.admit(servers[1].server, 4)
-    assert pending.finish()[0].weight_versions == [4] * 4
+    assert pending.finish()[0].weight_versions.tolist() == [4] * 4
     assert len(servers[1].asked) == 1 and fleet.evicted()[servers[0].server.url] == "its weights are wrong"
 
 
@@ -231,7 +231,7 @@ def test_a_server_that_tells_no_spans_is_not_believed_when_weights_changed_meanw
 
     changed = threading.Event()
     fleet, servers = stand_ins(old_server)
-    assert ServerClient(fleet).generate(requests(1, 1), SAMPLING)[0].weight_versions == [4] * 4
+    assert ServerClient(fleet).generate(requests(1, 1), SAMPLING)[0].weight_versions.tolist() == [4] * 4
     assert len(servers[0].asked) == 2 and not fleet.evicted()
 
 
@@ -256,7 +256,7 @@ def test_a_server_that_is_long_silent_but_samples_is_waited_for(stand_ins):
 
     fleet, (_, other) = stand_ins(long_response, ordinary(TAG))
     generations = ServerClient(fleet, request_timeout=0.2).generate(requests(1, 1), SAMPLING)
-    assert generations[0].token_ids == [1] * 4 and not fleet.evicted() and not other.asked
+    assert generations[0].token_ids.tolist() == [1] * 4 and not fleet.evicted() and not other.asked
 
 
 @pytest.mark.parametrize(

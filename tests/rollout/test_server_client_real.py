@@ -74,13 +74,13 @@ def worst_difference(models: dict, asked, generations, temperature: float = 1.0)
     """The largest |log-prob difference| to transformers, each token under the weights of its version."""
     worst = 0.0
     for request, generation in zip(asked, generations, strict=True):
-        ids = torch.tensor([[*request.prompt_token_ids, *generation.token_ids]])
+        ids = torch.tensor([[*request.prompt_token_ids, *generation.token_ids.tolist()]])
         first = len(request.prompt_token_ids) - 1
-        versions = torch.tensor(generation.weight_versions)
+        versions = torch.tensor(generation.weight_versions.tolist())
         for version, engine in models.items():
             logp = (engine.model(input_ids=ids).logits[0, first:-1].float() / temperature).log_softmax(-1)
             ours = logp.gather(1, ids[0, first + 1 :, None])[:, 0]
-            difference = (ours - torch.tensor(generation.logprobs)).abs()[versions == version]
+            difference = (ours - torch.tensor(generation.logprobs.tolist())).abs()[versions == version]
             worst = max(worst, difference.max().item() if len(difference) else 0.0)
     return worst
 
@@ -95,13 +95,17 @@ def test_logprobs_are_those_of_transformers_at_the_sampling_temperature(fleet, f
     assert worst_difference({1: engine}, asked, generations, temperature or 1.0) < 1e-5
     for generation in generations:
         stopped = generation.finish_reason == "stop"
-        assert stopped == (generation.token_ids[-1] in stops) and not {*stops} & {*generation.token_ids[:-1]}
+        assert stopped == (generation.token_ids.tolist()[-1] in stops) and not {*stops} & {
+            *generation.token_ids.tolist()[:-1]
+        }
         assert stopped or len(generation.token_ids) == 24
-        assert generation.weight_versions == [1] * len(generation.token_ids)
+        assert generation.weight_versions.tolist() == [1] * len(generation.token_ids)
     if temperature == 0:
-        assert [g.token_ids for g in generations] == [g.token_ids for g in engine.generate(asked, sampling)]
+        assert [g.token_ids.tolist() for g in generations] == [
+            g.token_ids.tolist() for g in engine.generate(asked, sampling)
+        ]
     else:
-        assert {g.token_ids[-1] for g in generations if g.finish_reason == "stop"} == {*stops}
+        assert {g.token_ids.tolist()[-1] for g in generations if g.finish_reason == "stop"} == {*stops}
 
 
 def test_a_seed_gives_the_same_response_in_other_company_and_at_another_server(fleet):
@@ -109,8 +113,8 @@ def test_a_seed_gives_the_same_response_in_other_company_and_at_another_server(f
     sampling = SamplingParams(24, 1.0)
     first = ServerClient(fleet).generate(asked, sampling)
     again = ServerClient(fleet, rank=1, world=2).generate(asked[::-1][:7], sampling)
-    assert [g.token_ids for g in again] == [g.token_ids for g in first[::-1][:7]]
-    assert len({tuple(g.token_ids) for g in first}) == len(asked)
+    assert [g.token_ids.tolist() for g in again] == [g.token_ids.tolist() for g in first[::-1][:7]]
+    assert len({tuple(g.token_ids.tolist()) for g in first}) == len(asked)
 
 
 def test_a_response_interrupted_by_new_weights_goes_on_under_them_token_by_token(fleet, folders):
@@ -127,8 +131,8 @@ def test_a_response_interrupted_by_new_weights_goes_on_under_them_token_by_token
         server.resume()
     generations = pending.finish()
     assert worst_difference({1: EmbeddedEngine(folders[0]), 2: EmbeddedEngine(folders[1])}, asked, generations) < 1e-4
-    mixed = [g for g in generations if len(set(g.weight_versions)) == 2]
-    assert mixed and all(g.weight_versions == sorted(g.weight_versions) for g in generations)
+    mixed = [g for g in generations if len(set(g.weight_versions.tolist())) == 2]
+    assert mixed and all(g.weight_versions.tolist() == sorted(g.weight_versions.tolist()) for g in generations)
     assert all(len(g.token_ids) == 600 for g in generations)
 
 
@@ -136,7 +140,7 @@ def test_foreign_weights_are_thrown_away_and_their_server_is_not_asked_again(fle
     foreign = fleet.servers[0]
     foreign.post("/update_weight_version", {"new_version": "somebody-1", "abort_all_requests": True})
     generations = ServerClient(fleet).generate(requests(4, 2), SamplingParams(8))
-    assert [g.weight_versions for g in generations] == [[1] * 8] * 8
+    assert [g.weight_versions.tolist() for g in generations] == [[1] * 8] * 8
     assert fleet.serving() == [fleet.servers[1]] and "'somebody-1'" in fleet.evicted()[foreign.url]
 
 
@@ -195,8 +199,10 @@ def test_through_the_stock_router_the_same_seeds_give_the_same_responses(fleet, 
         wait_for(lambda: router.poll() is None and answers(f"{url}/health"))
         client = ServerClient(fleet, router=url)
         through = client.generate(asked, sampling)
-        assert [g.token_ids for g in through] == [g.token_ids for g in ServerClient(fleet).generate(asked, sampling)]
-        assert all(g.weight_versions == [1] * len(g.token_ids) for g in through)
+        assert [g.token_ids.tolist() for g in through] == [
+            g.token_ids.tolist() for g in ServerClient(fleet).generate(asked, sampling)
+        ]
+        assert all(g.weight_versions.tolist() == [1] * len(g.token_ids) for g in through)
         for server in fleet.servers:  # not this run's any more: the router does not know, the client does
             server.post("/update_weight_version", {"new_version": "another-1", "abort_all_requests": False})
         with pytest.raises(NoServersLeft, match="not this run's"):

@@ -4,10 +4,19 @@ only)."""
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from dcpo_megatron.mcore.platform import prepare, select_platform
 
 prepare(select_platform("cpu"))
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from dcpo_megatron.checkpoint import folder as folders
 from dcpo_megatron.checkpoint.saver import CheckpointSaver
@@ -24,14 +23,6 @@ from tests.system_calls import calls  # noqa: F401
 
 def files_of(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture
-def alone():
-    """A process group of this process."""
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture

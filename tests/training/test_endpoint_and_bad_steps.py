@@ -61,7 +61,7 @@ RESPONSES = [Response("p", [1], "2", 0, [3, 4], [-0.5, -0.25], "stop", [0, 0], a
 GOOD, LEFT_OUT, NO_LOSS = [update(), update()], [update(), update(False)], [update(loss=math.nan), update()]
 
 
-def test_only_bad_steps_in_a_row_stop_the_run_and_its_batch_is_kept(tmp_path):
+def test_only_bad_steps_in_a_row_stop_the_run_and_its_batch_is_kept(tmp_path, alone):
     bad_steps = BadSteps(tmp_path, 3, True)
     for number, updates in enumerate([LEFT_OUT, NO_LOSS, GOOD, LEFT_OUT, [], NO_LOSS], start=1):
         bad_steps.note(number, RESPONSES, updates)
@@ -73,7 +73,7 @@ def test_only_bad_steps_in_a_row_stop_the_run_and_its_batch_is_kept(tmp_path):
     assert decode_responses(file.read_bytes()) == RESPONSES
 
 
-def test_one_rank_writes_and_all_raise(tmp_path):
+def test_one_rank_writes_and_all_raise(tmp_path, alone):
     with pytest.raises(BadStepsError):
         BadSteps(tmp_path, 1, False).note(1, RESPONSES, LEFT_OUT)
     assert not list(tmp_path.iterdir())
@@ -86,6 +86,6 @@ def test_a_limit_of_zero_never_stops(tmp_path):
     assert bad_steps.in_a_row == 50
 
 
-def test_a_batch_that_cannot_be_written_does_not_hide_the_reason(tmp_path):
+def test_a_batch_that_cannot_be_written_does_not_hide_the_reason(tmp_path, alone):
     with pytest.raises(BadStepsError, match="could not be written"):
         BadSteps(tmp_path / "nowhere", 1, True).note(1, RESPONSES, NO_LOSS)

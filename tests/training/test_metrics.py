@@ -21,8 +21,10 @@ from dcpo_megatron.monitor.metrics import METRICS, STEP_PARTS, check_declared, s
 from dcpo_megatron.monitor.watchdog import Watchdog, WatchedTimeline
 from dcpo_megatron.objectives import get_preset
 from dcpo_megatron.training.loop import Trainer
+from dcpo_megatron.training.minibatches import MinibatchMaker
 from dcpo_megatron.training.parts import Monitors
 from dcpo_megatron.training.rollout_phase import RolloutResult
+from tests.training.tables import table_of_responses
 
 TOKEN_SHARES = (
     "clipped_upper",
@@ -152,7 +154,7 @@ def two_prompts_of_two_responses():
 def trainer_of(responses, history=None):
     """A Trainer whose parts do nothing but answer: one step runs without a model."""
     totals = {"reward": 3.0, "correct": 3.0, "tokens": 16.0, "truncated": 1.0, "reward_failures": 2.0, "generated": 8.0}
-    rollout = RolloutResult(responses, totals, 2)
+    rollout = RolloutResult(table_of_responses(responses), responses, totals, 2)
     section = SimpleNamespace
     config = section(
         rollout=section(
@@ -177,7 +179,9 @@ def trainer_of(responses, history=None):
         gatherer=section(tensors=lambda: iter(())),
         engine=section(load_weights=lambda tensors, version: None, version=0),
         phase=section(run=lambda *args, **kwargs: rollout, history=history, take_back_visits=lambda *_: None),
-        packing=PackingOptions(64),
+        minibatches=MinibatchMaker(
+            get_preset("dcpo-paper"), PackingOptions(64), 1, 4, 1, 0, (0,), WatchedTimeline(watchdog)
+        ),
         saver=None,
         monitors=Monitors(
             sinks=section(progress=None),

@@ -16,7 +16,9 @@ def pool():
 
 def essence(responses) -> list[tuple]:
     """Without log-probs, whose last bit depends on the company that a response is sampled in."""
-    return [(r.prompt_id, r.sample_index, r.token_ids, r.finish_reason, r.reward, r.advantage) for r in responses]
+    return [
+        (r.prompt_id, r.sample_index, r.token_ids.tolist(), r.finish_reason, r.reward, r.advantage) for r in responses
+    ]
 
 
 @pytest.mark.parametrize("whole_prompts", [False, True])

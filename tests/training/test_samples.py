@@ -14,6 +14,7 @@ from dcpo_megatron.mcore.batch import Sequence
 from dcpo_megatron.monitor import samples
 from dcpo_megatron.monitor.samples import SampleLog
 from dcpo_megatron.objectives import get_preset
+from tests.training.tables import table_of_responses
 
 ALONE = SimpleNamespace(owns_loss=True, data_rank=0, context_rank=0, context_size=1, pipeline_size=1)
 LENGTH = 1000
@@ -36,12 +37,14 @@ def train(log: SampleLog, steps, length=LENGTH) -> RewardHistory:
                      reward=reward, advantage=advantage, correct=reward == 1)
             for n, (name, reward, advantage) in enumerate(zip(ids, rewards.tolist(), found, strict=True))
         ]  # fmt: skip
-        log.visits(step, responses, history)
+        table = table_of_responses(responses)
+        log.visits(step, table, history)
         if log.due(step):
             batch = [
-                Sequence(n, [1], r.token_ids, old_logprobs=torch.full((length,), -1.0)) for n, r in enumerate(responses)
+                Sequence(n, [1], r.token_ids, r.advantage, old_logprobs=torch.full((length,), -1.0))
+                for n, r in enumerate(responses)
             ]
-            log.responses(step, responses, [[batch]], grown, objective, chr)
+            log.responses(step, table, [[batch]], grown, objective, chr)
     return history
 
 
