@@ -46,7 +46,8 @@ def exchange_tokens(
         data_ranks: the data-parallel rank of each rank of ``group``.
     """
     if len(data_ranks) == 1:
-        return {row: (response.token_ids, response.rollout_logprobs) for row, response in enumerate(held)}
+        rows = np.flatnonzero(trained_by >= 0).tolist()
+        return {row: (held[row].token_ids, held[row].rollout_logprobs) for row in rows}
     rank = dist.get_rank(group)
     here = np.flatnonzero(table.holder == rank)
     parts: list[list[np.ndarray]] = [[] for _ in range(max(data_ranks) + 1)]

@@ -23,8 +23,16 @@ from dcpo_megatron.monitor.timeline import Timeline
 from dcpo_megatron.objectives import Objective, aggregation_weights
 from dcpo_megatron.training.exchange import Tokens, exchange_tokens
 
-# plan[data_rank][micro_batch] = rows of the table
-Plan = list[list[list[int]]]
+
+@dataclass(frozen=True)
+class StepPlan:
+    """``parts``: the rows of each minibatch. ``micro_batches[minibatch][micro_batch]``: rows of this rank. ``weights``
+    [N]: of each token of a row. ``trained_by`` [N]: the data-parallel rank that trains on a row; -1: none does."""
+
+    parts: list[np.ndarray]
+    micro_batches: list[list[list[int]]]
+    weights: np.ndarray
+    trained_by: np.ndarray
 
 
 @dataclass
@@ -48,20 +56,38 @@ class MinibatchMaker:
         """``(parts, minibatches)``: the rows of each minibatch, and its micro-batches on this rank, in whose sequences
         ``number`` is the row. Collective over all ranks; ``held``: this rank's responses, in the order of its rows."""
         with self.timeline.span("packing"):
-            parts = split_minibatches(table, self.prompts)
-            weights, plans = np.zeros(len(table)), []
-            for rows in parts:
-                weights[rows] = token_weights(table, rows, self.objective, self.max_response_tokens)
-                plans.append(plan_minibatch(table, rows, self.packing, max(self.data_ranks) + 1, self.multiple_of))
-            trained_by = np.full(len(table), -1)
-            for plan in plans:
-                for data_rank, micro_batches in enumerate(plan):
-                    for micro_batch in micro_batches:
-                        trained_by[micro_batch] = data_rank
+            plan = self.plan(table)
         with self.timeline.span("advantage"):
-            tokens = exchange_tokens(table, held, trained_by, self.data_ranks, host_group())
-        mine = [plan[self.data_rank] for plan in plans]
-        return parts, [[_sequences(table, rows, weights, tokens) for rows in plan] for plan in mine]
+            tokens = exchange_tokens(table, held, plan.trained_by, self.data_ranks, host_group())
+        return plan.parts, self.sequences(table, plan, tokens)
+
+    def plan(self, table: ResponseTable) -> StepPlan:
+        """The same on every rank."""
+        parts = split_minibatches(table, self.prompts)
+        weights, trained_by, micro_batches = np.zeros(len(table)), np.full(len(table), -1), []
+        for rows in parts:
+            weights[rows] = token_weights(table, rows, self.objective, self.max_response_tokens)
+            dealt = plan_minibatch(table, rows, self.packing, max(self.data_ranks) + 1, self.multiple_of)
+            for data_rank, theirs in enumerate(dealt):
+                trained_by[[row for micro_batch in theirs for row in micro_batch]] = data_rank
+            micro_batches.append(dealt[self.data_rank])
+        return StepPlan(parts, micro_batches, weights, trained_by)
+
+    def sequences(self, table: ResponseTable, plan: StepPlan, tokens: Tokens) -> list[list[list[Sequence]]]:
+        """This rank's micro-batches of each minibatch."""
+
+        def sequence(row: int) -> Sequence:
+            token_ids, logprobs = tokens[row]
+            return Sequence(
+                number=row,
+                prompt_ids=table.prompts[table.prompt[row]].token_ids,
+                response_ids=token_ids,
+                advantage=float(table.advantage[row]),
+                weight=float(plan.weights[row]),
+                rollout_logprobs=torch.from_numpy(logprobs),
+            )
+
+        return [[[sequence(row) for row in rows] for rows in micro_batches] for micro_batches in plan.micro_batches]
 
 
 def gather_data_ranks(position: RankPosition) -> tuple[int, ...]:
@@ -90,23 +116,10 @@ def token_weights(table: ResponseTable, rows: np.ndarray, objective: Objective, 
 
 def plan_minibatch(
     table: ResponseTable, rows: np.ndarray, packing: PackingOptions, data_size: int, multiple_of: int = 1
-) -> Plan:
-    """Who trains on which rows, in which micro-batches. Responses without tokens train nothing."""
+) -> list[list[list[int]]]:
+    """``[data_rank][micro_batch]``: rows, as :func:`~dcpo_megatron.data.packing.plan_micro_batches` deals them.
+    Responses without tokens train nothing."""
     trained = rows[table.length[rows] > 0]
     plan = plan_micro_batches(table.total_length[trained].tolist(), data_size, packing, multiple_of)
     trained = trained.tolist()
     return [[[trained[k] for k in micro_batch] for micro_batch in micro_batches] for micro_batches in plan]
-
-
-def _sequences(table: ResponseTable, rows: Seq[int], weights: np.ndarray, tokens: Tokens) -> list[Sequence]:
-    return [
-        Sequence(
-            number=row,
-            prompt_ids=table.prompts[table.prompt[row]].token_ids,
-            response_ids=tokens[row][0],
-            advantage=float(table.advantage[row]),
-            weight=float(weights[row]),
-            rollout_logprobs=torch.from_numpy(tokens[row][1]),
-        )
-        for row in rows
-    ]
