@@ -25,7 +25,7 @@ class UnsavedModelError(RuntimeError):
 def write_copy(
     tensors: Iterator[tuple[str, torch.Tensor]], target: Path, hf_folder: Path, warn: Callable[[str], None]
 ) -> str | None:
-    """Writes ``tensors``, a walk of every rank, to ``target`` with the configuration and tokenizer of ``hf_folder``.
+    """Writes ``tensors`` (rank 0's; every rank walks) to ``target`` with configuration and tokenizer of ``hf_folder``.
 
     Returns, on every rank, None or why there is no new copy. ``warn`` is told what of an earlier one cannot be removed.
     """

@@ -236,6 +236,7 @@ class RankPosition:
     expert_tensor_rank: int
     expert_tensor_size: int
     expert_tensor_group: dist.ProcessGroup
+    expert_data_rank: int
 
     @property
     def is_last_stage(self) -> bool:
@@ -261,4 +262,5 @@ def rank_position() -> RankPosition:
         *of(mpu.get_data_parallel_group(with_context_parallel=False)),
         *of(mpu.get_expert_model_parallel_group()),
         *of(mpu.get_expert_tensor_parallel_group()),
+        dist.get_rank(mpu.get_expert_data_parallel_group()),
     )

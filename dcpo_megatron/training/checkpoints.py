@@ -104,7 +104,7 @@ def save_copy(trainer: Trainer, name: str) -> str | None:
     not be written."""
     run_, monitors = trainer.run_, trainer.monitors
     monitors.watchdog.enter("save", timeout_seconds=run_.config.checkpoint.timeout_seconds)
-    return write_copy(trainer.gatherer.tensors(), trainer.folder / name, run_.hf_folder, monitors.sinks.warn)
+    return write_copy(trainer.gatherer.on_first(), trainer.folder / name, run_.hf_folder, monitors.sinks.warn)
 
 
 def _announce(trainer: Trainer, reports: list[SaveReport]) -> None:

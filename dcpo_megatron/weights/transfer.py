@@ -7,7 +7,8 @@ way: every rank walks the same global list of parameters, one at a time,
     Face tensors
 
 so that every rank sees every full tensor once and no more than one Megatron parameter (of one layer) is held at any
-moment.
+moment. Where rank 0 alone wants the tensors (:meth:`WeightGatherer.on_first`), one replica of the model takes part, and
+a later pipeline stage sends to rank 0 what it has gathered: nobody else receives a tensor of another stage.
 """
 
 from __future__ import annotations
@@ -181,18 +182,14 @@ class WeightGatherer:
         ``select`` says what to take of each parameter (its gradient, say): a tensor of the parameter's shape, and of
         ``dtype`` (None: of the parameter's own).
         """
-        position, device = self.position, self.model.platform.device
+        position = self.position
         self.model.finish_gathering()
         for entry in self.plan:
             parts: list[torch.Tensor] | None = None
             if entry.stage == position.pipeline_rank:
                 parts = self._join_here(entry, select)
             if position.pipeline_size > 1:
-                if parts is None:
-                    parts = [
-                        torch.empty(self._full_shape(entry), dtype=dtype or entry.dtype, device=device)
-                        for _ in entry.rules
-                    ]
+                parts = parts or self._room(entry, dtype)
                 source = dist.get_global_rank(position.pipeline_group, entry.stage)
                 parts = [part.contiguous() for part in parts]
                 for part in parts:
@@ -200,6 +197,40 @@ class WeightGatherer:
             assert parts is not None  # one stage alone holds every entry
             for rule, full in zip(entry.rules, parts, strict=True):
                 yield from split(rule, full, self.model.shape)
+
+    @torch.no_grad()
+    def on_first(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """As :meth:`tensors` on rank 0, and nothing on the other ranks, which must walk to the end all the same."""
+        position = self.position
+        self.model.finish_gathering()
+        leads = position.data_rank == position.context_rank == position.tensor_rank == 0  # its stage
+        for entry in self.plan:
+            parts: list[torch.Tensor] | None = None
+            if entry.stage == position.pipeline_rank and self._is_in_first_replica(entry):
+                parts = self._join_here(entry, torch.Tensor.detach)
+            if not leads:
+                continue
+            if entry.stage and position.pipeline_rank == entry.stage:
+                assert parts is not None
+                for part in parts:
+                    dist.send(part.contiguous(), group=position.pipeline_group, group_dst=0)
+            elif entry.stage and position.pipeline_rank == 0:
+                parts = self._room(entry)
+                for part in parts:
+                    dist.recv(part, group=position.pipeline_group, group_src=entry.stage)
+            if position.pipeline_rank == 0:
+                assert parts is not None
+                for rule, full in zip(entry.rules, parts, strict=True):
+                    yield from split(rule, full, self.model.shape)
+
+    def _is_in_first_replica(self, entry: _Entry) -> bool:
+        if entry.rules[0].expert:
+            return self.position.expert_data_rank == 0
+        return self.position.data_rank == self.position.context_rank == 0
+
+    def _room(self, entry: _Entry, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+        shape, device = self._full_shape(entry), self.model.platform.device
+        return [torch.empty(shape, dtype=dtype or entry.dtype, device=device) for _ in entry.rules]
 
     def _full_shape(self, entry: _Entry) -> tuple[int, ...]:
         rule = entry.rules[0]

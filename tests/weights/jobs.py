@@ -78,3 +78,41 @@ def update_with_a_bad_number(folder: str, parallel: dict) -> tuple[bool, bool, l
     second = policy.update(batch(rank == dist.get_world_size() - 1), get_preset("dcpo-paper"), 1e-3)
     after = [p for module in policy.modules for p in module.parameters()]
     return first.stepped, second.stepped, [torch.equal(a, b) for a, b in zip(before, after)]
+
+
+def on_first(folder: str, parallel: dict) -> tuple[bool, int, int]:
+    """Walks once for all ranks and once for the first: whether this one got what it should the second time, and the
+    bytes of tensors that came from others in each walk."""
+    import torch.distributed as dist
+
+    from dcpo_megatron.weights.transfer import WeightGatherer
+
+    gatherer = WeightGatherer(_policy(folder, parallel))
+    received, originals = 0, (dist.all_gather, dist.broadcast, dist.recv)
+
+    def all_gather(parts, mine, group):
+        nonlocal received
+        received += sum(part.nbytes for part in parts) - mine.nbytes
+        return originals[0](parts, mine, group=group)
+
+    def broadcast(tensor, source, group):
+        nonlocal received
+        received += tensor.nbytes * (source != dist.get_rank())
+        return originals[1](tensor, source, group=group)
+
+    def recv(tensor, **kwargs):
+        nonlocal received
+        received += tensor.nbytes
+        return originals[2](tensor, **kwargs)
+
+    dist.all_gather, dist.broadcast, dist.recv = all_gather, broadcast, recv
+    try:
+        everywhere = {name: tensor.clone() for name, tensor in gatherer.tensors()}
+        before, received = received, 0
+        first = {name: tensor.clone() for name, tensor in gatherer.on_first()}
+    finally:
+        dist.all_gather, dist.broadcast, dist.recv = originals
+    if dist.get_rank():
+        return not first, before, received
+    same = list(first) == list(everywhere) and all(torch.equal(first[name], everywhere[name]) for name in first)
+    return same, before, received

@@ -51,7 +51,7 @@ def publish(folder: str, parallel: dict, urls: list[str], run_id: str, version: 
     publisher = WeightPublisher(fleet, PublishOptions(**options), device=CPU, probe=probe)
     error = report = None
     try:
-        report = publisher.publish(WeightGatherer(policy).tensors(), version)
+        report = publisher.publish(WeightGatherer(policy), version)
     except RolloutError as caught:
         error = str(caught)
     finally:

@@ -18,10 +18,12 @@ from dcpo_megatron.rollout.protocol import RolloutError
 from dcpo_megatron.rollout.server import Server, ServerError
 from dcpo_megatron.weights.hf_folder import shard_name, write_safetensors, write_weight_index
 from dcpo_megatron.weights.publish.buckets import Bucket
+from dcpo_megatron.weights.publish.transport import Transport
 
 
-class DiskTransport:
-    """One safetensors shard a bucket, in ``folder``, which must be the publisher's own."""
+class DiskTransport(Transport):
+    """One safetensors shard a bucket, in ``folder``, which must be the publisher's own. The last version stays: servers
+    may be started from it."""
 
     staged = True
 
@@ -32,9 +34,6 @@ class DiskTransport:
         self._target: Path
         self._shards: list[list[str]] = []
         self._bytes = 0
-
-    def prepare(self, bucket: Bucket) -> None:
-        """Nothing: only rank 0 writes."""
 
     def begin(self, version: int) -> None:
         """Makes room for a version; removes what an interrupted publication left. Raises RolloutError."""
@@ -89,17 +88,11 @@ class DiskTransport:
                 f"{server.url} could not load {self._target}: does its host see that folder? ({error})"
             ) from error
 
-    def drop(self, server: Server) -> None:
-        """Nothing is held for a server."""
-
     def committed(self) -> None:
         """Removes older versions, as far as they let go: half of one has a name that nobody reads."""
         for other in self.folder.glob("version-*"):
             if other != self._target:
                 discard(other)
-
-    def close(self) -> None:
-        """The last version stays: servers may be started from it."""
 
     def _failed(self, error: OSError) -> RolloutError:
         shutil.rmtree(self._work, ignore_errors=True)

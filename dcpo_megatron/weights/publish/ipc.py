@@ -27,18 +27,19 @@ from dcpo_megatron.distributed import all_gather_on_host
 from dcpo_megatron.rollout.protocol import RolloutError
 from dcpo_megatron.rollout.server import Server
 from dcpo_megatron.weights.publish.buckets import Bucket
+from dcpo_megatron.weights.publish.transport import Transport
 
 # Of the device, among the arguments of torch's rebuild_cuda_tensor.
 _DEVICE = 6
 
 
-class IpcTransport:
+class IpcTransport(Transport):
     """Args:
     urls: of all servers, in the order of their GPUs.
     device: this rank's.
     """
 
-    staged = False
+    one_sender = False  # each rank hands over its own copy
 
     def __init__(self, urls: list[str], device: torch.device):
         self.urls, self.device = urls, device
@@ -108,9 +109,6 @@ class IpcTransport:
         """Frees memory that servers have let go of."""
         if self.device.type == "cuda":
             torch.cuda.ipc_collect()
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 def _reduce(tensor: torch.Tensor) -> tuple:

@@ -39,6 +39,7 @@ from dcpo_megatron.rollout.server import Server, ServerError
 from dcpo_megatron.threads import beside
 from dcpo_megatron.weights.publish import nccl
 from dcpo_megatron.weights.publish.buckets import Bucket
+from dcpo_megatron.weights.publish.transport import Transport
 
 # How long the server's own words are waited for after our side failed, and both sides' leaving.
 _WORDS_SECONDS, _FAREWELL_SECONDS = 2.0, 5.0
@@ -57,10 +58,8 @@ class _Group:
     gone: threading.Event = field(default_factory=threading.Event)  # its name can be used again
 
 
-class ProcessGroupTransport:
+class ProcessGroupTransport(Transport):
     """Sends buckets from this rank; see the module. ``timeout``: seconds of one broadcast."""
-
-    staged = False
 
     def __init__(self, backend: str, device: torch.device, address: str | None, timeout: float):
         self.backend, self.device, self.address, self.timeout = backend, device, address, timeout
@@ -70,9 +69,6 @@ class ProcessGroupTransport:
         self._aborts = backend != "gloo"
         if backend == "nccl":
             nccl.bound_waiting(timeout)
-
-    def prepare(self, bucket: Bucket) -> None:
-        """Nothing: only rank 0 sends."""
 
     @contextmanager
     def connecting(self):
@@ -188,9 +184,6 @@ class ProcessGroupTransport:
         if held is not None:
             self._leaving[server.url] = held.gone
             threading.Thread(target=_take_down, args=[held, self._aborts], daemon=True).start()
-
-    def committed(self) -> None:
-        """Nothing is left behind that could be removed."""
 
     def close(self) -> None:
         """Leaves all groups; waits for it some seconds at most."""

@@ -3,7 +3,7 @@
               rank 0                                              the other ranks
     answer    who answers?
     quiesce   pause, connect, tag "unverified", take memory back, empty the prefix cache
-    stream    bucket after bucket ........... gathered by all ... walk the same tensors to their end
+    stream    bucket after bucket ........... gathered .......... walk the same tensors to their end
     verify    checksums; resume; log-probs
     commit    tag = run and version; the fleet admits the server
     resume    whatever happened, also on Ctrl-C
@@ -37,6 +37,8 @@ from dcpo_megatron.weights.publish.disk import DiskTransport
 from dcpo_megatron.weights.publish.ipc import IpcTransport
 from dcpo_megatron.weights.publish.options import Probe, PublishOptions, PublishReport
 from dcpo_megatron.weights.publish.process_group import ProcessGroupTransport
+from dcpo_megatron.weights.publish.transport import Transport
+from dcpo_megatron.weights.transfer import WeightGatherer
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
 # Token ids of each sequence, and the training model's log-probs of them.
@@ -69,7 +71,7 @@ class WeightPublisher:
         self.transport = self._make_transport()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
 
-    def _make_transport(self):
+    def _make_transport(self) -> Transport:
         options = self.options
         if options.mode == "disk":
             assert options.folder is not None  # PublishOptions refuses mode disk without
@@ -78,13 +80,14 @@ class WeightPublisher:
             return IpcTransport([server.url for server in self.fleet.servers], self.device)
         return ProcessGroupTransport(options.backend, self.device, options.address, options.bucket_timeout)
 
-    def publish(self, tensors: Tensors, version: int) -> PublishReport:
+    def publish(self, tensors: Tensors | WeightGatherer, version: int) -> PublishReport:
         """Gives the weights ``tensors`` to every server that answers, as ``version``. Collective over the training
         ranks.
 
         Args:
-            tensors: (Hugging Face name, full tensor), the same walk on every rank
-                (:class:`~dcpo_megatron.weights.transfer.WeightGatherer`); tied weights once.
+            tensors: (Hugging Face name, full tensor), the same walk on every rank; tied weights once. Of a
+                :class:`~dcpo_megatron.weights.transfer.WeightGatherer` each rank sends and receives no more than the
+                mode wants.
 
         Raises:
             RolloutError: fewer than ``options.min_servers`` servers hold the version; the same on every rank. Servers
@@ -94,6 +97,8 @@ class WeightPublisher:
         if self.options.verify and self.probe is not None:
             probe = (self.probe.sequences(), self.probe.logprobs())
         self.make_room()  # not earlier: the probe is a forward pass
+        if isinstance(tensors, WeightGatherer):
+            tensors = tensors.on_first() if self.transport.one_sender else tensors.tensors()
         walk = self._walk(tensors)
         report, failure = None, None
         if self.rank == 0:
@@ -101,7 +106,7 @@ class WeightPublisher:
                 report = _Publication(self, version, probe).run(walk)
             except Exception as error:  # shared with the ranks that wait for it, and raised on all
                 failure = error
-        getattr(self.transport, "over", lambda: None)()
+        self.transport.over()
         for _ in walk:  # what is left of it: the other ranks are in its collectives
             pass
         return self._share(report, failure)
@@ -175,7 +180,7 @@ class _Publication:
                 if staged:
                     self._write(walk)
             with self._in("quiesce", self.options.timeout):
-                with getattr(self.transport, "connecting", nullcontext)():
+                with self.transport.connecting():
                     self._each(self._quiesce)
             with self._in("stream", self.options.timeout):
                 self._each(self._start)
