@@ -18,7 +18,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dcpo_megatron", "dcpo_megatron.*"]),
-    package_data={"dcpo_megatron": ["py.typed", "config/recipes/**/*.yaml"]},
+    package_data={"dcpo_megatron": ["py.typed", "config/recipes/**/*.yaml", "monitor/templates/*.html"]},
     install_requires=[
         "torch>=2.6",
         'megatron-core>=0.16,<0.17; python_version < "3.12"',
@@ -32,6 +32,7 @@ setup(
         "pyarrow>=15",
         "pydantic>=2.6",
         "PyYAML>=6.0",
+        "jinja2>=3.1",
         "rich>=13",
         "matplotlib>=3.8",
         "tensorboard>=2.15",

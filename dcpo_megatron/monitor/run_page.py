@@ -5,22 +5,23 @@ token, prompts over their visits.
     samples.jsonl   -> responses, visits of prompts        runs with logging.samples; see samples.py
     config.yaml     -> what it was, in a line
 
+What is read becomes values here; templates/run.html is the page.
 Pictures are SVG inside the page. Without scripts everything can be read but the numbers of a token, which a tap shows
 (a pointer shows them without).
 """
 
 from __future__ import annotations
 
-import base64
 import io
 import math
-from html import escape
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
 from dcpo_megatron.files import read_rows
 from dcpo_megatron.monitor.curves import PANELS, draw_panel
+from dcpo_megatron.monitor.pages import picture, render
 from dcpo_megatron.monitor.samples import SAMPLES, TOKENS
 
 # Beside those of report.png.
@@ -33,41 +34,7 @@ _MORE = (
     ("seconds", "seconds a step", ("seconds_rollout", "seconds_forward_backward")),
 )
 _FULL_COLOUR = 0.25  # |ln ratio| of the strongest colour
-
-_STYLE = """
-:root { color-scheme: light dark; --line: #ccc; --soft: #666; --right: #1a7f37; --wrong: #b3261e; --page: #fff }
-@media (prefers-color-scheme: dark) {
-  :root { --line: #444; --soft: #aaa; --right: #57c76c; --wrong: #ff7b72; --page: #151515 } }
-* { box-sizing: border-box }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 76rem; padding: .75rem .75rem 5rem;
-  background: var(--page) }
-h1 { font-size: 1.4rem; margin: .2rem 0; overflow-wrap: anywhere } h2 { font-size: 1.15rem; margin: 1.8rem 0 .4rem }
-p, li { max-width: 46rem } .soft { color: var(--soft); font-size: .9rem }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .5rem; margin: .8rem 0 }
-.tiles div { border: 1px solid var(--line); border-radius: .5rem; padding: .4rem .6rem }
-.tiles b { display: block; font-size: 1.2rem }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: .5rem }
-img { width: 100%; height: auto; background: #fff; border-radius: .4rem } .one { max-width: 34rem }
-details { border-top: 1px solid var(--line) }
-summary { padding: .6rem 0; cursor: pointer; font-weight: 600; overflow-wrap: anywhere }
-article { border-left: 4px solid var(--line); padding: 0 0 0 .6rem; margin: .8rem 0 }
-.up { border-color: var(--right) } .down { border-color: var(--wrong) }
-.tokens { font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0 }
-.tokens span, .key span { border-radius: 3px; padding: 1px 0 } .key span { padding: 1px .4rem }
-.clip { outline: 2px solid #c026d3; outline-offset: -1px }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem }
-th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
-#told { position: fixed; inset: auto 0 0 0; padding: .6rem .75rem; background: var(--page);
-  border-top: 2px solid var(--line); display: none; font-size: .9rem }
-"""
-_SCRIPT = """
-const told = document.getElementById("told");
-document.addEventListener("click", event => {
-  const token = event.target.closest(".tokens span");
-  told.style.display = token ? "block" : "none";
-  if (token) told.textContent = JSON.stringify(token.textContent) + ": " + token.title;
-});
-"""
+_VISIT = ("visit", "step", "mean of visit", "mean of all", "std of all", "A of best", "A of worst", "A not 0")
 
 
 class ReportError(ValueError):
@@ -87,25 +54,21 @@ def make_page(folder: Path) -> str:
     samples = read_rows(folder / SAMPLES)
     responses = [row for row in samples if row.get("kind") == "response"]
     visits = [row for row in samples if row.get("kind") == "visit"]
-    title = folder.resolve().name
-    parts = [
-        f"<h1>{escape(title)}</h1>", f'<p class="soft">{escape(_what(folder))}</p>', _tiles(rows),
-        "<h2>Curves</h2>", f'<div class="curves">{"".join(_curves(rows))}</div>',
-        "<h2>Responses, token by token</h2>", _responses(responses) if responses else _NONE,
-        "<h2>Prompts over their visits</h2>", _prompts(visits) if visits else _NONE,
-    ]  # fmt: skip
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width,'
-        f' initial-scale=1"><title>{escape(title)}</title><style>{_STYLE}</style>'
+    return render(
+        "run.html",
+        title=folder.resolve().name,
+        what=_what(folder),
+        tiles=_tiles(rows),
+        curves=list(_curves(rows)),
+        responses=list(_by_step(responses)),
+        prompts=list(_prompts(visits)),
+        visit_columns=_VISIT,
+        kept_tokens=TOKENS,
+        weakest=math.exp(-_FULL_COLOUR),
+        strongest=math.exp(_FULL_COLOUR),
+        colour=_colour,
+        told=_told,
     )
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n'
-        + "\n".join(parts)
-        + f'\n<div id="told"></div><script>{_SCRIPT}</script></body></html>\n'
-    )
-
-
-_NONE = "<p>The run kept none: set <code>logging.samples</code> to a number of steps.</p>"
 
 
 def _what(folder: Path) -> str:
@@ -123,7 +86,7 @@ def _what(folder: Path) -> str:
         return "no config.yaml beside its metrics"
 
 
-def _tiles(rows: list[dict]) -> str:
+def _tiles(rows: list[dict]) -> list[tuple[str, str]]:
     def values(name: str) -> list[float]:
         return [row[name] for row in rows if row.get(name) is not None]
 
@@ -136,14 +99,14 @@ def _tiles(rows: list[dict]) -> str:
             found.append((label, f"{100 * sum(series) / len(series):.3g} %"))
     if series := values("seconds"):
         found.append(("seconds of steps", f"{sum(series):,.0f}"))
-    return '<div class="tiles">' + "".join(f"<div>{escape(a)}<b>{escape(b)}</b></div>" for a, b in found) + "</div>"
+    return found
 
 
-def _curves(rows: list[dict]):
+def _curves(rows: list[dict]) -> Iterator[tuple[str, str]]:
     for panel in (*PANELS, *_MORE):
         figure, axis = _figure()
         if draw_panel(axis, rows, *panel):
-            yield _image(figure, panel[1])
+            yield panel[1], _svg(figure)
 
 
 def _figure():
@@ -153,64 +116,23 @@ def _figure():
     return figure, figure.add_subplot()
 
 
-def _image(figure, name: str, kind: str = "") -> str:
+def _svg(figure) -> str:
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<img{kind and f" class={kind}"} alt="{escape(name)}" src="data:image/svg+xml;base64,{data}">'
+    return picture("svg+xml", file.getvalue())
 
 
-def _responses(responses: list[dict]) -> str:
-    parts = [
-        (
-            f'<p class="key"><span style="{_colour(math.exp(-_FULL_COLOUR))}">ratio {math.exp(-_FULL_COLOUR):.2f} or'
-            f' less</span> <span>1</span> <span style="{_colour(math.exp(_FULL_COLOUR))}">{math.exp(_FULL_COLOUR):.2f}'
-            ' or more</span> <span class="clip">clipped</span></p>'
-        ),
-        (
-            '<p class="soft">Ratios of the current to the old probability, as the last update of the step saw them;'
-            " where a step has one update, all are 1. Left edge: green where the advantage is above 0, red where it is"
-            " below. Tap a token for its numbers.</p>"
-        ),
-    ]
-    steps = sorted({row["step"] for row in responses}, reverse=True)
-    for step in steps:
-        mine = [row for row in responses if row["step"] == step]
-        parts.append(
-            f"<details{' open' if step == steps[0] else ''}><summary>Step {step}: {len(mine)} responses, update"
-            f" {mine[0]['minibatch']} of {mine[0]['minibatch']}</summary>"
-        )
-        parts += [_response(row) for row in mine]
-        parts.append("</details>")
-    return "\n".join(parts)
+def _by_step(responses: list[dict]) -> Iterator[tuple[int, list[dict]]]:
+    for step in sorted({row["step"] for row in responses}, reverse=True):
+        yield step, [row for row in responses if row["step"] == step]
 
 
-def _response(row: dict) -> str:
-    advantage, tokens = row["advantage"], row["tokens"]
-    clipped = sum(bool(token[5]) for token in tokens)
-    side = "up" if advantage > 0 else "down" if advantage < 0 else ""
-    head = (
-        f"<b>{escape(row['prompt_id'])}</b>: {'right' if row['correct'] else 'wrong'}, reward {row['reward']:g},"
-        f" advantage {advantage:+.3f}, {row['length']} tokens, {clipped} clipped"
-    )
-    if row["length"] > TOKENS:
-        head += f" (the first {TOKENS} are shown)"
-    return (
-        f'<article class="{side}"><div>{head}</div><div class="tokens">{"".join(map(_token, tokens))}</div></article>'
-    )
-
-
-def _token(token: list) -> str:
-    text, old_logprob, ratio, lower, upper, clipped = token
-    if ratio is None or old_logprob is None:
-        return f"<span>{escape(text)}</span>"
+def _told(old_logprob: float, ratio: float, lower: float | None, upper: float | None, clipped: str) -> str:
     bounds = f"{'-' if lower is None else f'{lower:.3f}'} to {'none' if upper is None else f'{upper:.3f}'}"
-    told = (
+    return (
         f"old probability {math.exp(old_logprob):.4g}, ratio {ratio:.4f}, bounds {bounds},"
         f" {f'clipped ({clipped})' if clipped else 'not clipped'}"
     )
-    kind = ' class="clip"' if clipped else ""
-    return f'<span{kind} style="{_colour(ratio)}" title="{told}">{escape(text) or "·"}</span>'
 
 
 def _colour(ratio: float) -> str:
@@ -218,19 +140,11 @@ def _colour(ratio: float) -> str:
     return f"background:rgba({'30,110,240' if distance > 0 else '240,120,0'},{min(1, abs(distance)) * 0.6:.2f})"
 
 
-def _prompts(visits: list[dict]) -> str:
-    parts = [
-        '<p class="soft">Dots: the rewards of a visit (larger: more responses). Line and band: mean and standard'
-        " deviation of all rewards so far, as SAS knows them. The table has the advantages that the best and the worst"
-        " reward of each visit gave.</p>"
-    ]
-    for number, prompt_id in enumerate(dict.fromkeys(row["prompt_id"] for row in visits)):
+def _prompts(visits: list[dict]) -> Iterator[tuple[str, str, list[tuple]]]:
+    """Each prompt: its name, its picture, its rows of the table."""
+    for prompt_id in dict.fromkeys(row["prompt_id"] for row in visits):
         mine = [row for row in visits if row["prompt_id"] == prompt_id]
-        parts.append(
-            f"<details{'' if number else ' open'}><summary>{escape(prompt_id)}: {len(mine)}"
-            f" visits</summary>{_image(_history(mine), f'rewards of {prompt_id}', 'one')}{_table(mine)}</details>"
-        )
-    return "\n".join(parts)
+        yield prompt_id, _svg(_history(mine)), [_visit(row) for row in mine]
 
 
 def _history(visits: list[dict]):
@@ -254,19 +168,14 @@ def _history(visits: list[dict]):
     return figure
 
 
-def _table(visits: list[dict]) -> str:
+def _visit(row: dict) -> tuple:
     def show(value: float | None, form: str = ".3f") -> str:
         return "-" if value is None else format(value, form)
 
-    head = ("visit", "step", "mean of visit", "mean of all", "std of all", "A of best", "A of worst", "A not 0")
-    lines = ["<tr>" + "".join(f"<th>{name}</th>" for name in head) + "</tr>"]
-    for row in visits:
-        rewards, advantages = row["rewards"], row["advantages"]
-        order = sorted(range(len(rewards)), key=rewards.__getitem__)
-        cells = (
-            row["visits"], row["step"], show(sum(rewards) / len(rewards)), show(row["mean"]), show(row["std"]),
-            show(advantages[order[-1]], "+.3f"), show(advantages[order[0]], "+.3f"),
-            f"{sum(a != 0 for a in advantages)} of {len(advantages)}",
-        )  # fmt: skip
-        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+    rewards, advantages = row["rewards"], row["advantages"]
+    order = sorted(range(len(rewards)), key=rewards.__getitem__)
+    return (
+        row["visits"], row["step"], show(sum(rewards) / len(rewards)), show(row["mean"]), show(row["std"]),
+        show(advantages[order[-1]], "+.3f"), show(advantages[order[0]], "+.3f"),
+        f"{sum(a != 0 for a in advantages)} of {len(advantages)}",
+    )  # fmt: skip

@@ -210,6 +210,15 @@ def test_a_sound_machine_has_neither_warnings_nor_failures(facts):
     assert [finding for finding in diagnose(facts) if finding.status in ("warn", "fail")] == []
 
 
+@pytest.mark.parametrize(
+    ("version", "status"),
+    [("2.6.0-mine", "ok"), ("2.7.0a0+79aa17489c.nv25.04", "ok"), ("2.10.1", "ok"), ("2.5.1_mine", "fail")],
+)
+def test_the_age_of_torch_is_read_from_any_version_that_starts_with_numbers(version, status):
+    (found,) = [finding for finding in diagnose(torch(CPU, version=version)) if finding.area == "torch"]
+    assert found.status == status
+
+
 def test_what_was_not_tried_is_no_failure_of_its_own():
     fails = [finding for finding in diagnose(no_torch(NO_TORCH)) if finding.status == "fail"]
     assert [finding.area for finding in fails] == ["torch"]

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from dcpo_megatron.cli import compare
+from dcpo_megatron.comparison.page import Heading, Paragraph, Picture, Table, as_html
 from dcpo_megatron.comparison.plots import band_over_seeds
 from dcpo_megatron.comparison.runs import interpolate, make_run, reached
 from tests.comparison import synthetic
@@ -96,6 +97,18 @@ def test_the_report_is_rebuilt_from_finished_runs_alone(folder, capsys):
         assert len(list(csv.DictReader(file))) == 8 * synthetic.STEPS
     with (report / "evaluations.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 8 * 5
+
+
+def test_text_of_a_page_stays_text_lines_stay_lines_and_a_verdict_has_its_class(tmp_path):
+    (tmp_path / "p.png").write_bytes(b"\x89PNG")
+    table = Table(["a & b", "verdict"], [["1 < 2\n3", "not measured"]], mark=1)
+    page = as_html([Heading("<h>", 3), Paragraph("<p>"), table, Picture(tmp_path / "p.png", '"a"')], "<title>")
+    for part in (
+        "<title>&lt;title&gt;</title>", "<h3>&lt;h&gt;</h3>", "<p>&lt;p&gt;</p>", "<th>a &amp; b</th>",
+        '<td>1 &lt; 2<br>3</td><td class="not-measured">not measured</td>',
+        '<img alt="&#34;a&#34;" src="data:image/png;base64,iVBORw==">',
+    ):  # fmt: skip
+        assert part in page
 
 
 def test_a_report_of_nothing_is_refused(folder, capsys):

@@ -9,7 +9,14 @@ from dcpo_megatron.comparison.statistics import mean_interval, paired_difference
 
 @pytest.mark.parametrize(
     ("confidence", "degrees", "t"),
-    [(0.95, 1, 12.70620), (0.95, 4, 2.776445), (0.95, 30, 2.042272), (0.99, 9, 3.249836), (0.95, 100000, 1.959988)],
+    [
+        (0.95, 1, 12.70620),
+        (0.95, 4, 2.776445),
+        (0.95, 30, 2.042272),
+        (0.99, 9, 3.249836),
+        (0.95, 100000, 1.959988),
+        (0.999, 1, 636.6192),
+    ],
 )
 def test_quantiles_are_those_of_the_tables(confidence, degrees, t):
     assert t_quantile(confidence, degrees) == pytest.approx(t, rel=1e-5)

@@ -1,6 +1,8 @@
 """The metrics endpoint scraped over a real socket, and the count of bad steps."""
 
 import math
+import socket
+import urllib.error
 import urllib.request
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from dcpo_megatron.config.schema import load_config
 from dcpo_megatron.data import Response, decode_responses
 from dcpo_megatron.mcore.step import UpdateResult
+from dcpo_megatron.monitor import prometheus
 from dcpo_megatron.monitor.bad_steps import BadSteps, BadStepsError
 from dcpo_megatron.monitor.prometheus import MetricsEndpoint
 from dcpo_megatron.monitor.sinks import Sinks
@@ -37,6 +40,18 @@ def test_what_is_scraped_is_what_was_given_last():
     with pytest.raises(OSError):
         scrape(endpoint.port)
     endpoint.close()
+
+
+def test_there_is_no_other_page_and_who_asks_nothing_is_let_go(monkeypatch):
+    monkeypatch.setattr(prometheus._Handler, "timeout", prometheus._Handler.timeout / 50)
+    endpoint = MetricsEndpoint(0)
+    try:
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"http://127.0.0.1:{endpoint.port}/", timeout=10)
+        with socket.create_connection(("127.0.0.1", endpoint.port), timeout=10) as silent:
+            assert silent.recv(1) == b""  # closed by the other side
+    finally:
+        endpoint.close()
 
 
 def test_a_port_that_is_taken_is_said_and_training_goes_on(tmp_path, capsys):

@@ -95,6 +95,22 @@ def test_a_run_that_kept_no_samples_still_has_its_curves(run):
     assert text.count("<img") == 4 and text.count("logging.samples") == 2
 
 
+def test_what_a_run_holds_is_shown_and_never_becomes_a_part_of_the_page(run):
+    hostile = [row | {"prompt_id": HOSTILE} for row in SAMPLES]
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hostile))
+    text = page_of(run).read_text(encoding="utf-8")
+    assert HOSTILE not in text and text.count("<script>") == 1
+    shown = html.unescape(text)
+    assert f"<summary>{HOSTILE}: 2 visits</summary>" in shown and f">{HOSTILE}</span>" in shown
+    assert shown.count(f'alt="rewards of {HOSTILE}"') == 1
+
+
+def test_no_white_space_comes_between_tokens(run):
+    (run / "samples.jsonl").write_text(json.dumps(SAMPLES[0]) + "\n")
+    (tokens,) = re.findall(r'<div class="tokens">(.*?)</div>', page_of(run).read_text(encoding="utf-8"), re.S)
+    assert html.unescape(re.sub(r"<[^>]*>", "", tokens)) == "".join(token[0] or "·" for token in TOKENS)
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
     assert "has no metrics.jsonl" in capsys.readouterr().err and not (tmp_path / "report.html").exists()
