@@ -14,13 +14,14 @@ a later pipeline stage sends to rank 0 what it has gathered: nobody else receive
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from dcpo_megatron.distributed import all_gather_bytes
+from dcpo_megatron.distributed import all_gather_bytes, all_reduce_on_host
 from dcpo_megatron.mcore.layout import RankPosition
 from dcpo_megatron.mcore.step import PolicyModel
 from dcpo_megatron.weights.conversion import padded_rows
@@ -29,6 +30,9 @@ from dcpo_megatron.weights.hf_folder import SafetensorsFolder
 from dcpo_megatron.weights.mapping import Rule, full_shape, merge, rule_for, shard, split, unshard
 from dcpo_megatron.weights.megatron_names import MegatronTensors, global_name
 from dcpo_megatron.weights.torch_dist import TorchDistFolder, find_checkpoint
+
+# After so many bytes that go to rank 0 alone all ranks meet.
+_MEETING_BYTES = 2**30
 
 
 def local_rules(model: PolicyModel) -> list[tuple[str, torch.nn.Parameter, Rule]]:
@@ -204,7 +208,13 @@ class WeightGatherer:
         position = self.position
         self.model.finish_gathering()
         leads = position.data_rank == position.context_rank == position.tensor_rank == 0  # its stage
+        since = 0
         for entry in self.plan:
+            # Rank 0 may be slow to take them, and a wait for it has the deadline of one collective.
+            if since >= _MEETING_BYTES:
+                all_reduce_on_host(torch.zeros(1))
+                since = 0
+            since += len(entry.rules) * math.prod(self._full_shape(entry)) * entry.dtype.itemsize
             parts: list[torch.Tensor] | None = None
             if entry.stage == position.pipeline_rank and self._is_in_first_replica(entry):
                 parts = self._join_here(entry, torch.Tensor.detach)

@@ -85,9 +85,10 @@ def on_first(folder: str, parallel: dict) -> tuple[bool, int, int]:
     bytes of tensors that came from others in each walk."""
     import torch.distributed as dist
 
-    from dcpo_megatron.weights.transfer import WeightGatherer
+    from dcpo_megatron.weights import transfer
 
-    gatherer = WeightGatherer(_policy(folder, parallel))
+    transfer._MEETING_BYTES = 4000
+    gatherer = transfer.WeightGatherer(_policy(folder, parallel))
     received, originals = 0, (dist.all_gather, dist.broadcast, dist.recv)
 
     def all_gather(parts, mine, group):
