@@ -10,12 +10,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tools import bench_exchange
 
 
-def test_at_four_ranks_bytes_follow_the_share_and_both_ways_give_the_same_tokens(tmp_path, capsys):
+def test_bytes_follow_the_share_and_both_ways_give_the_same_tokens(tmp_path, capsys):
     file = tmp_path / "found.json"
     assert bench_exchange.main([
-        "--responses", "256", "--tokens", "200", "--ranks", "4", "--json", str(file), "--timeout", "120",
+        "--responses", "256", "--tokens", "200", "--ranks", "2", "--json", str(file), "--timeout", "120",
     ]) == 0  # fmt: skip
-    found = json.loads(file.read_text())["measurements"]["4"]
+    found = json.loads(file.read_text())["measurements"]["2"]
     assert found["share"]["checksums"] == found["everything"]["checksums"]
     assert found["share"]["received"] <= 1.3 * found["share"]["share"] + 300 * 256
     assert found["everything"]["received"] > 3 * found["share"]["received"]
