@@ -23,7 +23,8 @@ class Sequence:
     """One response to train on. Per-token tensors have shape ``[len(response_ids)]``, fp32; ``weight`` is the same for
     every token of it.
 
-    ``number`` is the caller's own index of the response; log-probs come back under it.
+    ``number`` is the caller's own index of the response; log-probs come back under it. ``old_logprobs`` None: the
+    forward pass of the update gives them.
     """
 
     number: int
@@ -91,7 +92,8 @@ def make_micro_batch(
             for Transformer Engine's attention.
 
     Raises:
-        ValueError: a sequence without prompt tokens (nothing predicts its first response token).
+        ValueError: a sequence without prompt tokens (nothing predicts its first response token); old log-probs that
+            some sequences have and others do not.
     """
     for sequence in sequences:
         if not len(sequence.prompt_ids):
@@ -104,6 +106,9 @@ def make_micro_batch(
         lengths = [max(lengths) + -max(lengths) % row_align] * len(lengths)
     else:
         lengths[-1] += -sum(lengths) % row_align
+
+    if len({sequence.old_logprobs is None for sequence in sequences}) > 1:
+        raise ValueError("some responses of a micro-batch have old_logprobs and others have none: give all or none")
 
     # Whole arrays, since a micro-batch may hold hundreds of short sequences. First as if one rank held everything: T
     # tokens.

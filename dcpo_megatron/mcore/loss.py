@@ -85,8 +85,9 @@ def make_loss(
     """The loss function of one micro-batch; see the module's text for the contract.
 
     Args:
-        batch: with ``old_logprobs`` filled in; ``reference_logprobs`` where ``kl_coef`` is not 0, ``rollout_logprobs``
-            where a correction is on.
+        batch: with ``old_logprobs``, or None where this very forward pass gives them: right for the only update of a
+            rollout batch, whose ratios are then exactly 1. ``reference_logprobs`` where ``kl_coef`` is not 0,
+            ``rollout_logprobs`` where a correction is on.
         objective: an :class:`Objective` or a preset's name.
         context_group: the context-parallel group; only a sequence-level ratio needs it.
         fused: the function is also given to ``response_head(fused_loss=...)``, which forms the gradients with it in the
@@ -102,10 +103,6 @@ def make_loss(
         ValueError: log-probs that the objective needs are missing, or it cannot be fused.
     """
     objective = get_preset(objective) if isinstance(objective, str) else objective
-    if batch.old_logprobs is None:
-        raise ValueError(
-            "the micro-batch has no old_logprobs: compute them before the first update of the rollout batch"
-        )
     if objective.kl_coef and batch.reference_logprobs is None:
         raise ValueError(
             f"kl_coef={objective.kl_coef} needs reference_logprobs: compute them with the reference model's weights"
@@ -147,7 +144,7 @@ class MicroBatchLoss:
 
     def _terms(self, logprobs: torch.Tensor, entropy: torch.Tensor, part: slice = slice(None)) -> _Terms:
         batch, objective = self.batch, self.objective
-        old_logprobs = batch.old_logprobs[part]
+        old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs[part]
         rollout_logprobs = None if batch.rollout_logprobs is None else batch.rollout_logprobs[part]
         sequence_level = objective.ratio_level == "sequence"
         clipped = policy_loss(
@@ -167,7 +164,7 @@ class MicroBatchLoss:
             per_token = per_token + objective.kl_coef * reference_kl
         if objective.entropy_coef:
             per_token = per_token - objective.entropy_coef * entropy
-        return _Terms((batch.weights[part] * per_token).sum(), clipped, policy, reference_kl)
+        return _Terms((batch.weights[part] * per_token).sum(), clipped, policy, reference_kl, old_logprobs)
 
     def _reduce_context(self, sums: torch.Tensor) -> torch.Tensor:
         if self.context_group is not None and dist.get_world_size(self.context_group) > 1:
@@ -183,11 +180,13 @@ class _Terms:
     clipped: PolicyLoss
     policy: torch.Tensor
     reference_kl: torch.Tensor | None
+    old_logprobs: torch.Tensor
 
 
 @torch.no_grad()
 def _metrics(batch: MicroBatch, objective: Objective, parts: _Terms, entropy: torch.Tensor) -> dict[str, torch.Tensor]:
     terms, loss, policy, reference_kl = parts.clipped, parts.loss, parts.policy, parts.reference_kl
+    old_logprobs = parts.old_logprobs
 
     def total(values) -> torch.Tensor:
         return values.detach().double().sum()
@@ -205,7 +204,7 @@ def _metrics(batch: MicroBatch, objective: Objective, parts: _Terms, entropy: to
         "gradient_removed": total(terms.gradient_removed),
         "entropy": total(entropy),
         "ratio": total(terms.ratio),
-        "vacuous_upper": total(vacuous_upper_bound(batch.old_logprobs, objective.eps_high)),
+        "vacuous_upper": total(vacuous_upper_bound(old_logprobs, objective.eps_high)),
         "bound_lower": total(terms.lower),
         "bound_upper": total(terms.upper.clamp(max=1e6)),
         "tokens": count,
@@ -216,7 +215,7 @@ def _metrics(batch: MicroBatch, objective: Objective, parts: _Terms, entropy: to
     maxima = [zero, (terms.ratio - 1).abs().double().max() if batch.targets.numel() else zero]
     if batch.rollout_logprobs is not None:
         # k3 with samples of the rollout engine: log w = log p_train - log p_rollout, k3 = w - 1 - log w >= 0.
-        difference = batch.old_logprobs.double() - batch.rollout_logprobs.double()
+        difference = old_logprobs.double() - batch.rollout_logprobs.double()
         weight = difference.clamp(-20, 20).exp()
         sums |= {
             "mismatch_abs": total(difference.abs()),

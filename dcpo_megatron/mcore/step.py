@@ -127,7 +127,7 @@ class PolicyModel:
 
     def _run(self, micro_batches: Seq[Seq[Sequence]], loss_of, *, forward_only: bool, fused: bool = False):
         """Runs the schedule; returns the list of what the loss functions gave (on the last pipeline stage; empty
-        elsewhere).
+        elsewhere). ``fused``: with the fused head, or with its blocks where ``forward_only``.
 
         Tensors of a micro-batch are made when its turn comes, and kept only until every model chunk of this rank has
         had it.
@@ -155,7 +155,8 @@ class PolicyModel:
                 temperature=self.temperature,
                 chunk_tokens=self.head_chunk_tokens,
                 head=self.head,
-                fused_loss=loss if fused else None,
+                fused_loss=loss if fused and not forward_only else None,
+                blocks_of_fused=fused,
             )
             with head as extra:
                 output = chunk(
@@ -182,9 +183,14 @@ class PolicyModel:
     # -- forward only ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def logprobs(self, micro_batches: Seq[Seq[Sequence]], *, entropy: bool = False) -> dict[int, torch.Tensor]:
+    def logprobs(
+        self, micro_batches: Seq[Seq[Sequence]], *, entropy: bool = False, objective: Objective | None = None
+    ) -> dict[int, torch.Tensor]:
         """Log-probs (or, with ``entropy``, entropies) of every response token under the current weights, no gradient
         state.
+
+        With ``objective`` they are, to the bit, those that the forward pass of :meth:`update` would find now with it
+        and the same micro-batches.
 
         Returns:
             on the last pipeline stage ``{sequence.number: [len(response_ids)] fp32}`` on the CPU; with context
@@ -208,7 +214,8 @@ class PolicyModel:
             return collect
 
         with self._evaluating():
-            self._run(micro_batches, loss_of, forward_only=True)
+            fused = objective is not None and self._fuses(objective)
+            self._run(micro_batches, loss_of, forward_only=True, fused=fused)
         return found
 
     @contextmanager
@@ -262,7 +269,7 @@ class PolicyModel:
 
     def update(self, micro_batches: Seq[Seq[Sequence]], objective: Objective, lr: float) -> UpdateResult:
         """One optimizer step on one minibatch with learning rate ``lr``. A step whose gradient is not finite is left
-        out and says so."""
+        out and says so. Sequences without old log-probs get them from this forward pass."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with self.span("forward_backward"):

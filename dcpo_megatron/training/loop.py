@@ -28,6 +28,7 @@ from dcpo_megatron.training.checks import CheckedRun
 from dcpo_megatron.training.held_out import evaluate_held_out
 from dcpo_megatron.training.introduction import introduce_run
 from dcpo_megatron.training.minibatches import plan_minibatch, split_minibatches
+from dcpo_megatron.training.old_logprobs import take_logprobs
 from dcpo_megatron.training.parts import Monitors, Progress, RunData
 from dcpo_megatron.training.rollout_phase import RolloutPhase
 from dcpo_megatron.training.summary import write_summary
@@ -121,7 +122,7 @@ class Trainer:
             with span("packing"):
                 minibatches = [self._plan(responses, indices) for indices in parts]
             with span("old_logprobs"):
-                self._take_logprobs(minibatches)
+                take_logprobs(self, step, minibatches)
                 self._check_mismatch(step, minibatches, responses, version)
             updates = []
             for micro_batches in minibatches:
@@ -163,18 +164,6 @@ class Trainer:
             # The interleaved schedule wants a multiple of the pipeline size.
             multiple_of=position.pipeline_size if self.run_.layout.interleaved else 1,
         )
-
-    def _take_logprobs(self, minibatches) -> None:
-        """Old (and reference) log-probs of the whole rollout batch, before its first update, in the very micro-batches
-        that the updates will use."""
-        everything = [micro_batch for micro_batches in minibatches for micro_batch in micro_batches]
-        if not everything:
-            return
-        old = self.policy.logprobs(everything)
-        reference = {} if self.reference is None else self.reference.logprobs(everything)
-        for sequence in (sequence for micro_batch in everything for sequence in micro_batch):
-            sequence.old_logprobs = old.get(sequence.number)
-            sequence.reference_logprobs = reference.get(sequence.number)
 
     def _check_mismatch(self, step: int, minibatches, responses: list[Response], version: int) -> None:
         limit = self.run_.config.rollout.max_mismatch

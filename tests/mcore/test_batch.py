@@ -1,5 +1,7 @@
 """What a micro-batch's tensors say of each response token, packed, padded and split over context-parallel ranks."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -88,7 +90,7 @@ def test_logprobs_lie_beside_the_token_they_are_of():
 
 
 def test_logprobs_that_one_sequence_lacks_are_none_for_all():
-    batch = make([with_logprobs(1, 2, 3), sequence(2, 4, 1)])
+    batch = make([dataclasses.replace(with_logprobs(1, 2, 3), old_logprobs=None), sequence(2, 4, 1)])
     assert batch.old_logprobs is None and batch.rollout_logprobs is None and batch.reference_logprobs is None
 
 
