@@ -1,8 +1,8 @@
 """Old and reference log-probs of a step, before its first update.
 
-    several updates                            old log-probs: a forward-only pass over all of their micro-batches
-    one update                                 none: its own forward pass gives them, the same to the bit
-    one update, and somebody looks before it   the pass: rollout.max_mismatch is a limit, or samples of the step are kept
+Several updates: a forward-only pass over all of their micro-batches gives the old ones. One update: its own forward
+pass gives them, the same to the bit, unless they are looked at before it: ``rollout.max_mismatch`` is a limit, or
+samples of this step are kept.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """Functions that run on the ranks of a pool: gradients and updates whose old log-probs come from a pass before, or from
 their own forward pass."""
 
-import torch
-
 
 def pass_and_own(name: str, folder: str, items: list, objectives: dict, dtype: str = "float32", **options) -> dict:
     """Each objective in the layout ``name``, fused and not, both ways: ``{(objective, setting): [(numbers, gradients),

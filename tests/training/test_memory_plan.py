@@ -284,7 +284,8 @@ def test_an_estimate_follows_gpus_recomputation_and_staleness():
         estimate_step(run_of(model, 32, *once, f"rollout.max_mismatch={limit}", *more, recipe=recipe)).seconds
         for limit, *more in (("0.2",), ("null",), ("null", "objective.kl_coef=0.1"))
     )
-    assert (no_limit["old log-probs"], reference["old log-probs"]) == (0, limit["old log-probs"]) and limit["old log-probs"]
+    seconds = [found["old log-probs"] for found in (no_limit, limit, reference)]
+    assert seconds[0] == 0 and seconds[1] == seconds[2] > 0
     separate = "qwen2.5-math-7b"
     beside = estimate_step(run_of(model, 24, "rollout.max_staleness=1", recipe=separate))
     assert beside.total == pytest.approx(
