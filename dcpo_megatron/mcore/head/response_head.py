@@ -27,9 +27,10 @@ Kept by the recomputing head: the selected hidden states (they exist once more a
 log-sum-exp and entropy of each. In fp32 the gradients 4 n H and 4 V H are what the backward pass returns, so no extra.
 With bf16 weights the recomputing head adds up a chunk of the weight's gradient in fp32 at a time, and the fused head
 holds all of it in fp32 from its forward to its backward pass; on the last stage the schedule has one micro-batch
-between the two. A forward-only pass before a fused update takes the fused head's blocks (F, and v = V). Where these 4 V H bytes are more than 1 GiB (a vocabulary of 152,064 not split, hidden 3,584: 2 GiB),
+between the two. Where these 4 V H bytes are more than 1 GiB (a vocabulary of 152,064 not split, hidden 3,584: 2 GiB),
 ``model.fused_head_loss=auto`` takes the recomputing head and its fourth product instead; ``on`` and ``off`` decide
-otherwise. No Megatron-Core ``main_grad`` is written here: the gradient of the weight goes to autograd, in the weight's
+otherwise. A forward-only pass that is to give the fused head's log-probs to the bit takes its blocks (F for B, V for
+v). No Megatron-Core ``main_grad`` is written here: the gradient of the weight goes to autograd, in the weight's
 dtype, which adds a tied embedding's own and then calls DistributedDataParallel's hook.
 
 On a GPU where Triton imports, what lies between two products is one kernel each
