@@ -22,6 +22,7 @@ SLOW = (
     "training/test_run_end_to_end", "mcore/test_cpu_standins", "slurm/test_training_and_servers",
     "cli/test_demo_pretrained", "cli/test_bad_input", "tools/test_bench_rollout", "hosts/test_starts",
     "hosts/test_link_faults", "training/test_layouts_train_alike", "hosts/test_exact", "hosts/test_doctor_peers",
+    "mcore/test_own_logprobs", "training/test_old_logprobs",
     "training/test_start_weights", "rewards/test_math_forms", "rewards/test_reward_deadline",
     "tools/test_bench_convert", "tools/test_bench_logprobs", "weights/test_transfer", "hosts/test_late_hosts",
     "cli/test_verify", "weights/test_work", "hosts/test_meeting_faults", "tools/test_bench_step",

@@ -52,7 +52,7 @@ def bench_rank(args, folder: Path) -> None:
     from dcpo_megatron.checkpoint.saver import CheckpointSaver
     from dcpo_megatron.checkpoint.snapshot import take_snapshot
     from dcpo_megatron.mcore import platform as platforms
-    from dcpo_megatron.mcore.batch import Sequence
+    from dcpo_megatron.mcore.batch import TrainingSample
     from dcpo_megatron.mcore.hf_config import read_shape
     from dcpo_megatron.mcore.layout import ParallelLayout, make_groups, rank_position
     from dcpo_megatron.mcore.model import ModelOptions, OptimizerOptions
@@ -82,7 +82,7 @@ def bench_rank(args, folder: Path) -> None:
     length = 128
     batch = [
         [
-            Sequence(
+            TrainingSample(
                 rank * 1000 + n, [1, 2], list(range(3, 3 + length)), 1.0, 1e-4, torch.zeros(length), torch.zeros(length)
             )
             for n in range(args.tokens // length)

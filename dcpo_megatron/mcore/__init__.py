@@ -11,7 +11,7 @@ _PLUGIN = {
     "logprobs_from_hidden": "head.response_head",
     "make_micro_batch": "batch",
     "MicroBatch": "batch",
-    "Sequence": "batch",
+    "TrainingSample": "batch",
     "unwrap": "model",
 }
 

@@ -1,14 +1,14 @@
 """Micro-batches as tensors: what one forward step of a Megatron model takes.
 
-A :class:`Sequence` is prompt and response tokens plus what the loss needs per response token. :func:`make_micro_batch`
-lays a few of them out, either packed end to end in one row (THD) or one a row, padded on the right; with context
-parallelism each rank gets its zigzag part. The position that predicts response token t is the one before it, so a
-response of n tokens always has n predicting positions.
+A :class:`TrainingSample` is prompt and response tokens plus what the loss needs per response token.
+:func:`make_micro_batch` lays a few of them out, either packed end to end in one row (THD) or one a row, padded on the
+right; with context parallelism each rank gets its zigzag part. The position that predicts response token t is the one
+before it, so a response of n tokens always has n predicting positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,16 +18,17 @@ from dcpo_megatron.mcore.attention import AttentionPlan, PackedRow
 
 
 @dataclass
-class Sequence:
+class TrainingSample:
     """One response to train on. Per-token tensors have shape ``[len(response_ids)]``, fp32; ``weight`` is the same for
     every token of it.
 
-    ``number`` is the caller's own index of the response; log-probs come back under it.
+    ``number`` is the caller's own index of the response; log-probs come back under it. ``old_logprobs`` None: the
+    forward pass of the only update gives them.
     """
 
     number: int
-    prompt_ids: Seq[int] | np.ndarray
-    response_ids: Seq[int] | np.ndarray
+    prompt_ids: Sequence[int] | np.ndarray
+    response_ids: Sequence[int] | np.ndarray
     advantage: float = 0.0
     weight: float = 0.0
     old_logprobs: torch.Tensor | None = None
@@ -66,7 +67,7 @@ class MicroBatch:
 
 
 def make_micro_batch(
-    sequences: Seq[Sequence],
+    sequences: Sequence[TrainingSample],
     device: torch.device,
     *,
     packed: bool = True,
@@ -90,7 +91,8 @@ def make_micro_batch(
             for Transformer Engine's attention.
 
     Raises:
-        ValueError: a sequence without prompt tokens (nothing predicts its first response token).
+        ValueError: a sequence without prompt tokens (nothing predicts its first response token); old log-probs that
+            some sequences have and others do not.
     """
     for sequence in sequences:
         if not len(sequence.prompt_ids):
@@ -103,6 +105,9 @@ def make_micro_batch(
         lengths = [max(lengths) + -max(lengths) % row_align] * len(lengths)
     else:
         lengths[-1] += -sum(lengths) % row_align
+
+    if len({sequence.old_logprobs is None for sequence in sequences}) > 1:
+        raise ValueError("some responses of a micro-batch have old_logprobs and others have none: give all or none")
 
     # Whole arrays, since a micro-batch may hold hundreds of short sequences. First as if one rank held everything: T
     # tokens.

@@ -81,6 +81,7 @@ def make_loss(
     data_parallel_size: int,
     context_group: dist.ProcessGroup | None = None,
     fused: bool = False,
+    own_old_logprobs: bool = False,
 ) -> MicroBatchLoss:
     """The loss function of one micro-batch; see the module's text for the contract.
 
@@ -91,6 +92,8 @@ def make_loss(
         context_group: the context-parallel group; only a sequence-level ratio needs it.
         fused: the function is also given to ``response_head(fused_loss=...)``, which forms the gradients with it in the
             forward pass.
+        own_old_logprobs: where the batch has no ``old_logprobs``, this very forward pass gives them. Right for the only
+            update of a rollout batch: its ratios are then exactly 1.
 
     Returns:
         ``f(output) -> (scaled loss, {"sums": [len(SUM_NAMES)] float64, "maxima": [len(MAX_NAMES)] float64})``, with
@@ -102,7 +105,7 @@ def make_loss(
         ValueError: log-probs that the objective needs are missing, or it cannot be fused.
     """
     objective = get_preset(objective) if isinstance(objective, str) else objective
-    if batch.old_logprobs is None:
+    if batch.old_logprobs is None and not own_old_logprobs:
         raise ValueError(
             "the micro-batch has no old_logprobs: compute them before the first update of the rollout batch"
         )
@@ -147,7 +150,7 @@ class MicroBatchLoss:
 
     def _terms(self, logprobs: torch.Tensor, entropy: torch.Tensor, part: slice = slice(None)) -> _Terms:
         batch, objective = self.batch, self.objective
-        old_logprobs = batch.old_logprobs[part]
+        old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs[part]
         rollout_logprobs = None if batch.rollout_logprobs is None else batch.rollout_logprobs[part]
         sequence_level = objective.ratio_level == "sequence"
         clipped = policy_loss(
@@ -167,7 +170,7 @@ class MicroBatchLoss:
             per_token = per_token + objective.kl_coef * reference_kl
         if objective.entropy_coef:
             per_token = per_token - objective.entropy_coef * entropy
-        return _Terms((batch.weights[part] * per_token).sum(), clipped, policy, reference_kl)
+        return _Terms((batch.weights[part] * per_token).sum(), clipped, policy, reference_kl, old_logprobs)
 
     def _reduce_context(self, sums: torch.Tensor) -> torch.Tensor:
         if self.context_group is not None and dist.get_world_size(self.context_group) > 1:
@@ -183,11 +186,13 @@ class _Terms:
     clipped: PolicyLoss
     policy: torch.Tensor
     reference_kl: torch.Tensor | None
+    old_logprobs: torch.Tensor
 
 
 @torch.no_grad()
 def _metrics(batch: MicroBatch, objective: Objective, parts: _Terms, entropy: torch.Tensor) -> dict[str, torch.Tensor]:
     terms, loss, policy, reference_kl = parts.clipped, parts.loss, parts.policy, parts.reference_kl
+    old_logprobs = parts.old_logprobs
 
     def total(values) -> torch.Tensor:
         return values.detach().double().sum()
@@ -205,7 +210,7 @@ def _metrics(batch: MicroBatch, objective: Objective, parts: _Terms, entropy: to
         "gradient_removed": total(terms.gradient_removed),
         "entropy": total(entropy),
         "ratio": total(terms.ratio),
-        "vacuous_upper": total(vacuous_upper_bound(batch.old_logprobs, objective.eps_high)),
+        "vacuous_upper": total(vacuous_upper_bound(old_logprobs, objective.eps_high)),
         "bound_lower": total(terms.lower),
         "bound_upper": total(terms.upper.clamp(max=1e6)),
         "tokens": count,
@@ -216,7 +221,7 @@ def _metrics(batch: MicroBatch, objective: Objective, parts: _Terms, entropy: to
     maxima = [zero, (terms.ratio - 1).abs().double().max() if batch.targets.numel() else zero]
     if batch.rollout_logprobs is not None:
         # k3 with samples of the rollout engine: log w = log p_train - log p_rollout, k3 = w - 1 - log w >= 0.
-        difference = batch.old_logprobs.double() - batch.rollout_logprobs.double()
+        difference = old_logprobs.double() - batch.rollout_logprobs.double()
         weight = difference.clamp(-20, 20).exp()
         sums |= {
             "mismatch_abs": total(difference.abs()),

@@ -2,15 +2,15 @@
 
 :class:`PolicyModel` holds the chunks, the optimizer and the layout of one rank; :meth:`PolicyModel.logprobs` is the
 forward-only pass (old and reference log-probs), :meth:`PolicyModel.update` one optimizer step over a minibatch. Both
-take lists of lists of :class:`~dcpo_megatron.mcore.batch.Sequence`: the micro-batches of THIS data-parallel rank, the
-same number on every rank. All tensor-, pipeline- and context-parallel ranks of a data-parallel rank get the same lists.
+take lists of lists of :class:`~dcpo_megatron.mcore.batch.TrainingSample`: the micro-batches of THIS data-parallel
+rank, the same number on every rank. All tensor-, pipeline- and context-parallel ranks of a data-parallel rank get the
+same lists.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from dcpo_megatron.mcore.batch import MicroBatch, Sequence, make_micro_batch
+from dcpo_megatron.mcore.batch import MicroBatch, TrainingSample, make_micro_batch
 from dcpo_megatron.mcore.fast_paths import finish_gathering
 from dcpo_megatron.mcore.head.backend import head_blocks, takes_fused_head
 from dcpo_megatron.mcore.head.response_head import response_head
@@ -105,7 +105,7 @@ class PolicyModel:
 
     # -- batches -----------------------------------------------------------------------------------
 
-    def _batch(self, sequences: Seq[Sequence]) -> MicroBatch:
+    def _batch(self, sequences: Sequence[TrainingSample]) -> MicroBatch:
         return make_micro_batch(
             sequences,
             self.platform.device,
@@ -125,9 +125,11 @@ class PolicyModel:
     def _align(self) -> int:
         return alignment(self.layout.tensor, self.layout.context, self.layout.sequence_parallel)
 
-    def _run(self, micro_batches: Seq[Seq[Sequence]], loss_of, *, forward_only: bool, fused: bool = False):
+    def _run(
+        self, micro_batches: Sequence[Sequence[TrainingSample]], loss_of, *, forward_only: bool, fused: bool = False
+    ):
         """Runs the schedule; returns the list of what the loss functions gave (on the last pipeline stage; empty
-        elsewhere).
+        elsewhere). ``fused``: with the fused head, or with its blocks where ``forward_only``.
 
         Tensors of a micro-batch are made when its turn comes, and kept only until every model chunk of this rank has
         had it.
@@ -155,7 +157,8 @@ class PolicyModel:
                 temperature=self.temperature,
                 chunk_tokens=self.head_chunk_tokens,
                 head=self.head,
-                fused_loss=loss if fused else None,
+                fused_loss=loss if fused and not forward_only else None,
+                blocks_of_fused=fused,
             )
             with head as extra:
                 output = chunk(
@@ -182,9 +185,18 @@ class PolicyModel:
     # -- forward only ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def logprobs(self, micro_batches: Seq[Seq[Sequence]], *, entropy: bool = False) -> dict[int, torch.Tensor]:
+    def logprobs(
+        self,
+        micro_batches: Sequence[Sequence[TrainingSample]],
+        *,
+        entropy: bool = False,
+        objective: Objective | None = None,
+    ) -> dict[int, torch.Tensor]:
         """Log-probs (or, with ``entropy``, entropies) of every response token under the current weights, no gradient
         state.
+
+        With ``objective`` they are, to the bit, those that the forward pass of :meth:`update` would find now with it
+        and the same micro-batches.
 
         Returns:
             on the last pipeline stage ``{sequence.number: [len(response_ids)] fp32}`` on the CPU; with context
@@ -208,7 +220,8 @@ class PolicyModel:
             return collect
 
         with self._evaluating():
-            self._run(micro_batches, loss_of, forward_only=True)
+            fused = objective is not None and self._fuses(objective)
+            self._run(micro_batches, loss_of, forward_only=True, fused=fused)
         return found
 
     @contextmanager
@@ -231,10 +244,10 @@ class PolicyModel:
         )
 
     def gradients(
-        self, micro_batches: Seq[Seq[Sequence]], objective: Objective
+        self, micro_batches: Sequence[Sequence[TrainingSample]], objective: Objective, *, only: bool = False
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Forward and backward over a minibatch; gradients stay in the buffers. Returns the all-reduced ``(sums,
-        maxima)``."""
+        maxima)``. ``only``: as :meth:`update`."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -248,6 +261,7 @@ class PolicyModel:
                 data_parallel_size=self.position.data_size,
                 context_group=self.position.context_group,
                 fused=fused,
+                own_old_logprobs=only,
             )
 
         for chunk in self.chunks:
@@ -260,13 +274,18 @@ class PolicyModel:
         )
         return self._reduce(results)
 
-    def update(self, micro_batches: Seq[Seq[Sequence]], objective: Objective, lr: float) -> UpdateResult:
+    def update(
+        self, micro_batches: Sequence[Sequence[TrainingSample]], objective: Objective, lr: float, *, only: bool = False
+    ) -> UpdateResult:
         """One optimizer step on one minibatch with learning rate ``lr``. A step whose gradient is not finite is left
-        out and says so."""
+        out and says so.
+
+        ``only``: it is the only update of its rollout batch, so sequences without old log-probs get them from this
+        forward pass. Raises ValueError for such sequences otherwise."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with self.span("forward_backward"):
-            sums, maxima = self.gradients(micro_batches, objective)
+            sums, maxima = self.gradients(micro_batches, objective, only=only)
         with self.span("optimizer"):
             if not self._gradients_are_finite():
                 return UpdateResult(sums, maxima, math.nan, False, lr)

@@ -5,7 +5,8 @@ With N the elements that a token meets, T tokens of the batch (R responses of p 
 head_dim, L layers:
 
     forward of a token      2 N + 2 L Q (p + r) flops; causal attention looks at half of the sequence on average
-    old log-probs           T x forward / (g x peak x MFU), twice with a reference model
+    old log-probs           T x forward / (g x peak x MFU), once more with a reference model; none of their own where
+                            the step's only update gives them
     forward and backward    T x 3 forward (4 with recomputation) / (g x peak x MFU)
                             x (1 + (stages - 1) / (chunks x micro-batches)), the pipeline's bubble; old log-probs too
     optimizer               for each update 30 bytes of every element that the rank owns and 8 of every one that it
@@ -86,10 +87,11 @@ def estimate_step(run: CheckedRun, server_gpus: int | None = None, card: Hardwar
     micro_batches = max(1.0, tokens / updates / layout.data_parallel(world) / config.training.micro_batch_tokens)
     bubble = 1 + (layout.pipeline - 1) / ((layout.virtual_pipeline or 1) * micro_batches)
     passes = 4 if config.model.recompute == "full" else 3
+    before = (updates > 1 or config.rollout.max_mismatch is not None) + bool(run.objective.kl_coef)
     rollout, rate, gpus, together = _rollout(run, card, server_gpus, prompt, response)
     seconds = {
         "rollout": rollout,
-        "old log-probs": tokens * forward / flops * bubble * (2 if run.objective.kl_coef else 1),
+        "old log-probs": tokens * forward / flops * bubble * before,
         "forward and backward": passes * tokens * forward / flops * bubble,
         "optimizer": updates * _update_seconds(run, card),
         "publish": (

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dcpo_megatron.distributed import all_reduce_on_host
-from dcpo_megatron.mcore.batch import Sequence as TrainingSequence
+from dcpo_megatron.mcore.batch import TrainingSample
 
 
 class MismatchError(RuntimeError):
@@ -28,7 +28,7 @@ class MismatchError(RuntimeError):
 
 def check_mismatch(
     step: int,
-    sequences: Iterable[TrainingSequence],
+    sequences: Iterable[TrainingSample],
     stale: Sequence[int] | np.ndarray,
     *,
     limit: float,

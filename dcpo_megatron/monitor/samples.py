@@ -25,7 +25,7 @@ import torch.distributed as dist
 from dcpo_megatron.advantages.sas import RewardHistory
 from dcpo_megatron.data.response_table import ResponseTable
 from dcpo_megatron.files import read_rows
-from dcpo_megatron.mcore.batch import Sequence as TrainingSequence
+from dcpo_megatron.mcore.batch import TrainingSample
 from dcpo_megatron.mcore.layout import RankPosition
 from dcpo_megatron.objectives import Objective, policy_loss
 
@@ -156,7 +156,7 @@ class SampleLog:
 def _tokens(
     new: torch.Tensor,
     old: torch.Tensor,
-    sequence: TrainingSequence,
+    sequence: TrainingSample,
     objective: Objective,
     text_of: Callable[[int], str],
 ) -> list[list]:

@@ -28,6 +28,7 @@ from dcpo_megatron.training.checks import CheckedRun
 from dcpo_megatron.training.held_out import evaluate_held_out
 from dcpo_megatron.training.introduction import introduce_run
 from dcpo_megatron.training.minibatches import MinibatchMaker
+from dcpo_megatron.training.old_logprobs import take_logprobs
 from dcpo_megatron.training.parts import Monitors, Progress, RunData
 from dcpo_megatron.training.rollout_phase import RolloutPhase
 from dcpo_megatron.training.summary import write_summary
@@ -118,7 +119,7 @@ class Trainer:
                 self.engine.release_memory()
             parts, minibatches = self.minibatches.make(table, rollout.held)
             with span("old_logprobs"):
-                self._take_logprobs(minibatches)
+                take_logprobs(self, step, minibatches)
                 self._check_mismatch(step, minibatches, table)
             updates = []
             for micro_batches in minibatches:
@@ -127,7 +128,8 @@ class Trainer:
                         step, table, minibatches, self.policy.logprobs, self.run_.objective,
                         lambda token: self.data.tokenizer.decode([token]),
                     )  # fmt: skip
-                updates.append(self.policy.update(micro_batches, self.run_.objective, self._lr(step)))
+                only = len(minibatches) == 1  # its own forward pass may give old log-probs
+                updates.append(self.policy.update(micro_batches, self.run_.objective, self._lr(step), only=only))
                 self.progress.updates += 1
             self.phase.take_back_visits(table, parts, updates)
             samples.visits(step, table, history)
@@ -146,18 +148,6 @@ class Trainer:
     def _show_progress(self, finished: int, total: int) -> None:
         self.monitors.watchdog.progress()
         self.monitors.sinks.progress(finished, total)
-
-    def _take_logprobs(self, minibatches) -> None:
-        """Old (and reference) log-probs of the whole rollout batch, before its first update, in the very micro-batches
-        that the updates will use."""
-        everything = [micro_batch for micro_batches in minibatches for micro_batch in micro_batches]
-        if not everything:
-            return
-        old = self.policy.logprobs(everything)
-        reference = {} if self.reference is None else self.reference.logprobs(everything)
-        for sequence in (sequence for micro_batch in everything for sequence in micro_batch):
-            sequence.old_logprobs = old.get(sequence.number)
-            sequence.reference_logprobs = reference.get(sequence.number)
 
     def _check_mismatch(self, step: int, minibatches, table: ResponseTable) -> None:
         limit = self.run_.config.rollout.max_mismatch

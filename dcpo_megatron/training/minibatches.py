@@ -7,7 +7,7 @@ does not depend on the plan.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from dcpo_megatron.data import Response
 from dcpo_megatron.data.packing import PackingOptions, plan_micro_batches
 from dcpo_megatron.data.response_table import ResponseTable
 from dcpo_megatron.distributed import all_gather_on_host, host_group
-from dcpo_megatron.mcore.batch import Sequence
+from dcpo_megatron.mcore.batch import TrainingSample
 from dcpo_megatron.mcore.layout import RankPosition
 from dcpo_megatron.monitor.timeline import Timeline
 from dcpo_megatron.objectives import Objective, aggregation_weights
@@ -52,7 +52,9 @@ class MinibatchMaker:
     data_ranks: tuple[int, ...]
     timeline: Timeline
 
-    def make(self, table: ResponseTable, held: Seq[Response]) -> tuple[list[np.ndarray], list[list[list[Sequence]]]]:
+    def make(
+        self, table: ResponseTable, held: Sequence[Response]
+    ) -> tuple[list[np.ndarray], list[list[list[TrainingSample]]]]:
         """``(parts, minibatches)``: the rows of each minibatch, and its micro-batches on this rank, in whose sequences
         ``number`` is the row. Collective over all ranks; ``held``: this rank's responses, in the order of its rows."""
         with self.timeline.span("packing"):
@@ -73,12 +75,12 @@ class MinibatchMaker:
             micro_batches.append(dealt[self.data_rank])
         return StepPlan(parts, micro_batches, weights, trained_by)
 
-    def sequences(self, table: ResponseTable, plan: StepPlan, tokens: Tokens) -> list[list[list[Sequence]]]:
+    def sequences(self, table: ResponseTable, plan: StepPlan, tokens: Tokens) -> list[list[list[TrainingSample]]]:
         """This rank's micro-batches of each minibatch."""
 
-        def sequence(row: int) -> Sequence:
+        def sequence(row: int) -> TrainingSample:
             token_ids, logprobs = tokens[row]
-            return Sequence(
+            return TrainingSample(
                 number=row,
                 prompt_ids=table.prompts[table.prompt[row]].token_ids,
                 response_ids=token_ids,

@@ -10,7 +10,7 @@ import torch
 
 from dcpo_megatron.data import Prompt
 from dcpo_megatron.distributed import all_reduce_on_host
-from dcpo_megatron.mcore.batch import Sequence as TrainingSequence
+from dcpo_megatron.mcore.batch import TrainingSample
 from dcpo_megatron.mcore.step import PolicyModel
 
 PROBES, PROBE_TOKENS = 4, 64
@@ -44,8 +44,7 @@ class TrainingProbe:
         # The interleaved schedule wants a multiple of the pipeline size.
         count = -(-len(ids) // position.pipeline_size) * position.pipeline_size
         micro_batches = [
-            [TrainingSequence(number, ids[number % len(ids)][:1], ids[number % len(ids)][1:])]
-            for number in range(count)
+            [TrainingSample(number, ids[number % len(ids)][:1], ids[number % len(ids)][1:])] for number in range(count)
         ]
         temperature, policy.temperature = policy.temperature, 1.0
         try:

@@ -202,7 +202,7 @@ def split_items(items: list[Item], layout: Layout, position) -> list[list[int]]:
 
 
 def _sequence(number: int, items: list[Item], objective: Objective):
-    from dcpo_megatron.mcore.batch import Sequence
+    from dcpo_megatron.mcore.batch import TrainingSample
 
     item = items[number]
     weights = aggregation_weights(
@@ -211,7 +211,7 @@ def _sequence(number: int, items: list[Item], objective: Objective):
         torch.tensor([i.prompt_id for i in items]),
         max_response_tokens=64,
     )
-    return Sequence(
+    return TrainingSample(
         number=number,
         prompt_ids=item.prompt,
         response_ids=item.response,

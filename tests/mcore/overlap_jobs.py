@@ -13,7 +13,7 @@ def train(hf: str, parallel: dict, overlap: str, dtype: str = "bfloat16", **opti
     between.
     """
     from dcpo_megatron.checkpoint.snapshot import take_snapshot
-    from dcpo_megatron.mcore.batch import Sequence
+    from dcpo_megatron.mcore.batch import TrainingSample
     from dcpo_megatron.mcore.hf_config import read_shape
     from dcpo_megatron.mcore.layout import ParallelLayout, make_groups, rank_position
     from dcpo_megatron.mcore.model import ModelOptions, OptimizerOptions
@@ -41,7 +41,9 @@ def train(hf: str, parallel: dict, overlap: str, dtype: str = "bfloat16", **opti
     )
     gatherer = WeightGatherer(policy)
     old, size = torch.full((3,), -2.0), policy.position.data_size
-    mine = [Sequence(n, [1, 2], [3, 4 + n, 5], 1.0, 0.1, old, old) for n in range(policy.position.data_rank, 8, size)]
+    mine = [
+        TrainingSample(n, [1, 2], [3, 4 + n, 5], 1.0, 0.1, old, old) for n in range(policy.position.data_rank, 8, size)
+    ]
     batches = [mine[: len(mine) // 2], mine[len(mine) // 2 :]]
 
     def update():

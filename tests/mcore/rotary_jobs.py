@@ -16,9 +16,9 @@ class Counter(TorchDispatchMode):
 
 
 def _sequences(count: int):
-    from dcpo_megatron.mcore.batch import Sequence
+    from dcpo_megatron.mcore.batch import TrainingSample
 
-    return [Sequence(n, [1, 2, 3], [4 + n % 7] * (LENGTH - 3)) for n in range(count)]
+    return [TrainingSample(n, [1, 2, 3], [4 + n % 7] * (LENGTH - 3)) for n in range(count)]
 
 
 def count_and_compare():

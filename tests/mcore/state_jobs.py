@@ -31,7 +31,7 @@ def _policy(
 
 
 def _steps(policy, numbers) -> list[float]:
-    from dcpo_megatron.mcore.batch import Sequence
+    from dcpo_megatron.mcore.batch import TrainingSample
     from dcpo_megatron.objectives import get_preset
 
     old = torch.full((3,), -2.0)
@@ -39,7 +39,9 @@ def _steps(policy, numbers) -> list[float]:
     rank, size = policy.position.data_rank, policy.position.data_size
     norms = []
     for step in numbers:
-        mine = [Sequence(n, [1, 2 + step], [3, 4 + n, 5], 1.0, 0.1, old, old) for n in range(8) if n % size == rank]
+        mine = [
+            TrainingSample(n, [1, 2 + step], [3, 4 + n, 5], 1.0, 0.1, old, old) for n in range(8) if n % size == rank
+        ]
         half = len(mine) // 2
         norms.append(policy.update([mine[:half], mine[half:]], get_preset("dcpo-paper"), 1e-2).gradient_norm)
     return norms

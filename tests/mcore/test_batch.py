@@ -1,12 +1,14 @@
 """What a micro-batch's tensors say of each response token, packed, padded and split over context-parallel ranks."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcpo_megatron.mcore.attention import zigzag_slices
-from dcpo_megatron.mcore.batch import Sequence, make_micro_batch
+from dcpo_megatron.mcore.batch import TrainingSample, make_micro_batch
 
 CPU = torch.device("cpu")
 PAD = 99
@@ -15,7 +17,7 @@ PAD = 99
 def sequence(number, prompt, response, **fields):
     """Token ids name their place: 1000 * number + place."""
     ids = [1000 * number + place for place in range(prompt + response)]
-    return Sequence(number, ids[:prompt], ids[prompt:], advantage=number / 4, weight=number / 8, **fields)
+    return TrainingSample(number, ids[:prompt], ids[prompt:], advantage=number / 4, weight=number / 8, **fields)
 
 
 def with_logprobs(number, prompt, response):
@@ -88,7 +90,7 @@ def test_logprobs_lie_beside_the_token_they_are_of():
 
 
 def test_logprobs_that_one_sequence_lacks_are_none_for_all():
-    batch = make([with_logprobs(1, 2, 3), sequence(2, 4, 1)])
+    batch = make([dataclasses.replace(with_logprobs(1, 2, 3), old_logprobs=None), sequence(2, 4, 1)])
     assert batch.old_logprobs is None and batch.rollout_logprobs is None and batch.reference_logprobs is None
 
 

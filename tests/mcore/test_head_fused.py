@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from dcpo_megatron.mcore.batch import Sequence, make_micro_batch
+from dcpo_megatron.mcore.batch import TrainingSample, make_micro_batch
 from dcpo_megatron.mcore.head.response_head import logprobs_from_hidden, loss_from_hidden
 from dcpo_megatron.mcore.loss import make_loss
 from dcpo_megatron.objectives import PRESETS, get_preset
@@ -29,7 +29,7 @@ def case(dtype=torch.float32, seed=0):
     for number, (length, advantage) in enumerate([(5, 1.5), (9, -1.0), (1, 0.0)]):
         tokens = torch.randint(VOCAB, (length + 2,), generator=generator).tolist()
         old = [-torch.rand(length, generator=generator) * 6 for _ in range(3)]
-        sequences.append(Sequence(number, tokens[:2], tokens[2:], advantage, 0.1 / length, *old))
+        sequences.append(TrainingSample(number, tokens[:2], tokens[2:], advantage, 0.1 / length, *old))
     batch = make_micro_batch(sequences, torch.device("cpu"))
     hidden = torch.randn(len(batch.targets), HIDDEN, generator=generator).to(dtype)
     weight = torch.randn(PADDED, HIDDEN, generator=generator).to(dtype)

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from dcpo_megatron.mcore.batch import Sequence, make_micro_batch
+from dcpo_megatron.mcore.batch import TrainingSample, make_micro_batch
 from dcpo_megatron.mcore.loss import SUM_NAMES, make_loss
 from dcpo_megatron.objectives import Objective, get_preset
 
@@ -16,7 +16,7 @@ OLD = torch.tensor([-0.01, -0.7, -9.0, -30.0])
 def sums(objective: Objective, current=(0.05, -0.4, 2.0, 25.0)) -> dict[str, float]:
     """The reported sums for two responses with A > 0 and A < 0; ``current``: log r of their tokens."""
     sequences = [
-        Sequence(n, [1, 2], [3, 4, 5, 6], advantage, 0.25, OLD, OLD + 0.3, OLD - 0.5) for n,
+        TrainingSample(n, [1, 2], [3, 4, 5, 6], advantage, 0.25, OLD, OLD + 0.3, OLD - 0.5) for n,
         advantage in enumerate((1.5, -0.5))
     ]  # fmt: skip
     batch = make_micro_batch(sequences, torch.device("cpu"))

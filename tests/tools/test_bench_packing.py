@@ -31,10 +31,10 @@ def test_the_tokens_counted_are_those_of_the_trainers_micro_batch(bench, packed,
     from dcpo_megatron.mcore.platform import prepare, select_platform
 
     prepare(select_platform("cpu"))
-    from dcpo_megatron.mcore.batch import Sequence, make_micro_batch
+    from dcpo_megatron.mcore.batch import TrainingSample, make_micro_batch
 
     lengths, options = [5, 9, 3], PackingOptions(64, packed=packed, align=2, row_align=8)
-    sequences = [Sequence(i, [1], [2] * (lengths[i] - 1)) for i in members]
+    sequences = [TrainingSample(i, [1], [2] * (lengths[i] - 1)) for i in members]
     batch = make_micro_batch(sequences, torch.device("cpu"), packed=packed, align=2, row_align=8)
     assert bench.tokens_computed(members, lengths, options) == batch.input_ids.numel()
 

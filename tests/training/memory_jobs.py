@@ -120,12 +120,12 @@ def _routed(policy, counts: list[int]):
 
 
 def _micro_batches(policy):
-    from dcpo_megatron.mcore.batch import Sequence
+    from dcpo_megatron.mcore.batch import TrainingSample
 
     generator = torch.Generator().manual_seed(policy.position.data_rank)
     length, old = TOKENS - PROMPT, torch.full((TOKENS - PROMPT,), -2.0)
     tokens = torch.randint(0, 500, (MICRO_BATCHES, SEQUENCES, TOKENS), generator=generator).tolist()
     return [
-        [Sequence(n, ids[:PROMPT], ids[PROMPT:], 1.0, 1 / length, old, old) for n, ids in enumerate(rows)]
+        [TrainingSample(n, ids[:PROMPT], ids[PROMPT:], 1.0, 1 / length, old, old) for n, ids in enumerate(rows)]
         for rows in tokens
     ]

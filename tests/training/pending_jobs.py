@@ -101,14 +101,17 @@ def saved_and_taken_up(start: str, folder: str, writers: int, read: bool):
 def mismatch(gap: float, aged_gap: float, limit: float):
     """Eight tokens a rank, half of them sampled under older weights, whose log-probs differ by the gaps. The message,
     or None."""
-    from dcpo_megatron.mcore.batch import Sequence
+    from dcpo_megatron.mcore.batch import TrainingSample
     from dcpo_megatron.monitor.mismatch import MismatchError, check_mismatch
 
     old = torch.full((8,), -1.0)
     rollout = old + torch.tensor([aged_gap] * 4 + [gap] * 4)
     hidden = old.clone()
     hidden[-1] = float("nan")  # held by another context-parallel rank
-    sequences = [Sequence(0, [1], [2] * 8, old_logprobs=hidden, rollout_logprobs=rollout), Sequence(0, [1], [2] * 8)]
+    sequences = [
+        TrainingSample(0, [1], [2] * 8, old_logprobs=hidden, rollout_logprobs=rollout),
+        TrainingSample(0, [1], [2] * 8),
+    ]
     try:
         check_mismatch(
             3, sequences, [4], limit=limit, counts_here=dist.get_rank() == 0

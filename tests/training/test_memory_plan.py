@@ -279,6 +279,13 @@ def test_an_estimate_follows_gpus_recomputation_and_staleness():
         assert few[part] == pytest.approx(2 * many[part])
     again = estimate_step(run_of(model, 32, "model.recompute=full", recipe=recipe)).seconds
     assert again["forward and backward"] == pytest.approx(many["forward and backward"] * 4 / 3)
+    once = ["rollout.prompts_per_step=32", "training.minibatch_prompts=32"]
+    limit, no_limit, reference = (
+        estimate_step(run_of(model, 32, *once, f"rollout.max_mismatch={limit}", *more, recipe=recipe)).seconds
+        for limit, *more in (("0.2",), ("null",), ("null", "objective.kl_coef=0.1"))
+    )
+    seconds = [found["old log-probs"] for found in (no_limit, limit, reference)]
+    assert seconds[0] == 0 and seconds[1] == seconds[2] > 0
     separate = "qwen2.5-math-7b"
     beside = estimate_step(run_of(model, 24, "rollout.max_staleness=1", recipe=separate))
     assert beside.total == pytest.approx(

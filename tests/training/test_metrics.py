@@ -166,8 +166,8 @@ def trainer_of(responses, history=None):
     )
     policy = section(
         position=section(data_rank=0, data_size=1, pipeline_size=1),
-        logprobs=lambda micro_batches: {},
-        update=lambda micro_batches, objective, lr: update(tokens=4.0, mismatch_tokens=4.0, lr=lr),
+        logprobs=lambda micro_batches, objective: {},
+        update=lambda micro_batches, objective, lr, only: update(tokens=4.0, mismatch_tokens=4.0, lr=lr),
     )
     watchdog = Watchdog(Path("nowhere"), 0, 1, 60.0)  # not started: it writes nothing
     return Trainer(

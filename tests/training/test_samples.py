@@ -10,7 +10,7 @@ import torch
 
 from dcpo_megatron.advantages.sas import RewardHistory
 from dcpo_megatron.data import Response
-from dcpo_megatron.mcore.batch import Sequence
+from dcpo_megatron.mcore.batch import TrainingSample
 from dcpo_megatron.monitor import samples
 from dcpo_megatron.monitor.samples import SampleLog
 from dcpo_megatron.objectives import get_preset
@@ -41,7 +41,7 @@ def train(log: SampleLog, steps, length=LENGTH) -> RewardHistory:
         log.visits(step, table, history)
         if log.due(step):
             batch = [
-                Sequence(n, [1], r.token_ids, r.advantage, old_logprobs=torch.full((length,), -1.0))
+                TrainingSample(n, [1], r.token_ids, r.advantage, old_logprobs=torch.full((length,), -1.0))
                 for n, r in enumerate(responses)
             ]
             log.responses(step, table, [[batch]], grown, objective, chr)

@@ -49,10 +49,10 @@ def weights_and_parameters(folder: str, parallel: dict) -> tuple[dict[str, torch
 
 def logprobs(folder: str, parallel: dict, tokens: list[int], prompt: int) -> torch.Tensor:
     """Log-probs of the tokens after the first ``prompt`` ones, as the last pipeline stage sees them."""
-    from dcpo_megatron.mcore.batch import Sequence
+    from dcpo_megatron.mcore.batch import TrainingSample
 
     blank = torch.zeros(len(tokens) - prompt)
-    sequence = Sequence(0, tokens[:prompt], tokens[prompt:], 1.0, 0.1, blank, blank)
+    sequence = TrainingSample(0, tokens[:prompt], tokens[prompt:], 1.0, 0.1, blank, blank)
     return _policy(folder, parallel).logprobs([[sequence]])[0]
 
 
@@ -61,7 +61,7 @@ def update_with_a_bad_number(folder: str, parallel: dict) -> tuple[bool, bool, l
     second)."""
     import torch.distributed as dist
 
-    from dcpo_megatron.mcore.batch import Sequence
+    from dcpo_megatron.mcore.batch import TrainingSample
     from dcpo_megatron.mcore.model import OptimizerOptions
     from dcpo_megatron.objectives import get_preset
 
@@ -71,7 +71,9 @@ def update_with_a_bad_number(folder: str, parallel: dict) -> tuple[bool, bool, l
     rank = dist.get_rank()
 
     def batch(bad: bool):
-        return [[Sequence(rank, [1, 2], [3, 4, 5], 1.0, 0.1, torch.full((3,), float("nan")) if bad else old, old)]]
+        return [
+            [TrainingSample(rank, [1, 2], [3, 4, 5], 1.0, 0.1, torch.full((3,), float("nan")) if bad else old, old)]
+        ]
 
     first = policy.update(batch(False), get_preset("dcpo-paper"), 1e-3)
     before = [p.detach().clone() for module in policy.modules for p in module.parameters()]

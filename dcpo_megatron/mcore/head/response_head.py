@@ -29,7 +29,8 @@ With bf16 weights the recomputing head adds up a chunk of the weight's gradient 
 holds all of it in fp32 from its forward to its backward pass; on the last stage the schedule has one micro-batch
 between the two. Where these 4 V H bytes are more than 1 GiB (a vocabulary of 152,064 not split, hidden 3,584: 2 GiB),
 ``model.fused_head_loss=auto`` takes the recomputing head and its fourth product instead; ``on`` and ``off`` decide
-otherwise. No Megatron-Core ``main_grad`` is written here: the gradient of the weight goes to autograd, in the weight's
+otherwise. A forward-only pass that is to give the fused head's log-probs to the bit takes its blocks (F for B, V for
+v). No Megatron-Core ``main_grad`` is written here: the gradient of the weight goes to autograd, in the weight's
 dtype, which adds a tied embedding's own and then calls DistributedDataParallel's hook.
 
 On a GPU where Triton imports, what lies between two products is one kernel each
@@ -57,7 +58,7 @@ from dcpo_megatron.mcore.compat import HAS_OUTPUT_PROCESSOR
 from dcpo_megatron.mcore.fast_paths import finish_gathering_of
 from dcpo_megatron.mcore.head.backend import head_blocks
 from dcpo_megatron.mcore.head.chunks import make_settings
-from dcpo_megatron.mcore.head.fused import FusedHeadAndLoss, TokenLoss
+from dcpo_megatron.mcore.head.fused import FusedHeadAndLoss, TokenLoss, fused_chunk_tokens
 from dcpo_megatron.mcore.head.recompute import RecomputedLogProbs
 
 
@@ -169,6 +170,7 @@ def response_head(
     chunk_tokens: int = 1024,
     head: str = "auto",
     fused_loss: FusedLoss | None = None,
+    blocks_of_fused: bool = False,
 ):
     """Within the context, ``model(...)`` on the last pipeline stage returns ``[n, 2]`` (log-prob, entropy) instead of
     logits.
@@ -181,6 +183,8 @@ def response_head(
         positions: ``[n]`` places in the row-major ``[B, S]`` tokens of this call (local to a context-parallel rank)
             whose NEXT token is a target.
         targets: ``[n]`` token ids.
+        blocks_of_fused: without ``fused_loss``: take the blocks that the fused head would take, so that the log-probs
+            are its own to the bit. For a forward-only pass before it.
     """
     if not model.post_process:
         yield {}
@@ -197,6 +201,8 @@ def response_head(
             head=head,
         )
         if fused_loss is None:
+            if blocks_of_fused:
+                settings |= dict(chunk_tokens=fused_chunk_tokens(weight, chunk_tokens), chunk_vocab=weight.shape[0])
             return torch.stack(logprobs_from_hidden(selected, weight, targets, **settings), dim=-1)
         loss, logprobs, entropy = loss_from_hidden(selected, weight, targets, fused_loss.token_loss, **settings)
         last = torch.stack((loss, torch.zeros_like(loss)))
