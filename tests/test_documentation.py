@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dcpo_megatron.cli.main import main
-from dcpo_megatron.config.schema import load_config
+from dcpo_megatron.config.loading import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

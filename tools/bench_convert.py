@@ -41,7 +41,7 @@ def make_model(folder: Path, gigabytes: float, dtype: str, vocab: int = VOCABULA
     import torch
 
     from dcpo_megatron.mcore.hf_config import read_shape
-    from dcpo_megatron.weights.hf_folder import shard_name, write_safetensors, write_weight_index
+    from dcpo_megatron.weights.hf_writing import shard_name, write_safetensors, write_weight_index
     from dcpo_megatron.weights.mapping import hf_shapes, parameter_names, rule_for
 
     wanted = gigabytes * 1e9 / getattr(torch, dtype).itemsize

@@ -105,7 +105,7 @@ def measure(args: argparse.Namespace) -> int:
 
 
 def _run_steps(args: argparse.Namespace) -> dict:
-    from dcpo_megatron.config.schema import load_config
+    from dcpo_megatron.config.loading import load_config
     from dcpo_megatron.training.checks import check_run
 
     run = check_run(load_config(args.config, args.overrides), int(os.environ.get("WORLD_SIZE", "1")))

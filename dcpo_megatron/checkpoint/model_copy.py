@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from dcpo_megatron.checkpoint.folder import checkpoint_name, complete_steps
 from dcpo_megatron.distributed import all_gather_on_host
-from dcpo_megatron.weights.hf_folder import write_hf_folder
+from dcpo_megatron.weights.hf_writing import write_hf_folder
 
 
 class UnsavedModelError(RuntimeError):

@@ -32,7 +32,8 @@ from dcpo_megatron.checkpoint.snapshot import HostMemory, Snapshot
 from dcpo_megatron.distributed import all_gather_on_host, all_reduce_on_host, host_group
 from dcpo_megatron.files import discard
 from dcpo_megatron.weights.conversion import write_index_with_companions
-from dcpo_megatron.weights.torch_dist import Record, Rendered, render, write_rendered
+from dcpo_megatron.weights.torch_dist import Record
+from dcpo_megatron.weights.torch_dist_writing import Rendered, render, write_rendered
 
 _IDLE, _WRITING, _DONE, _FAILED = range(4)
 # Seconds that the writer rests beside training for each second of processor time; it works for some milliseconds at a

@@ -157,7 +157,7 @@ def _write_recipe(config, folder: Path) -> None:
     """``recipe.yaml`` of a run. Raises PlanError where the folder holds a run of another recipe."""
     from dcpo_megatron.checkpoint.resume import changed_keys
     from dcpo_megatron.comparison.plan import PlanError
-    from dcpo_megatron.config.schema import to_yaml
+    from dcpo_megatron.config.loading import to_yaml
 
     file = folder / "recipe.yaml"
     now = config.model_dump(mode="json")

@@ -61,8 +61,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     args = parser.parse_intermixed_args(argv)
     from dcpo_megatron.cli import demo_pretrained
+    from dcpo_megatron.config.loading import load_config
     from dcpo_megatron.config.recipes import FOLDER
-    from dcpo_megatron.config.schema import ConfigError, load_config
+    from dcpo_megatron.config.schema import ConfigError
     from dcpo_megatron.data import DataError
 
     # Not by name: a file called demo, here, would win.

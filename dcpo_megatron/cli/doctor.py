@@ -19,7 +19,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dcpo_megatron.doctor.checks import Finding, counted, diagnose
+from dcpo_megatron.doctor.checks import diagnose
+from dcpo_megatron.doctor.findings import Finding, counted
 from dcpo_megatron.doctor.probes import look
 
 TIMEOUT = 8.0  # seconds; the whole command then stays below ten

@@ -119,7 +119,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(args) -> int:
-    from dcpo_megatron.config.schema import ConfigError, load_config
+    from dcpo_megatron.config.loading import load_config
+    from dcpo_megatron.config.schema import ConfigError
     from dcpo_megatron.training.checks import check_run
 
     if not args.check and (args.gpu_memory is not None or args.server_gpus is not None):
@@ -282,7 +283,8 @@ def print_keys() -> None:
     """Every configuration key with its default and meaning."""
     import dataclasses
 
-    from dcpo_megatron.config.schema import Config, known_keys
+    from dcpo_megatron.config.loading import known_keys
+    from dcpo_megatron.config.schema import Config
     from dcpo_megatron.objectives import Objective
 
     fields = {}

@@ -22,8 +22,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dcpo_megatron.config.loading import load_config
 from dcpo_megatron.config.recipes import find_recipe
-from dcpo_megatron.config.schema import Config, ConfigError, load_config
+from dcpo_megatron.config.schema import Config, ConfigError
 from dcpo_megatron.toys.chains import ChainTask
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dcpo_megatron.doctor.checks import Finding, counted
+from dcpo_megatron.doctor.findings import Finding, counted
 from dcpo_megatron.network import is_loopback
 
 # Heartbeats of other hosts are judged by their age: clocks should agree to within seconds.

@@ -13,7 +13,8 @@ from dcpo_megatron.advantages import RewardHistory
 from dcpo_megatron.checkpoint.resume import Found, data_fingerprint, find_checkpoint, refuse_another_run
 from dcpo_megatron.checkpoint.saver import CheckpointSaver
 from dcpo_megatron.checkpoint.snapshot import restore
-from dcpo_megatron.config.schema import ConfigError, to_yaml
+from dcpo_megatron.config.loading import to_yaml
+from dcpo_megatron.config.schema import ConfigError
 from dcpo_megatron.data import DataError, PromptOptions, PromptSampler, load_prompts
 from dcpo_megatron.data.packing import PackingOptions
 from dcpo_megatron.launch.signals import Stopped

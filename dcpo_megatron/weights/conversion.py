@@ -30,7 +30,8 @@ from dcpo_megatron.mcore.hf_config import ModelShape
 from dcpo_megatron.mcore.layout import ParallelLayout
 from dcpo_megatron.weights.hf_folder import CheckpointError, copy_companions
 from dcpo_megatron.weights.mapping import Rule
-from dcpo_megatron.weights.torch_dist import TorchDistFolder, write_index
+from dcpo_megatron.weights.torch_dist import TorchDistFolder
+from dcpo_megatron.weights.torch_dist_writing import write_index
 
 HF_SUBFOLDER = "huggingface"
 # No piece of a record is larger: what a reader of another layout must hold.

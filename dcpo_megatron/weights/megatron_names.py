@@ -27,7 +27,8 @@ from dcpo_megatron.mcore.families.base import FUSED_NORMS, single_expert
 from dcpo_megatron.mcore.hf_config import ModelShape
 from dcpo_megatron.weights.fit import check_tie
 from dcpo_megatron.weights.hf_folder import CheckpointError
-from dcpo_megatron.weights.torch_dist import TorchDistFolder, serialized
+from dcpo_megatron.weights.torch_dist import TorchDistFolder
+from dcpo_megatron.weights.torch_dist_writing import serialized
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(.+)$")

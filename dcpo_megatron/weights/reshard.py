@@ -26,7 +26,8 @@ from dcpo_megatron.weights.conversion import (
 from dcpo_megatron.weights.hf_folder import CheckpointError
 from dcpo_megatron.weights.mapping import Rule, parameter_names, rule_for
 from dcpo_megatron.weights.megatron_names import MegatronTensors
-from dcpo_megatron.weights.torch_dist import COMMON_FILE, Record, TorchDistFolder, write_records
+from dcpo_megatron.weights.torch_dist import COMMON_FILE, Record, TorchDistFolder
+from dcpo_megatron.weights.torch_dist_writing import write_records
 from dcpo_megatron.weights.work import Unit, file_facts
 
 # optimizer.state.exp_avg.KEY, as Megatron-Core's model-space formats name it; several optimizers (dense, experts) are

@@ -14,7 +14,8 @@ import torch
 from dcpo_megatron import __version__
 from dcpo_megatron.mcore.hf_config import ModelShape, read_shape
 from dcpo_megatron.weights.conversion import hf_folder_of, vocab_stretches
-from dcpo_megatron.weights.hf_folder import copy_companions, shard_name, write_safetensors, write_weight_index
+from dcpo_megatron.weights.hf_folder import copy_companions
+from dcpo_megatron.weights.hf_writing import shard_name, write_safetensors, write_weight_index
 from dcpo_megatron.weights.mapping import full_shape, hf_shapes, parameter_names, rule_for, split
 from dcpo_megatron.weights.megatron_names import MegatronTensors
 from dcpo_megatron.weights.torch_dist import Record, TorchDistFolder

@@ -19,7 +19,8 @@ from dcpo_megatron.weights.fit import check_folder
 from dcpo_megatron.weights.hf_folder import CheckpointError, SafetensorsFolder
 from dcpo_megatron.weights.mapping import Rule, full_shape, merge, parameter_names, rule_for
 from dcpo_megatron.weights.megatron_names import layer_states, lead_shape, outer_states, stacked_places
-from dcpo_megatron.weights.torch_dist import Record, write_records
+from dcpo_megatron.weights.torch_dist import Record
+from dcpo_megatron.weights.torch_dist_writing import write_records
 from dcpo_megatron.weights.work import Unit, file_facts
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dcpo_megatron.cli import demo, demo_pretrained
-from dcpo_megatron.config.schema import ConfigError, load_config
+from dcpo_megatron.config.loading import load_config
+from dcpo_megatron.config.schema import ConfigError
 from dcpo_megatron.training.checks import check_run
 from dcpo_megatron.training.tokenizer import load_tokenizer, stop_token_ids
 from dcpo_megatron.weights.from_gguf import check_gguf, end_as_the_model_does

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from dcpo_megatron.cli import doctor
-from dcpo_megatron.doctor.checks import GIB, Finding, diagnose, has_kernels
+from dcpo_megatron.doctor.checks import diagnose
 from dcpo_megatron.doctor.facts import Apex, CudaView, Driver, Facts, Gpu, Host, Problem, TorchBuild
+from dcpo_megatron.doctor.findings import GIB, Finding
+from dcpo_megatron.doctor.gpu_checks import has_kernels
 from dcpo_megatron.doctor.probes import REQUIRED
 from dcpo_megatron.doctor.stages import STAGES
 

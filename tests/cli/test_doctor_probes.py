@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from dcpo_megatron.doctor.checks import GIB
 from dcpo_megatron.doctor.facts import Apex, CudaView, Driver, Gpu, Problem
+from dcpo_megatron.doctor.findings import GIB
 from dcpo_megatron.doctor.probes import find_megatron, find_packages, look_at_host, read_answers, run_children
 from dcpo_megatron.doctor.stages import STAGES
 

@@ -63,7 +63,7 @@ def train_and_save(hf: str, parallel: dict, folder: str, optimizer: str, dtype: 
 def _save(policy, folder: str) -> int:
     """Writes a checkpoint; returns the bytes of this rank's part."""
     from dcpo_megatron.checkpoint.snapshot import take_snapshot
-    from dcpo_megatron.weights.torch_dist import write_index, write_records
+    from dcpo_megatron.weights.torch_dist_writing import write_index, write_records
 
     snapshot = take_snapshot(policy)
     _same_from_the_host(policy, snapshot)

@@ -10,7 +10,7 @@ import sysconfig
 import pytest
 import torch
 
-from dcpo_megatron.config.schema import load_config
+from dcpo_megatron.config.loading import load_config
 from dcpo_megatron.gpus import visible_gpus
 from dcpo_megatron.mcore.head import torch_blocks as head_torch
 from dcpo_megatron.mcore.head.backend import head_blocks, missing_to_build

@@ -9,7 +9,7 @@ def train(overrides: list[str]) -> list[dict]:
 def _run(overrides: list[str], stop_after: int | None = None) -> list[dict]:
     import torch.distributed as dist
 
-    from dcpo_megatron.config.schema import load_config
+    from dcpo_megatron.config.loading import load_config
     from dcpo_megatron.mcore.platform import select_platform
     from dcpo_megatron.training.build import build_trainer
     from dcpo_megatron.training.checks import check_run

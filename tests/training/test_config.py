@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 
-from dcpo_megatron.config.schema import Config, ConfigError, known_keys, load_config, to_yaml
+from dcpo_megatron.config.loading import known_keys, load_config, to_yaml
+from dcpo_megatron.config.schema import Config, ConfigError
 from dcpo_megatron.mcore.hf_config import ModelConfigError
 from dcpo_megatron.mcore.platform import find_apex
 from dcpo_megatron.objectives import PRESETS, get_preset

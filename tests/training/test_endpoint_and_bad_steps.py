@@ -7,7 +7,7 @@ import urllib.request
 
 import pytest
 
-from dcpo_megatron.config.schema import load_config
+from dcpo_megatron.config.loading import load_config
 from dcpo_megatron.data import Response, decode_responses
 from dcpo_megatron.mcore.step import UpdateResult
 from dcpo_megatron.monitor import prometheus

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_megatron.config.schema import ConfigError, load_config
+from dcpo_megatron.config.loading import load_config
+from dcpo_megatron.config.schema import ConfigError
 from dcpo_megatron.training.engines import listed_servers, publish_options
 from dcpo_megatron.verification.ranks import RankPool
 from tests.rollout.test_addresses import SGLANG, Whoever

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from dcpo_megatron.checkpoint.resume import changed_keys
-from dcpo_megatron.config.schema import ConfigError, load_config
+from dcpo_megatron.config.loading import load_config
+from dcpo_megatron.config.schema import ConfigError
 from dcpo_megatron.console.quiet import write_any_letter
 from dcpo_megatron.data import Prompt, PromptOptions, load_prompts
 from dcpo_megatron.monitor.sinks import Sinks

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from dcpo_megatron.cli.train import main
-from dcpo_megatron.config.schema import load_config
+from dcpo_megatron.config.loading import load_config
 from dcpo_megatron.mcore.hf_config import read_shape
 from dcpo_megatron.mcore.layout import ParallelLayout
 from dcpo_megatron.memory.activations import Compute, chunk_passes, final_bytes, kept_bytes, layer_bytes

@@ -6,7 +6,8 @@ import torch
 
 from dcpo_megatron.checkpoint import folder as folders
 from dcpo_megatron.files import move_aside, remove
-from dcpo_megatron.weights.hf_folder import SafetensorsFolder, write_hf_folder
+from dcpo_megatron.weights.hf_folder import SafetensorsFolder
+from dcpo_megatron.weights.hf_writing import write_hf_folder
 from dcpo_megatron.weights.publish.disk import DiskTransport
 from tests.training.test_checkpoint_folder import make
 from tests.unremovable import unremovable

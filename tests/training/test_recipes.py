@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from dcpo_megatron.config.loading import load_config
 from dcpo_megatron.config.recipes import FOLDER, find_recipe
-from dcpo_megatron.config.schema import ConfigError, load_config
+from dcpo_megatron.config.schema import ConfigError
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "configs"
 GIVEN = ["model.path=model", "data.files=[train.jsonl]"]

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from dcpo_megatron.config.schema import ConfigError, load_config
+from dcpo_megatron.config.loading import load_config
+from dcpo_megatron.config.schema import ConfigError
 from dcpo_megatron.mcore.layout import ParallelLayout
 from dcpo_megatron.training.checks import check_run
 from dcpo_megatron.verification.cases import make_model

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dcpo_megatron.weights.hf_folder import INDEX, CheckpointError, SafetensorsFolder, write_hf_folder
+from dcpo_megatron.weights.hf_folder import INDEX, CheckpointError, SafetensorsFolder
+from dcpo_megatron.weights.hf_writing import write_hf_folder
 
 TENSORS = {
     "model.embed_tokens.weight": torch.arange(40, dtype=torch.float32).reshape(10, 4),

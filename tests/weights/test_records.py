@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-from dcpo_megatron.weights import torch_dist
-from dcpo_megatron.weights.torch_dist import render, serialized, write_records
+from dcpo_megatron.weights import torch_dist_writing
+from dcpo_megatron.weights.torch_dist_writing import render, serialized, write_records
 
 TENSORS = {
     "plain": torch.arange(1000.0).reshape(20, 50),
@@ -60,14 +60,14 @@ def test_a_system_that_writes_less_than_it_was_given_is_asked_again(tmp_path, mo
     def short(file, buffers):
         return whole(file, [memoryview(buffers[0])[:most]])
 
-    monkeypatch.setattr(torch_dist.os, "writev", short)
+    monkeypatch.setattr(torch_dist_writing.os, "writev", short)
     tensor = torch.arange(300)
     (record,) = write_records(tmp_path / "file", [("key", (0,), tensor)])
     assert torch.equal(read(tmp_path / "file", record), tensor)
 
 
 def test_an_interrupt_while_a_tensor_is_rendered_stays_an_interrupt(monkeypatch):
-    write, calls = torch_dist._Collector.write, []
+    write, calls = torch_dist_writing._Collector.write, []
 
     def interrupted(self, data):
         calls.append(len(data))
@@ -75,6 +75,6 @@ def test_an_interrupt_while_a_tensor_is_rendered_stays_an_interrupt(monkeypatch)
             raise KeyboardInterrupt
         return write(self, data)
 
-    monkeypatch.setattr(torch_dist._Collector, "write", interrupted)
+    monkeypatch.setattr(torch_dist_writing._Collector, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        torch_dist.render("weight", None, torch.ones(3))
+        torch_dist_writing.render("weight", None, torch.ones(3))

@@ -16,7 +16,7 @@ from pathlib import Path
 from dcpo_megatron.files import discard, remove, replace, sync
 from dcpo_megatron.rollout.protocol import RolloutError
 from dcpo_megatron.rollout.server import Server, ServerError
-from dcpo_megatron.weights.hf_folder import shard_name, write_safetensors, write_weight_index
+from dcpo_megatron.weights.hf_writing import shard_name, write_safetensors, write_weight_index
 from dcpo_megatron.weights.publish.buckets import Bucket
 from dcpo_megatron.weights.publish.transport import Transport
 
