@@ -23,8 +23,7 @@ TARGET = 0.31
 MARKER = ".dcpo-demo"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the demo; returns the exit code."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dcpo demo", description="A small DCPO run from nothing to a better model, on a CPU."
     )
@@ -59,7 +58,12 @@ def main(argv: list[str] | None = None) -> int:
         help="with --pretrained: the problems are GSM8K's, gsm8k_train.jsonl and gsm8k_test.jsonl of this folder",
     )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    args = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the demo; returns the exit code."""
+    args = _parser().parse_intermixed_args(argv)
     from dcpo_megatron.cli import demo_pretrained
     from dcpo_megatron.config.loading import load_config
     from dcpo_megatron.config.recipes import FOLDER
@@ -79,15 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     except demo_pretrained.DemoError as error:
         print(f"dcpo: error: {error}", file=sys.stderr)
         return 2
-    own = {
-        "model.path": str(folder / "start"),
-        "data.files": [str(folder / "train.jsonl")],
-        "evaluation.files": [str(folder / "held_out.jsonl")],
-        "output": str(folder),
-        "training.seed": args.seed,
-    }
-    if args.pretrained:
-        own["model.weights"] = str(folder / "megatron")
+    own = _own_settings(folder, args)
     taken = [override for override in args.overrides if override.partition("=")[0] in own]
     if taken or args.ranks < 1 or args.servers < 0:
         reason = (
@@ -109,18 +105,8 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"dcpo: error: {error}", file=sys.stderr)
         return 2
-    if folder.exists() and not folder.is_dir():
-        print(f"dcpo: error: --output {folder} is a file: name a folder", file=sys.stderr)
+    if not _make_room(folder):
         return 2
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / MARKER).is_file():
-            print(f"dcpo: error: {folder} is not empty and is no demo's folder: give another --output", file=sys.stderr)
-            return 2
-        problem = discard(folder)
-        if problem is not None:
-            print(f"dcpo: {'error' if folder.exists() else 'warning'}: {problem}", file=sys.stderr)
-        if folder.exists():
-            return 2
     quiet_libraries()
     try:
         if args.pretrained:
@@ -150,6 +136,33 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dcpo: error: {error}", file=sys.stderr)
         return 1
     return code
+
+
+def _own_settings(folder: Path, args: argparse.Namespace) -> dict:
+    own = {
+        "model.path": str(folder / "start"),
+        "data.files": [str(folder / "train.jsonl")],
+        "evaluation.files": [str(folder / "held_out.jsonl")],
+        "output": str(folder),
+        "training.seed": args.seed,
+    }
+    return own | ({"model.weights": str(folder / "megatron")} if args.pretrained else {})
+
+
+def _make_room(folder: Path) -> bool:
+    """Removes an earlier demo's folder. False, said, where another thing is in its place."""
+    if folder.exists() and not folder.is_dir():
+        print(f"dcpo: error: --output {folder} is a file: name a folder", file=sys.stderr)
+        return False
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / MARKER).is_file():
+            print(f"dcpo: error: {folder} is not empty and is no demo's folder: give another --output", file=sys.stderr)
+            return False
+        problem = discard(folder)
+        if problem is not None:
+            print(f"dcpo: {'error' if folder.exists() else 'warning'}: {problem}", file=sys.stderr)
+        return not folder.exists()
+    return True
 
 
 def _servers(args, folder: Path):

@@ -181,21 +181,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         prompts=[prompt.token_ids for prompt in sets[0].prompts],
         say=lambda line: print(f"dcpo eval: {line}", file=sys.stderr, flush=True),
     )  # fmt: skip
-    # More samples or problems may be asked for later: their numbers are not held.
-    settings = {
-        "model": eval_run.model_fingerprint(args.model),
-        "served": served,
-        "dtype": None if served else dtype,
-        "files": {s.name: eval_run.file_fingerprint(file) for s, file in zip(sets, args.files, strict=True)},
-        "template": [args.template, args.system_prompt, args.prompt_key, args.answer_key, args.id_key],
-        "max_response_tokens": args.max_response_tokens,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "seed": args.seed,
-        "reward": [args.reward, args.correct_at, args.reward_timeout],
-    }
-    if args.stop_token_ids:
-        settings["stop_token_ids"] = sorted(set(args.stop_token_ids))
+    settings = _settings(args, served, dtype, [s.name for s in sets])
     key = " ".join(["--stop-token-ids", *map(str, args.stop_token_ids), "{}"])
     try:
         store = ResponseStore(Path(args.output), settings)
@@ -213,31 +199,51 @@ def _evaluate(args: argparse.Namespace) -> int:
                     bar.say(line)
                 deadline = None if args.deadline is None else started + 60 * args.deadline
                 eval_run.answer(
-                    engine,
-                    tokenizer,
-                    rewarder,
-                    sets,
-                    sampling,
-                    store,
-                    batch=batch,
-                    deadline=deadline,
-                    progress=bar.report,
-                )
+                    engine, tokenizer, rewarder, sets, sampling, store,
+                    batch=batch, deadline=deadline, progress=bar.report,
+                )  # fmt: skip
             found = eval_run.result(sets, sampling, store)
         finally:
             store.close()
     finally:
         engine.close()
     found = {"model": args.model, "samples": args.samples, "seconds": time.monotonic() - started, **found}
+    _leave(found, Path(args.output), as_json=args.json)
+    return 0
+
+
+def _leave(found: dict, folder: Path, as_json: bool) -> None:
+    """Writes ``result.json`` and prints it, or the table."""
     text = json.dumps(found, indent=2) + "\n"
-    part = Path(args.output) / "result.json.part"
+    part = folder / "result.json.part"
     part.write_text(text, encoding="utf-8")
     part.rename(part.with_suffix(""))
-    if args.json:
+    if as_json:
         print(text, end="")
     else:
-        _show(found, Path(args.output))
-    return 0
+        _show(found, folder)
+
+
+def _settings(args: argparse.Namespace, served: str | None, dtype: str, names: list[str]) -> dict:
+    """What the folder of responses is held against when an evaluation goes on. More samples or problems may be asked
+    for later: their numbers are not among it."""
+    from dcpo_megatron.evaluation.offline import file_fingerprint, model_fingerprint
+
+    settings = {
+        "model": model_fingerprint(args.model),
+        "served": served,
+        "dtype": None if served else dtype,
+        "files": {name: file_fingerprint(file) for name, file in zip(names, args.files, strict=True)},
+        "template": [args.template, args.system_prompt, args.prompt_key, args.answer_key, args.id_key],
+        "max_response_tokens": args.max_response_tokens,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "seed": args.seed,
+        "reward": [args.reward, args.correct_at, args.reward_timeout],
+    }
+    if args.stop_token_ids:
+        settings["stop_token_ids"] = sorted(set(args.stop_token_ids))
+    return settings
 
 
 def _show(found: dict, folder: Path) -> None:

@@ -157,7 +157,15 @@ def install() -> None:
             "start a fresh process with CUDA_VISIBLE_DEVICES= (empty) or set platform=cuda"
         )
     _installed = True
+    _replace_factories_and_moves()
+    _replace_cuda()
+    torch.distributed.all_to_all_single = _with_sizes_as_lists(torch.distributed.all_to_all_single)
+    torch.distributed.all_gather = _all_gather_of_any_sizes(torch.distributed.all_gather)
+    torch.distributed.reduce_scatter = _reduce_scatter_of_any_sizes(torch.distributed.reduce_scatter)
+    _replace_in_megatron()
 
+
+def _replace_factories_and_moves() -> None:
     # torch.device(...) as a context (transformers builds models under "meta" with it) knows the factories by identity,
     # from a set that is made at its first use: it must hold the originals, which the stand-ins call.
     from torch.utils._device import _device_constructors
@@ -189,6 +197,8 @@ def install() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
 
+
+def _replace_cuda() -> None:
     cuda = torch.cuda
     # On a host with a GPU too: torch.compile, for one, asks the driver about every device that there is, in code that
     # never leaves the CPU.
@@ -219,17 +229,18 @@ def install() -> None:
         module.get_rng_state = get_rng_state
         module.set_rng_state = set_rng_state
 
-    # Megatron-Core moves the split sizes of an all-to-all to the host as lists only where they are CUDA tensors.
-    all_to_all_single = torch.distributed.all_to_all_single
 
-    def all_to_all(output, input, output_split_sizes=None, input_split_sizes=None, *args, **kwargs):
+def _with_sizes_as_lists(all_to_all_single):
+    """Megatron-Core moves the split sizes of an all-to-all to the host as lists only where they are CUDA tensors."""
+
+    def call(output, input, output_split_sizes=None, input_split_sizes=None, *args, **kwargs):
         sizes = [s.tolist() if hasattr(s, "tolist") else s for s in (output_split_sizes, input_split_sizes)]
         return all_to_all_single(output, input, *sizes, *args, **kwargs)
 
-    torch.distributed.all_to_all_single = all_to_all
-    torch.distributed.all_gather = _all_gather_of_any_sizes(torch.distributed.all_gather)
-    torch.distributed.reduce_scatter = _reduce_scatter_of_any_sizes(torch.distributed.reduce_scatter)
+    return call
 
+
+def _replace_in_megatron() -> None:
     # Megatron-Core binds these at import, so they are replaced there and not in torch.cuda only.
     with _uncompiled():
         from megatron.core.tensor_parallel import random as mcore_random
