@@ -75,7 +75,9 @@ def _die_with_client(lifeline: int) -> None:
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())  # negative: the whole process group
     fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
     os.set_inheritable(lifeline, False)
-    if select.select([lifeline], [], [], 0)[0]:  # the client died before the signal was armed
+    poller = select.poll()  # select.select fails on descriptors above 1023
+    poller.register(lifeline, select.POLLIN)
+    if poller.poll(0):  # the client died before the signal was armed
         sys.exit(1)
 
 

@@ -1,5 +1,7 @@
 """A reward function of the user's: found by name, and its failures cost one response each."""
 
+import os
+import resource
 import textwrap
 import time
 from pathlib import Path
@@ -160,6 +162,19 @@ def test_the_math_rewarder_counts_timeouts_and_gives_the_three_levels():
 def test_the_worker_does_not_load_torch():
     with Rewarder("my_rewards:has_torch") as rewarder:
         assert rewarder.score([""], [""]) == [0.0]
+
+
+def test_a_trainer_with_more_files_open_than_select_knows_gets_its_rewards():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    held = [os.dup(0) for _ in range(1100)]
+    try:
+        with Rewarder("my_rewards:same") as rewarder:
+            assert rewarder.score(["5"], ["5"]) == [1.0]
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_batch_of_unequal_lengths_is_refused():
