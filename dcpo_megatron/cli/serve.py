@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from dcpo_megatron.launch.signals import BAD_INPUT
+from dcpo_megatron.processes import handling, signal_name
 from dcpo_megatron.rollout.serving import ServingError, start_servers
 from dcpo_megatron.rollout.serving.api_key import API_KEY_VARIABLE, read_api_key
 
@@ -93,15 +94,12 @@ def main(argv: list[str] | None = None) -> int:
     own, passed_on = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     args = parser().parse_args(own)
     # A signal during the start counts too: what has been started is stopped on the way out.
-    previous = {number: signal.signal(number, _interrupt) for number in STOP_SIGNALS}
-    try:
-        return _serve(args, passed_on)
-    except _Interrupted as stopped:
-        _say(f"{stopped}: all servers are stopped")
-        return 0
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    with handling(STOP_SIGNALS, _interrupt):
+        try:
+            return _serve(args, passed_on)
+        except _Interrupted as stopped:
+            _say(f"{stopped}: all servers are stopped")
+            return 0
 
 
 def _serve(args: argparse.Namespace, passed_on: list[str]) -> int:
@@ -147,7 +145,7 @@ class _Interrupted(BaseException):
 def _interrupt(number: int, frame) -> None:
     for other in STOP_SIGNALS:
         signal.signal(other, signal.SIG_IGN)  # stopping is under way
-    raise _Interrupted(signal.Signals(number).name)
+    raise _Interrupted(signal_name(number))
 
 
 def _say(text: str) -> None:

@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcpo_megatron.launch.local import GRACE_SECONDS, die_with_parent
+from dcpo_megatron.launch.local import GRACE_SECONDS
+from dcpo_megatron.processes import die_with_parent, handling, signal_name
 
 LINE_SECONDS = 30.0
 _POLL_SECONDS = 0.2
@@ -59,32 +60,30 @@ class Jobs:
 
     def run(self) -> Outcome:
         """All of them; returns when none is left. Call it from the main thread."""
-        previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         stopped_at = None
-        try:
-            with self._board:
-                while self._running or (self._waiting and self._stop is None):
-                    if self._stop is None:
-                        self._start_what_is_ready()
-                    elif stopped_at is None:
-                        stopped_at = time.monotonic()
-                        self._board.say(f"{self._stop}: {len(self._running)} running jobs save and end")
-                        self._signal(signal.SIGTERM)
-                    elif time.monotonic() - stopped_at > GRACE_SECONDS:
-                        self._signal(signal.SIGKILL)
-                    time.sleep(_POLL_SECONDS)
-                    self._collect()
-                    self._board.show(len(self._done), {n: j.share() for n, (j, *_) in self._running.items()})
-        finally:
-            self._signal(signal.SIGKILL)
-            for _, process, *_ in self._running.values():
-                process.wait()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with handling((signal.SIGTERM, signal.SIGINT), self._note):
+            try:
+                with self._board:
+                    while self._running or (self._waiting and self._stop is None):
+                        if self._stop is None:
+                            self._start_what_is_ready()
+                        elif stopped_at is None:
+                            stopped_at = time.monotonic()
+                            self._board.say(f"{self._stop}: {len(self._running)} running jobs save and end")
+                            self._signal(signal.SIGTERM)
+                        elif time.monotonic() - stopped_at > GRACE_SECONDS:
+                            self._signal(signal.SIGKILL)
+                        time.sleep(_POLL_SECONDS)
+                        self._collect()
+                        self._board.show(len(self._done), {n: j.share() for n, (j, *_) in self._running.items()})
+            finally:
+                self._signal(signal.SIGKILL)
+                for _, process, *_ in self._running.values():
+                    process.wait()
         return Outcome(self._failed, [job.name for job in self._waiting])
 
     def _note(self, number: int, frame) -> None:
-        self._stop = self._stop or signal.Signals(number).name
+        self._stop = self._stop or signal_name(number)
 
     def _signal(self, number: int) -> None:
         for _, process, *_ in self._running.values():

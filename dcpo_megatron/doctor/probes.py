@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from typing import Any
 from dcpo_megatron.doctor.facts import Apex, CudaView, Driver, Facts, Gpu, Host, Problem, TorchBuild
 from dcpo_megatron.doctor.stages import STAGES
 from dcpo_megatron.mcore.head.backend import missing_to_build
+from dcpo_megatron.processes import signal_name
 
 # Distribution -> the module that it installs.
 REQUIRED = {
@@ -208,16 +208,9 @@ def _finish(process: subprocess.Popen, deadline: float, timeout: float) -> tuple
             output = stuck.stdout or b""
         return output, Problem("silent", f"no answer within {timeout:g} s")
     code = process.returncode
-    how = _signal_name(-code) if code < 0 else f"exit status {code}"
+    how = signal_name(-code) if code < 0 else f"exit status {code}"
     said = errors.decode("utf-8", "replace").strip().splitlines()
     return output, Problem("died", f"the process ended with {how}" + (f": {said[-1][:300]}" if said else ""))
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def read_answers(child: str, output: bytes, ending: Problem) -> dict[str, Any]:

@@ -13,7 +13,6 @@ who is missing (:mod:`dcpo_megatron.mcore.meeting`).
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from pathlib import Path
 
 from dcpo_megatron.launch.signals import BAD_INPUT, START_AGAIN, STOOD_STILL
 from dcpo_megatron.network import free_port
+from dcpo_megatron.processes import die_with_parent, handling, signal_name
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Seconds that ranks have to end by themselves.
@@ -32,7 +32,6 @@ AFTER_BAD_INPUT = 2.0  # less than ranks wait before they repeat the sentence
 AFTER_A_VERDICT = 3.0  # a watchdog has spoken: what stands, stands
 AFTER_AN_INTERRUPT = 30.0
 GRACE_SECONDS = 600.0
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -95,20 +94,6 @@ def _say(text: str) -> None:
     print(f"dcpo: {text}", file=sys.stderr, flush=True)
 
 
-def die_with_parent(parent: int):
-    """What a rank does between fork and exec: asks the kernel for SIGKILL when the launcher is gone."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-
-    def ask() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it was gone before the question
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return ask
-
-
 class _Ranks:
     def __init__(self, count: int, place: Place, command: list[str], env: dict[str, str], grace_seconds: float):
         self._command, self._env, self._grace_seconds = command, env, grace_seconds
@@ -122,23 +107,21 @@ class _Ranks:
         self._deadline, self._reason = float("inf"), ""
 
     def run(self) -> int:
-        previous = {number: signal.signal(number, self._note) for number in PASSED_ON}
-        try:
-            for rank in self._here:
-                self._processes[rank] = self._start(rank)
-            while len(self._codes) < len(self._here):
-                self._pass_on()
-                self._collect()
-                if time.monotonic() > self._deadline:
-                    self._kill()
-                time.sleep(0.05)
-        finally:
-            for process in self._processes.values():
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with handling(PASSED_ON, self._note):
+            try:
+                for rank in self._here:
+                    self._processes[rank] = self._start(rank)
+                while len(self._codes) < len(self._here):
+                    self._pass_on()
+                    self._collect()
+                    if time.monotonic() > self._deadline:
+                        self._kill()
+                    time.sleep(0.05)
+            finally:
+                for process in self._processes.values():
+                    if process.poll() is None:
+                        process.kill()
+                        process.wait()
         if self._failure is not None:
             return self._failure if self._failure >= 0 else 128 - self._failure
         return START_AGAIN if START_AGAIN in self._codes.values() else 0
@@ -162,7 +145,7 @@ class _Ranks:
     def _pass_on(self) -> None:
         while self._arrived:
             number = self._arrived.pop(0)
-            name = signal.Signals(number).name
+            name = signal_name(number)
             if number in self._passed_on:
                 if number == signal.SIGINT:
                     self._deadline, self._reason = 0.0, "of a second SIGINT"
@@ -188,7 +171,7 @@ class _Ranks:
         self._failure = code
         seconds = {BAD_INPUT: AFTER_BAD_INPUT, STOOD_STILL: AFTER_A_VERDICT}.get(code, AFTER_A_FAILURE)
         if code < 0 and -code not in self._passed_on:
-            _say(f"error: rank {rank} of {self._world} was killed by signal {-code} ({_signal_name(-code)})")
+            _say(f"error: rank {rank} of {self._world} was killed by signal {-code} ({signal_name(-code)})")
         elif code > 0 and code != BAD_INPUT and code - 128 not in self._passed_on:
             _say(f"error: rank {rank} of {self._world} ended with exit code {code}; its own message is above")
         if signal.SIGTERM not in self._passed_on:
@@ -221,10 +204,3 @@ class _Ranks:
 
 def _ranks(ranks: list[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} ranks"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return "unknown"

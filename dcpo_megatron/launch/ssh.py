@@ -28,6 +28,7 @@ from pathlib import Path
 from dcpo_megatron.launch.signals import BAD_INPUT, START_AGAIN
 from dcpo_megatron.launch.ssh_node import READY, SIGN_OF_LIFE_SECONDS
 from dcpo_megatron.network import is_loopback
+from dcpo_megatron.processes import handling, signal_name
 
 NO_CONNECTION = 255  # ssh's own exit code
 AFTER_A_FAILURE = 30.0  # seconds for the other hosts to end
@@ -179,37 +180,35 @@ class _Launch:
         self._next_sign = 0.0
 
     def run(self) -> int:
-        previous = {number: signal.signal(number, lambda got, frame: self._arrived.append(got)) for number in PASSED_ON}
-        try:
-            for node in self._nodes:
-                node.start()
-            answer_by = time.monotonic() + self._start_deadline
-            while running := self._running():
-                self._pass_on()
-                self._collect(running)
-                if time.monotonic() > self._next_sign:
-                    self._next_sign = time.monotonic() + SIGN_OF_LIFE_SECONDS
-                    for node in self._running():
-                        node.order("")
-                silent = [node for node in self._running() if not node.ready]
-                if silent and time.monotonic() > answer_by and self._failure is None:
-                    names = ", ".join(node.host for node in silent)
-                    _say(
-                        f"error: no answer within {self._start_deadline:g} s from {names}: does `ssh {silent[0].host}"
-                        " true` end?"
-                    )
-                    for node in silent:
-                        node.process.kill()
-                    self._fail(1)
-                if time.monotonic() > self._deadline:
-                    self._kill()
-                time.sleep(0.05)
-        finally:
-            for node in self._running():
-                if node.process is not None:
-                    node.process.kill()  # its host sees the end of standard input, and ends the ranks
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with handling(PASSED_ON, lambda number, frame: self._arrived.append(number)):
+            try:
+                for node in self._nodes:
+                    node.start()
+                answer_by = time.monotonic() + self._start_deadline
+                while running := self._running():
+                    self._pass_on()
+                    self._collect(running)
+                    if time.monotonic() > self._next_sign:
+                        self._next_sign = time.monotonic() + SIGN_OF_LIFE_SECONDS
+                        for node in self._running():
+                            node.order("")
+                    silent = [node for node in self._running() if not node.ready]
+                    if silent and time.monotonic() > answer_by and self._failure is None:
+                        names = ", ".join(node.host for node in silent)
+                        _say(
+                            f"error: no answer within {self._start_deadline:g} s from {names}: does `ssh"
+                            f" {silent[0].host} true` end?"
+                        )
+                        for node in silent:
+                            node.process.kill()
+                        self._fail(1)
+                    if time.monotonic() > self._deadline:
+                        self._kill()
+                    time.sleep(0.05)
+            finally:
+                for node in self._running():
+                    if node.process is not None:
+                        node.process.kill()  # its host sees the end of standard input, and ends the ranks
         for node in self._nodes:
             node.reader.join(5)
         if self._failure is not None:
@@ -227,7 +226,7 @@ class _Launch:
                     self._deadline = 0.0
                 continue
             self._passed_on.add(number)
-            name = signal.Signals(number).name
+            name = signal_name(number)
             _say(f"{name}: passed on to {len(self._running())} hosts, with {self._grace:g} s to end")
             self._order(name.removeprefix("SIG"), self._grace)
 
