@@ -25,7 +25,7 @@ SLOW = (
     "mcore/test_own_logprobs", "training/test_old_logprobs",
     "training/test_start_weights", "rewards/test_math_forms", "rewards/test_reward_deadline",
     "tools/test_bench_convert", "tools/test_bench_logprobs", "weights/test_transfer", "hosts/test_late_hosts",
-    "cli/test_verify", "weights/test_work", "hosts/test_meeting_faults", "tools/test_bench_step",
+    "cli/test_verify", "weights/test_conversion_jobs", "hosts/test_meeting_faults", "tools/test_bench_step",
     "mcore/test_head_on_ranks", "advantages/test_statistics_across_ranks", "training/test_memory_plan",
     "training/test_eval", "rewards/test_near_misses", "mcore/test_rotary", "training/test_pending_and_mismatch",
     "training/test_host_meetings", "weights/test_families", "tools/test_gpu_check", "cli/test_doctor",

@@ -144,9 +144,9 @@ def step(name: str, args: argparse.Namespace) -> dict:
     else:
         from dcpo_megatron.mcore.hf_config import read_shape
         from dcpo_megatron.mcore.layout import ParallelLayout
+        from dcpo_megatron.weights.conversion_jobs import run_job
         from dcpo_megatron.weights.to_hf import MegatronToHf
         from dcpo_megatron.weights.to_megatron import HfToMegatron
-        from dcpo_megatron.weights.work import run_job
 
         read_shape(source)
         started = time.perf_counter()  # a copy imports nothing

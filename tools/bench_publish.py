@@ -93,9 +93,9 @@ def measure(args: argparse.Namespace) -> None:
     from dcpo_megatron.rollout.fleet import Fleet
     from dcpo_megatron.rollout.server import Server
     from dcpo_megatron.rollout.serving.api_key import read_api_key
-    from dcpo_megatron.training.probe import TrainingProbe
+    from dcpo_megatron.training.publish_probe import TrainingProbe
     from dcpo_megatron.weights.publish import PublishOptions, WeightPublisher
-    from dcpo_megatron.weights.publish.verify import TOLERANCES
+    from dcpo_megatron.weights.publish.weight_checks import TOLERANCES
     from dcpo_megatron.weights.transfer import WeightGatherer, load_weights
 
     platform = platforms.select_platform("auto")

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _with_model(args, folder: Path) -> int:
     from dcpo_megatron.comparison.plan import TaskSection
-    from dcpo_megatron.comparison.start import make_start
+    from dcpo_megatron.comparison.study_start import make_start
 
     task = TaskSection(
         terms=tuple(args.terms),

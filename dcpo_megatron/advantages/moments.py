@@ -76,7 +76,7 @@ def merge_mean_m2(
     return count, mean_a + difference * (count_b / count), m2_a + m2_b + difference**2 * (count_a * count_b / count)
 
 
-def merge(a: Moments, b: Moments) -> Moments:
+def merge_moments(a: Moments, b: Moments) -> Moments:
     """Statistics of two disjoint sets taken together."""
     count, mean, m2 = merge_mean_m2(a.count, a.mean, a.m2, b.count, b.mean, b.m2)
     return Moments(count, mean, m2, min(a.minimum, b.minimum), max(a.maximum, b.maximum))
@@ -183,7 +183,7 @@ def exchange_moments(
     rows = _reduce_rows(list(local.values()), [len(ids) for ids in all_ids], device, process_group)
     merged: dict[str, Moments] = {}
     for prompt_id, row in zip((prompt_id for ids in all_ids for prompt_id in ids), rows, strict=True):
-        merged[prompt_id] = merge(merged[prompt_id], row) if prompt_id in merged else row
+        merged[prompt_id] = merge_moments(merged[prompt_id], row) if prompt_id in merged else row
     return merged, values
 
 

@@ -173,7 +173,7 @@ class Found:
     notes: list[str]
 
 
-def find_checkpoint(folder: Path) -> Found:
+def find_run_checkpoint(folder: Path) -> Found:
     """The newest whole checkpoint of a run. Collective: ranks share the work of summing up its files."""
     root, notes, skipped = folder / "checkpoints", [], set()
     rank, world = dist.get_rank(), dist.get_world_size()

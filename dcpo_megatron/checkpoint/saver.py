@@ -46,7 +46,7 @@ class StuckSaveError(TimeoutError):
 
 
 @dataclass(frozen=True)
-class SaveReport:
+class SaveResult:
     """How a save ended: ``problem`` is None where the checkpoint is complete, else a sentence. ``seconds`` from its
     start. ``warnings``: on rank 0."""
 
@@ -157,7 +157,7 @@ class CheckpointSaver:
         except Exception as error:  # whatever it is, it must not be lost in a thread
             self._problem = f"rank {rank}: {getattr(error, 'strerror', None) or error} ({work})"
 
-    def poll(self, stop_requested: bool = False) -> tuple[list[SaveReport], bool]:
+    def poll(self, stop_requested: bool = False) -> tuple[list[SaveResult], bool]:
         """At a step boundary: completes a save that every rank has written. Returns reports, and whether ANY rank was
         asked to stop."""
         status = _IDLE
@@ -170,9 +170,9 @@ class CheckpointSaver:
             return [], stop
         return [self._complete(failed)], stop
 
-    def finish(self) -> list[SaveReport]:
+    def finish(self) -> list[SaveResult]:
         """Waits for the save under way and completes it."""
-        reports: list[SaveReport] = []
+        reports: list[SaveResult] = []
         self._awaited.set()
         while self.busy:
             self._thread.join(self.timeout)
@@ -184,7 +184,7 @@ class CheckpointSaver:
             reports += self.poll()[0]
         return reports
 
-    def _complete(self, failed: bool) -> SaveReport:
+    def _complete(self, failed: bool) -> SaveResult:
         step, work = self._step, self._work
         problem = None
         if failed:
@@ -204,7 +204,7 @@ class CheckpointSaver:
         problem_bytes, *_ = all_gather_on_host((problem or "").encode())
         warnings, self._warnings = tuple(self._warnings), []
         self._step, self._thread, self._common = None, None, {}
-        return SaveReport(step, problem_bytes.decode() or None, time.monotonic() - self._started, warnings)
+        return SaveResult(step, problem_bytes.decode() or None, time.monotonic() - self._started, warnings)
 
     def _discard(self, work: Path) -> None:
         if warning := discard(work):

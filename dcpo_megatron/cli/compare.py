@@ -65,9 +65,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(plan, file: Path, parallel: int | None, quiet: bool) -> int:
-    from dcpo_megatron.comparison.jobs import Job, Jobs
+    from dcpo_megatron.comparison.jobs import Jobs, StudyJob
     from dcpo_megatron.comparison.runs import is_finished
-    from dcpo_megatron.comparison.start import is_made
+    from dcpo_megatron.comparison.study_start import is_made
     from dcpo_megatron.files import read_rows
 
     jobs = []
@@ -85,7 +85,7 @@ def _run(plan, file: Path, parallel: int | None, quiet: bool) -> int:
                 str(seed),
             ]
             jobs.append(
-                Job(
+                StudyJob(
                     f"start of seed {seed}",
                     command,
                     folder / "log.txt",
@@ -107,7 +107,7 @@ def _run(plan, file: Path, parallel: int | None, quiet: bool) -> int:
                 return (read_rows(folder / "metrics.jsonl") or [{"step": 0}])[-1]["step"] / max(1, steps)
 
             jobs.append(
-                Job(f"{method}, seed {seed}", command, folder / "log.txt", share, needs=f"start of seed {seed}")
+                StudyJob(f"{method}, seed {seed}", command, folder / "log.txt", share, needs=f"start of seed {seed}")
             )
     total = len(plan.seeds) * len(plan.methods)
     slots = _slots(plan, parallel)
@@ -129,7 +129,7 @@ def _run(plan, file: Path, parallel: int | None, quiet: bool) -> int:
 
 def _make_start(plan, seed: int) -> int:
     """One seed's start, in a process of its own."""
-    from dcpo_megatron.comparison.start import make_start
+    from dcpo_megatron.comparison.study_start import make_start
 
     folder = plan.start_folder(seed)
     folder.mkdir(parents=True, exist_ok=True)

@@ -160,8 +160,8 @@ def _with_flags(text: str) -> str:
 
 def _convert(args: argparse.Namespace) -> int:
     from dcpo_megatron.console.progress import Progress, size
+    from dcpo_megatron.weights.conversion_jobs import run_job
     from dcpo_megatron.weights.hf_folder import CheckpointError
-    from dcpo_megatron.weights.work import run_job
 
     if os.path.realpath(args.source) == os.path.realpath(args.destination):
         raise CheckpointError(f"{args.source} is source and destination: give a new folder as DST")
@@ -267,11 +267,11 @@ def _verify(args: argparse.Namespace) -> int:
     import tempfile
 
     from dcpo_megatron.mcore.hf_config import read_shape
+    from dcpo_megatron.weights.conversion_jobs import run_job
     from dcpo_megatron.weights.hf_folder import CheckpointError
     from dcpo_megatron.weights.logits import compare_logits
     from dcpo_megatron.weights.to_hf import MegatronToHf
     from dcpo_megatron.weights.torch_dist import find_checkpoint
-    from dcpo_megatron.weights.work import run_job
 
     megatron = find_checkpoint(args.source)
     if megatron is None and not (Path(args.source) / "config.json").is_file():

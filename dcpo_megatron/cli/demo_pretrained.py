@@ -174,7 +174,7 @@ def rise(rewards: list[float]) -> tuple[float, float, float]:
 
 def _write_page(folder: Path, config) -> None:
     from dcpo_megatron.cli import eval as evaluation
-    from dcpo_megatron.comparison.page import Heading, Paragraph, Table, as_html
+    from dcpo_megatron.comparison.study_page import Heading, Paragraph, Table, as_html
 
     said: dict[str, dict[tuple, dict]] = {}
     for when, model in (("before", "start"), ("after", "model")):

@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from dcpo_megatron.data import PromptOptions
     from dcpo_megatron.evaluation import offline as eval_run
-    from dcpo_megatron.evaluation.engine import check_folder, make_engine
+    from dcpo_megatron.evaluation.engine import check_model_folder, make_evaluation_engine
     from dcpo_megatron.evaluation.store import EvaluationError, ResponseStore
     from dcpo_megatron.mcore.hf_config import read_shape
     from dcpo_megatron.mcore.platform import select_platform
@@ -148,7 +148,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     started = time.monotonic()
     if args.no_greedy and not args.samples:
         raise EvaluationError("--no-greedy with --samples 0 leaves nothing to do")
-    check_folder(args.model)
+    check_model_folder(args.model)
     shape = read_shape(args.model)
     tokenizer = load_tokenizer(args.model, shape.vocab)
     options = PromptOptions(
@@ -175,7 +175,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     platform = select_platform(args.device)
     dtype = args.dtype or ("float32" if platform.is_cpu else "bfloat16")
     batch = args.batch_size or (512 if args.servers else 64)
-    engine, served = make_engine(
+    engine, served = make_evaluation_engine(
         args.model, args.servers, device=platform.device, dtype=dtype, max_batch=batch,
         api_key=os.environ.get("DCPO_SGLANG_API_KEY") or None, request_timeout=args.request_timeout,
         prompts=[prompt.token_ids for prompt in sets[0].prompts],

@@ -109,7 +109,7 @@ def responses_per_point(run: Run) -> float | None:
     return run.responses[-1] / (100 * gain) if gain is not None and gain > 0 else None
 
 
-def judge(runs: Sequence[Run]) -> list[Claim]:
+def judge_claims(runs: Sequence[Run]) -> list[Claim]:
     """Every claim, in the order of the paper. Claims on methods that have no run are there too, as not measured."""
     have = {run.method for run in runs}
     clipping, used, accuracy = per_seed(runs, tcr), per_seed(runs, rur), per_seed(runs, Run.final)

@@ -26,7 +26,7 @@ _POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Job:
+class StudyJob:
     """``command``: arguments of this Python. ``share``: how much of it is done, 0 to 1. ``needs``: the name of the job
     that must have succeeded."""
 
@@ -38,7 +38,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StudyOutcome:
     """``failed``: job -> why; ``left``: jobs that were not done because the whole was stopped."""
 
     failed: dict[str, str]
@@ -48,17 +48,17 @@ class Outcome:
 class Jobs:
     """Runs ``jobs`` in ``slots``: one environment a place, on top of this process's."""
 
-    def __init__(self, jobs: Sequence[Job], slots: Sequence[dict[str, str]], quiet: bool = False):
+    def __init__(self, jobs: Sequence[StudyJob], slots: Sequence[dict[str, str]], quiet: bool = False):
         self._waiting, self._total = list(jobs), len(jobs)
         self._names = {job.name for job in jobs}
         self._slots = list(slots)
-        self._running: dict[str, tuple[Job, subprocess.Popen, dict[str, str], float]] = {}
+        self._running: dict[str, tuple[StudyJob, subprocess.Popen, dict[str, str], float]] = {}
         self._failed: dict[str, str] = {}
         self._done: list[str] = []
         self._stop: str | None = None
         self._board = _Board(self._total, quiet)
 
-    def run(self) -> Outcome:
+    def run(self) -> StudyOutcome:
         """All of them; returns when none is left. Call it from the main thread."""
         stopped_at = None
         with handling((signal.SIGTERM, signal.SIGINT), self._note):
@@ -80,7 +80,7 @@ class Jobs:
                 self._signal(signal.SIGKILL)
                 for _, process, *_ in self._running.values():
                     process.wait()
-        return Outcome(self._failed, [job.name for job in self._waiting])
+        return StudyOutcome(self._failed, [job.name for job in self._waiting])
 
     def _note(self, number: int, frame) -> None:
         self._stop = self._stop or signal_name(number)
@@ -130,7 +130,7 @@ class Jobs:
             else:
                 self._fail(job, f"exit code {code} after {seconds:.0f} s: {last_line(job.log)} ({job.log})")
 
-    def _fail(self, job: Job, why: str) -> None:
+    def _fail(self, job: StudyJob, why: str) -> None:
         self._failed[job.name] = why
         self._board.say(f"{job.name}: FAILED, {why}")
 

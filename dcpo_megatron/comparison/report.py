@@ -17,11 +17,11 @@ import yaml
 
 from dcpo_megatron.comparison import claims as judged
 from dcpo_megatron.comparison.claims import Claim, Part
-from dcpo_megatron.comparison.page import Block, Heading, Paragraph, Picture, Table, as_html, as_markdown
 from dcpo_megatron.comparison.plan import Plan
 from dcpo_megatron.comparison.plots import draw
 from dcpo_megatron.comparison.runs import Run, interpolate
 from dcpo_megatron.comparison.statistics import CONFIDENCE, Interval, mean_interval
+from dcpo_megatron.comparison.study_page import Block, Heading, Paragraph, Picture, Table, as_html, as_markdown
 
 STEP_COLUMNS = (
     "reward", "accuracy", "response_length", "truncated", "responses_generated", "responses_trained", "sampling_rounds",

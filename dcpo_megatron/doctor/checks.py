@@ -21,7 +21,7 @@ from dcpo_megatron.doctor.findings import (
     dotted,
     gib,
     hides_gpus,
-    named,
+    named_version,
     on_gpu,
     release,
     unanswered,
@@ -94,7 +94,7 @@ def check_packages(facts: Facts) -> list[Finding]:
         findings.append(Finding("packages", "fail", what, "pip install triton"))
     for name in REQUIRED:
         if name in packages:
-            findings.append(Finding("packages", "ok", named(name, packages[name])))
+            findings.append(Finding("packages", "ok", named_version(name, packages[name])))
         else:
             findings.append(Finding("packages", "fail", f"{name} is not installed", f"pip install {name}"))
     return findings
@@ -108,7 +108,9 @@ def _check_megatron(facts: Facts) -> Finding:
         return Finding("packages", "fail", "megatron-core is not installed", fix)
     if version != tested:
         python = dotted(facts.host.python[:2])
-        return Finding("packages", "warn", f"{named('megatron-core', version)} is not tested on Python {python}", fix)
+        return Finding(
+            "packages", "warn", f"{named_version('megatron-core', version)} is not tested on Python {python}", fix
+        )
     return Finding("packages", "ok", f"megatron-core {version}")
 
 
@@ -118,27 +120,29 @@ def check_optional(facts: Facts) -> list[Finding]:
     findings = [_check_transformer_engine(facts), _check_apex(facts)]
     for name in ("triton", "flash-attn"):
         if name == "triton" and name in packages and on_gpu(facts) and facts.host.triton_lacks:
-            what = f"{named(name, packages[name])}: {facts.host.triton_lacks}; model.head=auto takes plain PyTorch"
+            what = (
+                f"{named_version(name, packages[name])}: {facts.host.triton_lacks}; model.head=auto takes plain PyTorch"
+            )
             fix = "install gcc and Python's headers, on every node (Debian: apt install gcc python3-dev)"
             findings.append(Finding("optional", "warn", what, fix))
         elif name in packages:
-            findings.append(Finding("optional", "ok", named(name, packages[name])))
+            findings.append(Finding("optional", "ok", named_version(name, packages[name])))
         else:
             findings.append(Finding("optional", "info", f"{name} is not installed (of use on GPUs only)"))
     # The default configuration writes to tensorboard, not to wandb.
     for name, status in (("tensorboard", "warn"), ("wandb", "info")):
         if name in packages:
-            findings.append(Finding("optional", "ok", named(name, packages[name])))
+            findings.append(Finding("optional", "ok", named_version(name, packages[name])))
         else:
             fix = f"pip install {name}, or train with logging.{name}=false"
             findings.append(Finding("optional", status, f"{name} is not installed: no metrics can go there", fix))
     if "sglang" in packages:
-        what = f"{named('sglang', packages['sglang'])} is in this environment, and pins a torch of its own"
+        what = f"{named_version('sglang', packages['sglang'])} is in this environment, and pins a torch of its own"
         fix = "pip uninstall sglang; give the server an environment of its own: it and the trainer meet over HTTP"
         findings.append(Finding("optional", "warn", what, fix))
     pullers = [name for name in ("torchvision", "torchaudio") if name in packages]
     if pullers and isinstance(facts.torch, TorchBuild) and not facts.torch.cuda and not facts.torch.hip:
-        names = " and ".join(named(name, packages[name]) for name in pullers)
+        names = " and ".join(named_version(name, packages[name]) for name in pullers)
         what = f"{names} next to a CPU build of torch: the next pip install may put the CUDA build in its place"
         findings.append(Finding("optional", "warn", what, f"not used here: pip uninstall {' '.join(pullers)}"))
     return [finding for finding in findings if finding is not None]
@@ -162,7 +166,7 @@ def _check_apex(facts: Facts) -> Finding | None:
 def _check_transformer_engine(facts: Facts) -> Finding | None:
     imports = facts.transformer_engine
     version = facts.packages.get("transformer-engine")
-    name = named("Transformer Engine", version or "")
+    name = named_version("Transformer Engine", version or "")
     if isinstance(imports, Problem):
         fix = "build it for this torch: pip install --force-reinstall --no-deps --no-build-isolation transformer-engine"
         # What kills this process would kill the trainer's too; and Megatron-Core, which imports it, goes on after an

@@ -58,7 +58,7 @@ def dotted(version: Sequence[int]) -> str:
     return ".".join(str(part) for part in version)
 
 
-def named(name: str, version: str) -> str:
+def named_version(name: str, version: str) -> str:
     """Name and version of a package."""
     return f"{name} {version}" if version else f"{name} (version unknown)"
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from dcpo_megatron import __version__, network
 from dcpo_megatron.doctor.between import Record, judge
 from dcpo_megatron.doctor.findings import Finding
-from dcpo_megatron.doctor.meeting import First, NoMeeting, Other, listen, plain
+from dcpo_megatron.doctor.peer_meeting import First, NoMeeting, Other, listen, plain
 from dcpo_megatron.doctor.probes import find_megatron
 from dcpo_megatron.files import digest_of_sources
 

@@ -25,7 +25,7 @@ class ServedFleet(Fleet):
         return 0 if str(tag) == self.run_id else None
 
 
-def make_engine(
+def make_evaluation_engine(
     folder: str,
     urls: Sequence[str] = (),
     *,
@@ -47,7 +47,7 @@ def make_engine(
             different weights, or others than the folder's.
         RolloutError: a server that does not answer.
     """
-    check_folder(folder)
+    check_model_folder(folder)
     if not urls:
         return EmbeddedEngine(folder, device=device, dtype=DTYPES[dtype], max_batch=max_batch), ""
     try:
@@ -66,7 +66,7 @@ def make_engine(
     return ServerClient(fleet, request_timeout=request_timeout), " ".join(served)
 
 
-def check_folder(folder: str) -> None:
+def check_model_folder(folder: str) -> None:
     """Raises EvaluationError where ``folder`` is not a Hugging Face folder."""
     path = Path(folder)
     if (path / "config.json").is_file():

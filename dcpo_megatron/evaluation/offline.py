@@ -40,7 +40,7 @@ class ProblemSet:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class EvaluationSampling:
     """How problems are answered. ``samples``: a problem, at ``temperature``, beside the greedy response where
     ``greedy``."""
 
@@ -101,7 +101,7 @@ def model_fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def jobs_of(sets: Sequence[ProblemSet], sampling: Sampling) -> list[tuple[str, Prompt, int]]:
+def jobs_of(sets: Sequence[ProblemSet], sampling: EvaluationSampling) -> list[tuple[str, Prompt, int]]:
     """(set, problem, sample number) of every response wanted: greedy ones first, then a problem's samples together."""
     jobs = [(s.name, prompt, GREEDY) for s in sets for prompt in s.prompts] if sampling.greedy else []
     return jobs + [(s.name, prompt, number) for s in sets for prompt in s.prompts for number in range(sampling.samples)]
@@ -112,7 +112,7 @@ def answer(
     tokenizer,
     rewarder: Rewarder,
     sets: Sequence[ProblemSet],
-    sampling: Sampling,
+    sampling: EvaluationSampling,
     store: ResponseStore,
     *,
     batch: int,
@@ -186,7 +186,7 @@ def answer(
             progress(done, len(jobs))
 
 
-def result(sets: Sequence[ProblemSet], sampling: Sampling, store: ResponseStore) -> dict:
+def result(sets: Sequence[ProblemSet], sampling: EvaluationSampling, store: ResponseStore) -> dict:
     """The numbers, fit for JSON. Every response must be in ``store``."""
     found: dict = {"sets": {}, "average": {}}
     values: dict[str, dict[str, list[float]]] = {}

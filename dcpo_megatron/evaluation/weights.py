@@ -19,7 +19,7 @@ import torch
 from dcpo_megatron.evaluation.store import EvaluationError
 from dcpo_megatron.rollout.server import Server
 from dcpo_megatron.rollout.serving import UNPUBLISHED
-from dcpo_megatron.weights.publish.verify import TOLERANCES, logprob_difference
+from dcpo_megatron.weights.publish.weight_checks import TOLERANCES, logprob_difference
 
 _PROMPTS, _TOKENS = 4, 64
 

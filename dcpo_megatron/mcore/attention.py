@@ -29,7 +29,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 MAX_PADDING = 0.35
 
 
-class Block(NamedTuple):
+class AttentionBlock(NamedTuple):
     """``query_start``: place in the local packed row; ``key_start``: place of the sequence in the gathered row; both in
     tokens."""
 
@@ -97,21 +97,21 @@ class AttentionPlan:
         self.restore = torch.from_numpy(np.concatenate(computed).argsort()).to(device)
         return self
 
-    def _blocks(self) -> list[Block]:
+    def _blocks(self) -> list[AttentionBlock]:
         blocks, local, full = [], 0, 0
         for length in self.lengths:
             if self.context_size == 1:
-                blocks.append(Block(local, full, 0, length))
+                blocks.append(AttentionBlock(local, full, 0, length))
                 local += length
             else:
                 chunk = length // (2 * self.context_size)
                 for number in (self.context_rank, 2 * self.context_size - 1 - self.context_rank):
-                    blocks.append(Block(local, full, number * chunk, chunk))
+                    blocks.append(AttentionBlock(local, full, number * chunk, chunk))
                     local += chunk
             full += length
         return [block for block in blocks if block.length]
 
-    def _group(self, blocks: list[Block], device: torch.device) -> tuple[Group, np.ndarray]:
+    def _group(self, blocks: list[AttentionBlock], device: torch.device) -> tuple[Group, np.ndarray]:
         """The call's index tensors, and the local places of its real outputs in their order."""
         # numpy: a micro-batch of short sequences is a matter of many small operations.
         query_start, key_start, offset, length = (column[:, None] for column in np.array(blocks).T)
@@ -130,10 +130,10 @@ class AttentionPlan:
         return group, query_index[real]
 
 
-def group_blocks(blocks: list[Block]) -> list[list[Block]]:
+def group_blocks(blocks: list[AttentionBlock]) -> list[list[AttentionBlock]]:
     """Groups blocks so that in each group padding stays below ``MAX_PADDING`` of the padded (query x key) area.
     Deterministic."""
-    groups: list[list[Block]] = []
+    groups: list[list[AttentionBlock]] = []
     area = longest_q = longest_k = 0
     for block in sorted(blocks, key=lambda b: (-b.keys, -b.length, b.query_start)):
         length, keys = block.length, block.keys

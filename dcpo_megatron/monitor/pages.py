@@ -1,7 +1,7 @@
 """HTML pages from the templates in ``templates/``: each one file, with its pictures inside.
 
     base.html <-- run.html      dcpo report; see run_page.py
-              <-- blocks.html   dcpo compare; see comparison/page.py
+              <-- blocks.html   dcpo compare; see comparison/study_page.py
     parts.html                  what several pages show
 
 Whatever a template is given is escaped.

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dcpo_megatron.advantages import RewardHistory
-from dcpo_megatron.checkpoint.resume import Found, data_fingerprint, find_checkpoint, refuse_another_run
+from dcpo_megatron.checkpoint.resume import Found, data_fingerprint, find_run_checkpoint, refuse_another_run
 from dcpo_megatron.checkpoint.saver import CheckpointSaver
 from dcpo_megatron.checkpoint.snapshot import restore
 from dcpo_megatron.config.loading import to_yaml
@@ -34,7 +34,7 @@ from dcpo_megatron.rollout import RolloutEngine, SamplingParams
 from dcpo_megatron.training.checkpoints import resume
 from dcpo_megatron.training.checks import CheckedRun
 from dcpo_megatron.training.engines import make_engine, settle_interface, settle_nccl
-from dcpo_megatron.training.first_meeting import meet
+from dcpo_megatron.training.first_meeting import hold_first_meeting
 from dcpo_megatron.training.loop import Trainer
 from dcpo_megatron.training.minibatches import MinibatchMaker, gather_data_ranks
 from dcpo_megatron.training.parts import Monitors, RunData
@@ -64,7 +64,7 @@ def build_trainer(
     )
     fingerprint = data_fingerprint(data.prompts)
     watchdog, warning = _join_ranks(run_, folder, fingerprint, stop_requested, watchdog)
-    found = find_checkpoint(folder)
+    found = find_run_checkpoint(folder)
     if found.state is not None and found.state.data != fingerprint:
         raise ConfigError(
             f"output={folder} holds a run on other prompts than data.files now gives: bring the run's own data, or give"
@@ -176,7 +176,7 @@ def _join_ranks(
     watchdog.enter("start", 0, max(config.training.timeout_seconds, _MEETING_SECONDS))
     watchdog.door = Door()
     try:
-        watchdog.peers = meet(config, fingerprint, watchdog.door)
+        watchdog.peers = hold_first_meeting(config, fingerprint, watchdog.door)
         make_groups(run_.layout, timeout_minutes=math.ceil(timeout / 60))
     finally:
         watchdog.enter("start", 0, math.inf)

@@ -30,7 +30,7 @@ from dcpo_megatron.checkpoint.resume import (
     layout_note,
     versions,
 )
-from dcpo_megatron.checkpoint.saver import SaveReport
+from dcpo_megatron.checkpoint.saver import SaveResult
 from dcpo_megatron.checkpoint.snapshot import take_snapshot
 from dcpo_megatron.mcore.random_state import random_state, set_random_state
 from dcpo_megatron.training.checks import CheckedRun
@@ -107,7 +107,7 @@ def save_copy(trainer: Trainer, name: str) -> str | None:
     return write_copy(trainer.gatherer.on_first(), trainer.folder / name, run_.hf_folder, monitors.sinks.warn)
 
 
-def _announce(trainer: Trainer, reports: list[SaveReport]) -> None:
+def _announce(trainer: Trainer, reports: list[SaveResult]) -> None:
     sinks = trainer.monitors.sinks
     for report in reports:
         if report.problem is None:

@@ -17,7 +17,7 @@ from dcpo_megatron.objectives import Objective
 from dcpo_megatron.rollout.server import check_url
 from dcpo_megatron.training.tokenizer import has_tokenizer
 from dcpo_megatron.weights.conversion import hf_folder_of
-from dcpo_megatron.weights.fit import check_folder
+from dcpo_megatron.weights.folder_check import check_folder
 from dcpo_megatron.weights.hf_folder import SafetensorsFolder
 from dcpo_megatron.weights.megatron_names import MegatronTensors
 from dcpo_megatron.weights.torch_dist import TorchDistFolder, find_checkpoint

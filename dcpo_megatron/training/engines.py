@@ -29,11 +29,11 @@ from dcpo_megatron.rollout.server import Server, ServerError, check_url
 from dcpo_megatron.rollout.server_client import ServerClient
 from dcpo_megatron.rollout.serving.api_key import read_api_key
 from dcpo_megatron.training.checks import CheckedRun
-from dcpo_megatron.training.probe import TrainingProbe
+from dcpo_megatron.training.publish_probe import TrainingProbe
 from dcpo_megatron.training.server_engine import ServerEngine, look_at, say_refusals, wait_together
 from dcpo_megatron.training.shared_gpus import SharedGpu, check_servers_gpus, gpu_of
 from dcpo_megatron.weights.publish import PublishOptions, WeightPublisher, nccl
-from dcpo_megatron.weights.publish.verify import TOLERANCES
+from dcpo_megatron.weights.publish.weight_checks import TOLERANCES
 from dcpo_megatron.weights.transfer import WeightGatherer
 
 # For one server to answer, at a start at which many ask.

@@ -37,7 +37,7 @@ _SHOWN = 4
 FOLDER_SECONDS = 20.0
 
 
-def meet(config: Config, prompts: str, door: Door) -> list[Peer]:
+def hold_first_meeting(config: Config, prompts: str, door: Door) -> list[Peer]:
     """Introduces all ranks to one another: every rank in its order. Collective.
 
     Args:

@@ -29,7 +29,7 @@ from dcpo_megatron.training.held_out import evaluate_held_out
 from dcpo_megatron.training.introduction import introduce_run
 from dcpo_megatron.training.minibatches import MinibatchMaker
 from dcpo_megatron.training.old_logprobs import take_logprobs
-from dcpo_megatron.training.parts import Monitors, Progress, RunData
+from dcpo_megatron.training.parts import Monitors, RunData, RunProgress
 from dcpo_megatron.training.rollout_phase import RolloutPhase
 from dcpo_megatron.training.summary import write_summary
 from dcpo_megatron.weights.transfer import WeightGatherer
@@ -50,7 +50,7 @@ class Trainer:
     minibatches: MinibatchMaker
     saver: CheckpointSaver
     monitors: Monitors
-    progress: Progress = field(default_factory=Progress)
+    progress: RunProgress = field(default_factory=RunProgress)
 
     def run(self, stop_requested: Callable[[], bool] = lambda: False) -> dict | None:
         """Trains up to ``training.steps`` steps; returns (and writes) the summary.

@@ -40,7 +40,7 @@ class Monitors:
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """How far the run is: what a checkpoint keeps, and what the summary tells.
 
     Attributes:

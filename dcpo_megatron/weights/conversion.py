@@ -7,11 +7,11 @@
     reshard         reshard.py      a unit a layer              records of any layout -> chunks of the new layout,
                                                                 optimizer state too
 
-Each is a job of independent units (:mod:`~dcpo_megatron.weights.work`). A ``torch_dist`` checkpoint holds whole tensors
-cut into chunks, and every layout can be loaded from every other. The layout that a conversion is given decides how
-tensors are cut (tensor and expert-tensor sizes) and how far the vocabulary is padded, so that a run of that layout
-reads whole records; pipeline, virtual pipeline and expert sizes decide nothing on disk, and are checked against the
-model.
+Each is a job of independent units (:mod:`~dcpo_megatron.weights.conversion_jobs`). A ``torch_dist`` checkpoint holds
+whole tensors cut into chunks, and every layout can be loaded from every other. The layout that a conversion is given
+decides how tensors are cut (tensor and expert-tensor sizes) and how far the vocabulary is padded, so that a run of that
+layout reads whole records; pipeline, virtual pipeline and expert sizes decide nothing on disk, and are checked against
+the model.
 
 Memory: one tensor of one layer and its merged copy; embedding and output layer, which may be larger than a layer, in
 stretches of rows.

@@ -17,7 +17,7 @@ import torch
 from dcpo_megatron.console.progress import size
 from dcpo_megatron.mcore.hf_config import ModelShape, read_shape
 from dcpo_megatron.weights.conversion import HF_SUBFOLDER
-from dcpo_megatron.weights.fit import check_folder
+from dcpo_megatron.weights.folder_check import check_folder
 from dcpo_megatron.weights.hf_folder import CheckpointError, SafetensorsFolder, companions
 from dcpo_megatron.weights.mapping import hf_shapes, parameter_names, rule_for
 from dcpo_megatron.weights.megatron_names import MegatronTensors

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dcpo_megatron.weights.conversion_jobs import ConversionJob, WorkUnit
 from dcpo_megatron.weights.torch_dist import Record
-from dcpo_megatron.weights.work import Job, Unit
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -21,7 +21,7 @@ class InMegatronLmRoot:
     """``job`` with its checkpoint one folder deeper. ``iteration`` 0 makes a release, from which Megatron-LM takes the
     weights alone."""
 
-    job: Job
+    job: ConversionJob
     iteration: int = 0
 
     @property
@@ -31,7 +31,7 @@ class InMegatronLmRoot:
     def identity(self) -> dict:
         return self.job.identity() | {"inside": self._name}
 
-    def units(self) -> list[Unit]:
+    def units(self) -> list[WorkUnit]:
         return self.job.units()
 
     def run(self, number: int, folder: Path, progress: Callable[[int], None]) -> list[Record]:

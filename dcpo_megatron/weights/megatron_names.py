@@ -25,7 +25,7 @@ import torch
 
 from dcpo_megatron.mcore.families.base import FUSED_NORMS, single_expert
 from dcpo_megatron.mcore.hf_config import ModelShape
-from dcpo_megatron.weights.fit import check_tie
+from dcpo_megatron.weights.folder_check import check_tie
 from dcpo_megatron.weights.hf_folder import CheckpointError
 from dcpo_megatron.weights.torch_dist import TorchDistFolder
 from dcpo_megatron.weights.torch_dist_writing import serialized
@@ -58,7 +58,7 @@ def global_name(name: str, shape: ModelShape, layer_offset: int, expert_offset: 
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """A parameter's tensor in a checkpoint: ``key``, and the leading index (layer, expert) of the stacked tensor it is
     part of."""
 
@@ -66,9 +66,9 @@ class Place:
     lead: tuple[int, ...] = ()
 
 
-def stacked_places(name: str, shape: ModelShape) -> list[Place]:
+def stacked_places(name: str, shape: ModelShape) -> list[TensorPlace]:
     """Where ``name`` is written: one place, or two for a norm that two layer specs name differently."""
-    return [Place(key, lead) for key, lead in _stacked(name, shape)]
+    return [TensorPlace(key, lead) for key, lead in _stacked(name, shape)]
 
 
 def _stacked(name: str, shape: ModelShape) -> list[tuple[str, tuple[int, ...]]]:
@@ -85,7 +85,7 @@ def _stacked(name: str, shape: ModelShape) -> list[tuple[str, tuple[int, ...]]]:
     return [(f"decoder.layers.{part}", (layer,)) for part in parts]
 
 
-def lead_shape(place: Place, shape: ModelShape) -> tuple[int, ...]:
+def lead_shape(place: TensorPlace, shape: ModelShape) -> tuple[int, ...]:
     """Sizes of the leading dimensions of a stacked tensor: (layers,) or (layers, experts)."""
     return (shape.layers, shape.experts)[: len(place.lead)]
 
@@ -150,22 +150,22 @@ class MegatronTensors:
         place = f"{self.folder.folder}: {self.prefix}{_OUTPUT} (lm_head.weight)"
         check_tie(rows_of(_EMBEDDING), rows_of(_OUTPUT), min(vocab, self.shape.vocab), place, self.prefix + _EMBEDDING)
 
-    def places(self, name: str) -> list[Place]:
+    def places(self, name: str) -> list[TensorPlace]:
         """The places that make up ``name`` in this checkpoint: one, or gate and up. Raises :class:`CheckpointError`
         where it has none."""
         tensors, prefix = self.folder.tensors, self.prefix
-        candidates: list[list[Place]] = []
+        candidates: list[list[TensorPlace]] = []
         for key, lead in _stacked(name, self.shape):
-            candidates.append([Place(prefix + key, lead)])
+            candidates.append([TensorPlace(prefix + key, lead)])
             if lead:
                 layered = key.replace("decoder.layers.", f"decoder.layers.{lead[0]}.", 1)
-                candidates.append([Place(prefix + layered, lead[1:])])
+                candidates.append([TensorPlace(prefix + layered, lead[1:])])
                 if len(lead) == 2:
                     layered = layered.replace("experts.experts.", f"experts.experts.{lead[1]}.", 1)
-                    candidates.append([Place(prefix + layered)])
-                candidates.append([Place(f"{prefix}{layered}_{half}") for half in "wv"])
+                    candidates.append([TensorPlace(prefix + layered)])
+                candidates.append([TensorPlace(f"{prefix}{layered}_{half}") for half in "wv"])
         # A norm under the plain name of the local spec.
-        candidates.append([Place(prefix + name)])
+        candidates.append([TensorPlace(prefix + name)])
         for places in candidates:
             if all(place.key in tensors for place in places):
                 return places

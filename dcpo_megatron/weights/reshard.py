@@ -23,12 +23,12 @@ from dcpo_megatron.weights.conversion import (
     padded_rows,
     write_index_with_companions,
 )
+from dcpo_megatron.weights.conversion_jobs import WorkUnit, file_facts
 from dcpo_megatron.weights.hf_folder import CheckpointError
 from dcpo_megatron.weights.mapping import Rule, parameter_names, rule_for
 from dcpo_megatron.weights.megatron_names import MegatronTensors
 from dcpo_megatron.weights.torch_dist import COMMON_FILE, Record, TorchDistFolder
 from dcpo_megatron.weights.torch_dist_writing import write_records
-from dcpo_megatron.weights.work import Unit, file_facts
 
 # optimizer.state.exp_avg.KEY, as Megatron-Core's model-space formats name it; several optimizers (dense, experts) are
 # chained.
@@ -134,12 +134,12 @@ class Reshard:
             "layout": asdict(self.layout),
         }
 
-    def units(self) -> list[Unit]:
+    def units(self) -> list[WorkUnit]:
         def size(key: str, index: int | None) -> int:
             shape = self._shape(key)
             return math.prod(shape if index is None else shape[1:]) * self._folder.tensors[key].dtype.itemsize
 
-        return [Unit(title, sum(size(*member) for member in members)) for title, members in self._plan]
+        return [WorkUnit(title, sum(size(*member) for member in members)) for title, members in self._plan]
 
     def run(self, number: int, folder: Path, progress: Callable[[int], None]) -> list[Record]:
         return write_records(folder / f"__{number}_0.distcp", self._pieces(number), progress)

@@ -14,12 +14,12 @@ import torch
 from dcpo_megatron import __version__
 from dcpo_megatron.mcore.hf_config import ModelShape, read_shape
 from dcpo_megatron.weights.conversion import hf_folder_of, vocab_stretches
+from dcpo_megatron.weights.conversion_jobs import WorkUnit, file_facts
 from dcpo_megatron.weights.hf_folder import copy_companions
 from dcpo_megatron.weights.hf_writing import shard_name, write_safetensors, write_weight_index
 from dcpo_megatron.weights.mapping import full_shape, hf_shapes, parameter_names, rule_for, split
 from dcpo_megatron.weights.megatron_names import MegatronTensors
 from dcpo_megatron.weights.torch_dist import Record, TorchDistFolder
-from dcpo_megatron.weights.work import Unit, file_facts
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ class MegatronToHf:
             "shard_bytes": self.shard_bytes,
         }
 
-    def units(self) -> list[Unit]:
+    def units(self) -> list[WorkUnit]:
         return [
-            Unit(shard_name(number, len(self._shards)), sum(self._bytes(name) for name in names))
+            WorkUnit(shard_name(number, len(self._shards)), sum(self._bytes(name) for name in names))
             for number, names in enumerate(self._shards)
         ]
 

@@ -15,13 +15,13 @@ from dcpo_megatron import __version__
 from dcpo_megatron.mcore.hf_config import ModelShape, read_shape
 from dcpo_megatron.mcore.layout import ParallelLayout, padded_vocab
 from dcpo_megatron.weights.conversion import check_layout, chunk_grid, cut, padded_rows, write_index_with_companions
-from dcpo_megatron.weights.fit import check_folder
+from dcpo_megatron.weights.conversion_jobs import WorkUnit, file_facts
+from dcpo_megatron.weights.folder_check import check_folder
 from dcpo_megatron.weights.hf_folder import CheckpointError, SafetensorsFolder
 from dcpo_megatron.weights.mapping import Rule, full_shape, merge, parameter_names, rule_for
 from dcpo_megatron.weights.megatron_names import layer_states, lead_shape, outer_states, stacked_places
 from dcpo_megatron.weights.torch_dist import Record
 from dcpo_megatron.weights.torch_dist_writing import write_records
-from dcpo_megatron.weights.work import Unit, file_facts
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
@@ -69,8 +69,8 @@ class HfToMegatron:
             "layout": asdict(self.layout),
         }
 
-    def units(self) -> list[Unit]:
-        return [Unit(title, sum(self._bytes(name) for name in names)) for title, names in self._groups]
+    def units(self) -> list[WorkUnit]:
+        return [WorkUnit(title, sum(self._bytes(name) for name in names)) for title, names in self._groups]
 
     def _full(self, name: str) -> tuple[Rule, tuple[int, ...], torch.dtype]:
         rule = rule_for(name, self.shape)

@@ -25,7 +25,7 @@ from dcpo_megatron.distributed import all_gather_bytes, all_reduce_on_host
 from dcpo_megatron.mcore.layout import RankPosition
 from dcpo_megatron.mcore.step import PolicyModel
 from dcpo_megatron.weights.conversion import padded_rows
-from dcpo_megatron.weights.fit import check_folder
+from dcpo_megatron.weights.folder_check import check_folder
 from dcpo_megatron.weights.hf_folder import SafetensorsFolder
 from dcpo_megatron.weights.mapping import Rule, full_shape, merge, rule_for, shard, split, unshard
 from dcpo_megatron.weights.megatron_names import MegatronTensors, global_name

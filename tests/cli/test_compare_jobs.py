@@ -6,11 +6,11 @@ import signal
 import threading
 import time
 
-from dcpo_megatron.comparison.jobs import Job, Jobs
+from dcpo_megatron.comparison.jobs import Jobs, StudyJob
 
 
-def job(tmp_path, name: str, code: str, needs: str | None = None) -> Job:
-    return Job(name, ["-c", code], tmp_path / f"{name}.log", lambda: 0.0, needs)
+def job(tmp_path, name: str, code: str, needs: str | None = None) -> StudyJob:
+    return StudyJob(name, ["-c", code], tmp_path / f"{name}.log", lambda: 0.0, needs)
 
 
 def test_a_failed_job_is_named_its_dependants_are_not_started_and_the_rest_goes_on(tmp_path, capsys):

@@ -4,13 +4,13 @@ import random
 
 import pytest
 
-from dcpo_megatron.comparison.claims import NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, UNDECIDED, Part, judge, rur
+from dcpo_megatron.comparison.claims import NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, UNDECIDED, Part, judge_claims, rur
 from dcpo_megatron.comparison.statistics import paired_difference
 from tests.comparison.synthetic import METHODS, PAPER, make
 
 
 def verdicts(runs) -> dict[str, str]:
-    return {claim.text: claim.verdict for claim in judge(runs)}
+    return {claim.text: claim.verdict for claim in judge_claims(runs)}
 
 
 def one(runs, words: str) -> str:

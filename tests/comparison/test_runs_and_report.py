@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from dcpo_megatron.cli import compare
-from dcpo_megatron.comparison.page import Heading, Paragraph, Picture, Table, as_html
 from dcpo_megatron.comparison.plots import band_over_seeds
 from dcpo_megatron.comparison.runs import interpolate, make_run, reached
+from dcpo_megatron.comparison.study_page import Heading, Paragraph, Picture, Table, as_html
 from tests.comparison import synthetic
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from dcpo_megatron.mcore import attention
 from dcpo_megatron.mcore.attention import (
     MAX_PADDING,
+    AttentionBlock,
     AttentionPlan,
-    Block,
     CausalCoreAttention,
     PackedRow,
     group_blocks,
@@ -118,7 +118,7 @@ def test_dropout_and_sliding_windows_are_refused(setting, message):
 # -- grouping of blocks ----------------------------------------------------------------------------
 
 blocks_of = st.lists(st.tuples(st.integers(0, 200), st.integers(1, 200)), min_size=1, max_size=30).map(
-    lambda pairs: [Block(10 * n, 100 * n, offset, length) for n, (offset, length) in enumerate(pairs)]
+    lambda pairs: [AttentionBlock(10 * n, 100 * n, offset, length) for n, (offset, length) in enumerate(pairs)]
 )
 
 
@@ -134,8 +134,8 @@ def test_every_block_is_in_one_group_and_no_group_pads_more_than_allowed(blocks)
 
 
 def test_blocks_of_one_size_share_one_call_and_very_different_ones_do_not():
-    assert [len(g) for g in group_blocks([Block(n, n, 0, 8) for n in range(6)])] == [6]
-    assert [len(g) for g in group_blocks([Block(0, 0, 0, 100), Block(100, 100, 0, 3)])] == [1, 1]
+    assert [len(g) for g in group_blocks([AttentionBlock(n, n, 0, 8) for n in range(6)])] == [6]
+    assert [len(g) for g in group_blocks([AttentionBlock(0, 0, 0, 100), AttentionBlock(100, 100, 0, 3)])] == [1, 1]
 
 
 # -- context parallelism ---------------------------------------------------------------------------

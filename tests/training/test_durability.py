@@ -12,12 +12,12 @@ from dcpo_megatron.checkpoint.saver import CheckpointSaver
 from dcpo_megatron.checkpoint.snapshot import Snapshot, SnapshotTensor
 from dcpo_megatron.mcore.layout import ParallelLayout
 from dcpo_megatron.training.pending import PendingBatch
+from dcpo_megatron.weights.conversion_jobs import run_job
 from dcpo_megatron.weights.hf_writing import write_hf_folder
 from dcpo_megatron.weights.publish.buckets import Bucket
 from dcpo_megatron.weights.publish.disk import DiskTransport
 from dcpo_megatron.weights.to_hf import MegatronToHf
 from dcpo_megatron.weights.to_megatron import HfToMegatron
-from dcpo_megatron.weights.work import run_job
 from tests.system_calls import calls  # noqa: F401
 
 

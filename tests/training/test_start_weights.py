@@ -10,9 +10,9 @@ from dcpo_megatron.config.schema import ConfigError
 from dcpo_megatron.mcore.layout import ParallelLayout
 from dcpo_megatron.training.checks import check_run
 from dcpo_megatron.verification.cases import make_model
+from dcpo_megatron.weights.conversion_jobs import run_job
 from dcpo_megatron.weights.hf_folder import CheckpointError
 from dcpo_megatron.weights.to_megatron import HfToMegatron
-from dcpo_megatron.weights.work import run_job
 from tests.training.test_run_end_to_end import check_run_folder, folder, launch, settings  # noqa: F401
 
 

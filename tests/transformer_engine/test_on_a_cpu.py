@@ -14,10 +14,10 @@ from dcpo_megatron.mcore.layout import ParallelLayout
 from dcpo_megatron.verification import cases, certificate
 from dcpo_megatron.verification.layouts import find_layouts
 from dcpo_megatron.verification.ranks import RankPool
+from dcpo_megatron.weights.conversion_jobs import run_job
 from dcpo_megatron.weights.to_hf import MegatronToHf
 from dcpo_megatron.weights.to_megatron import HfToMegatron
 from dcpo_megatron.weights.torch_dist import TorchDistFolder
-from dcpo_megatron.weights.work import run_job
 from tests.transformer_engine import other_path, python_path
 
 # DCPO_TEST_LAYOUTS: others of the certificate's, by name, or "all" that the unfused attention can do on four ranks.

@@ -40,7 +40,7 @@ def publish(folder: str, parallel: dict, urls: list[str], run_id: str, version: 
     from dcpo_megatron.rollout import RolloutError
     from dcpo_megatron.rollout.fleet import Fleet
     from dcpo_megatron.rollout.server import Server
-    from dcpo_megatron.training.probe import TrainingProbe
+    from dcpo_megatron.training.publish_probe import TrainingProbe
     from dcpo_megatron.weights.publish import PublishOptions, WeightPublisher
     from dcpo_megatron.weights.transfer import WeightGatherer
     from tests.weights.jobs import _policy

@@ -19,7 +19,7 @@ from dcpo_megatron.rollout.embedded import EmbeddedEngine
 from dcpo_megatron.rollout.protocol import RolloutError
 from dcpo_megatron.verification.cases import make_model
 from dcpo_megatron.verification.ranks import RankFailure, RankPool
-from dcpo_megatron.weights.fit import check_folder
+from dcpo_megatron.weights.folder_check import check_folder
 from dcpo_megatron.weights.hf_folder import CheckpointError, SafetensorsFolder
 from dcpo_megatron.weights.mapping import hf_names, hf_shapes, parameter_names, rule_for
 

@@ -7,9 +7,9 @@ from safetensors.torch import load_file, save_file
 from dcpo_megatron.mcore.families import FAMILIES
 from dcpo_megatron.mcore.layout import ParallelLayout
 from dcpo_megatron.verification.cases import make_model
+from dcpo_megatron.weights.conversion_jobs import run_job
 from dcpo_megatron.weights.logits import compare_logits
 from dcpo_megatron.weights.to_megatron import HfToMegatron
-from dcpo_megatron.weights.work import run_job
 
 IDS = [3, 41, 5, 99, 18, 60, 2, 7, 88, 100, 14, 14, 0, 51]
 

@@ -6,9 +6,9 @@ import torch
 from dcpo_megatron.rollout import RolloutError
 from dcpo_megatron.rollout.fleet import Fleet
 from dcpo_megatron.rollout.server import Server
-from dcpo_megatron.weights.publish import PublishOptions, session, transaction, verify
+from dcpo_megatron.weights.publish import PublishOptions, server_session, transaction, weight_checks
 from dcpo_megatron.weights.publish.buckets import buckets
-from dcpo_megatron.weights.publish.options import PublishReport
+from dcpo_megatron.weights.publish.options import PublishResult
 
 
 def walk(*sizes: int):
@@ -48,22 +48,22 @@ def test_tensors_are_cast_and_made_contiguous():
 
 def test_the_server_that_differs_from_the_majority_is_named_with_the_tensor():
     good, bad = {"0.a": "1", "0.b": "2"}, {"0.a": "1", "0.b": "3"}
-    assert verify.odd_ones({"x": good, "y": bad, "z": good}) == {"y": "its 0.b is not that of the other servers"}
+    assert weight_checks.odd_ones({"x": good, "y": bad, "z": good}) == {"y": "its 0.b is not that of the other servers"}
     # Servers of another layout hold other tensors: nothing to compare.
-    assert verify.odd_ones({"x": good, "w": {"0.a": "7", "1.a": "8"}}) == {}
+    assert weight_checks.odd_ones({"x": good, "w": {"0.a": "7", "1.a": "8"}}) == {}
 
 
 def test_a_tensor_that_is_still_noise_is_named():
-    verify.check_arrived({"0.a": "1"}, {"0.a": "2"})
+    weight_checks.check_arrived({"0.a": "1"}, {"0.a": "2"})
     with pytest.raises(RolloutError, match=r"1 tensors .* such as model\.norm\.weight"):
-        verify.check_arrived({"0.a": "1", "0.model.norm.weight": "5"}, {"0.a": "2", "0.model.norm.weight": "5"})
+        weight_checks.check_arrived({"0.a": "1", "0.model.norm.weight": "5"}, {"0.a": "2", "0.model.norm.weight": "5"})
 
 
 def test_log_probs_that_are_not_a_number_are_no_match():
-    verify.check_logprobs(1e-5, 1e-3)
+    weight_checks.check_logprobs(1e-5, 1e-3)
     for difference in (0.1, float("nan")):
         with pytest.raises(RolloutError, match=r"publish\.tolerance"):
-            verify.check_logprobs(difference, 1e-3)
+            weight_checks.check_logprobs(difference, 1e-3)
 
 
 @pytest.mark.parametrize("wrong", [{"mode": "smoke"}, {"pause": "later"}, {"mode": "disk"}, {"bucket_bytes": 0}])
@@ -85,8 +85,8 @@ def test_a_server_releases_and_takes_back_every_kind_of_memory_that_it_knows():
         def post(self, path, body, timeout):
             asked.append((path, body))
 
-    session.release_memory(Recorder(), 1.0)
-    session.resume_memory(Recorder(), 1.0)
+    server_session.release_memory(Recorder(), 1.0)
+    server_session.resume_memory(Recorder(), 1.0)
     assert asked == [
         ("/release_memory_occupation", {}),
         ("/update_weight_version", {"new_version": "run-3.released", "abort_all_requests": False}),
@@ -108,7 +108,7 @@ def test_room_is_made_after_the_probe_and_before_any_server_is_spoken_to(monkeyp
             return [[-1.0]]
 
     monkeypatch.setattr(
-        transaction._Publication, "run", lambda self, walk: order.append("servers") or PublishReport(self.version)
+        transaction._Publication, "run", lambda self, walk: order.append("servers") or PublishResult(self.version)
     )
     publisher = transaction.WeightPublisher(
         Fleet([Server("http://127.0.0.1:9")], "run"), PublishOptions(), device=torch.device("cpu"), probe=Probe(),

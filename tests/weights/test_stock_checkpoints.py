@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from dcpo_megatron.mcore.layout import ParallelLayout
 from dcpo_megatron.verification.cases import make_model
 from dcpo_megatron.verification.ranks import RankPool
+from dcpo_megatron.weights.conversion_jobs import run_job
 from dcpo_megatron.weights.hf_folder import CheckpointError
 from dcpo_megatron.weights.reshard import Reshard
 from dcpo_megatron.weights.to_hf import MegatronToHf
 from dcpo_megatron.weights.to_megatron import HfToMegatron
 from dcpo_megatron.weights.torch_dist import TorchDistFolder
-from dcpo_megatron.weights.work import run_job
 from tests.other_megatron import other_megatron
 
 

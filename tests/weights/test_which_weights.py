@@ -15,7 +15,8 @@ from dcpo_megatron.mcore.hf_config import read_shape
 from dcpo_megatron.mcore.layout import ParallelLayout
 from dcpo_megatron.training.checks import check_run
 from dcpo_megatron.verification.cases import make_model
-from dcpo_megatron.weights.fit import check_folder
+from dcpo_megatron.weights.conversion_jobs import run_job
+from dcpo_megatron.weights.folder_check import check_folder
 from dcpo_megatron.weights.hf_folder import INDEX, SINGLE, CheckpointError, SafetensorsFolder, companions
 from dcpo_megatron.weights.hf_writing import write_hf_folder
 from dcpo_megatron.weights.megatron_names import MegatronTensors
@@ -23,7 +24,6 @@ from dcpo_megatron.weights.to_hf import MegatronToHf
 from dcpo_megatron.weights.to_megatron import HfToMegatron
 from dcpo_megatron.weights.torch_dist import TorchDistFolder
 from dcpo_megatron.weights.torch_dist_writing import write_index, write_records
-from dcpo_megatron.weights.work import run_job
 
 NORM, EMBEDDING, OUTPUT = "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"
 

@@ -174,7 +174,7 @@ def _converted(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice
         yield part, weight[part].to(dtype)
 
 
-class Block:
+class LogitsBlock:
     """Memory for one block of logits, used again and again (a fresh one each time would be page faults on a CPU)."""
 
     def __init__(self, tokens: int, rows: int, hidden: torch.Tensor):
@@ -208,7 +208,7 @@ def no_statistics(count: int, like: torch.Tensor) -> torch.Tensor:
     return stats
 
 
-def merge(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def merge_statistics(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """The statistics of two pieces taken together, ``[4, n]`` each."""
     peak = torch.maximum(first[0], second[0])
     moved = first[0] - peak, second[0] - peak
@@ -229,7 +229,7 @@ def merge_over_ranks(stats: torch.Tensor, group: dist.ProcessGroup | None) -> to
     parts = everyone.view(world, 4, -1)
     merged = parts[0]
     for part in parts[1:]:
-        merged = merge(merged, part)
+        merged = merge_statistics(merged, part)
     return merged
 
 

@@ -21,8 +21,8 @@ import torch
 
 from dcpo_megatron.mcore.head.chunks import (
     FUSED_BLOCK_BYTES,
-    Block,
     HeadSettings,
+    LogitsBlock,
     accumulation_dtype,
     add_product,
     chunks,
@@ -69,7 +69,7 @@ class FusedHeadAndLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=accumulate) if needs_weight else None
         logprobs, entropy = (torch.empty(count, dtype=accumulate, device=hidden.device) for _ in range(2))
         loss = torch.zeros((), dtype=accumulate, device=hidden.device)
-        block = Block(min(size, count), settings.real_rows, hidden)
+        block = LogitsBlock(min(size, count), settings.real_rows, hidden)
         columns = targets - settings.first_row
         part_weight = weight[real]
         for part in chunks(count, size):

@@ -11,14 +11,14 @@ from __future__ import annotations
 import torch
 
 from dcpo_megatron.mcore.head.chunks import (
-    Block,
     HeadSettings,
+    LogitsBlock,
     accumulation_dtype,
     add_product,
     chunks,
     factor_dtype,
-    merge,
     merge_over_ranks,
+    merge_statistics,
     no_statistics,
     outcome,
 )
@@ -32,14 +32,14 @@ def chunked_statistics(hidden, weight, targets, settings: HeadSettings):
     """
     stats = no_statistics(hidden.shape[0], hidden)
     tokens, rows = min(settings.chunk_tokens, hidden.shape[0]), min(settings.chunk_vocab, settings.real_rows)
-    block, factor = Block(tokens, rows, hidden), factor_dtype(weight)
+    block, factor = LogitsBlock(tokens, rows, hidden), factor_dtype(weight)
     columns = targets - settings.first_row
     for vocab in chunks(settings.real_rows, settings.chunk_vocab):
         part_weight = weight[vocab].to(factor)
         for part in chunks(hidden.shape[0], settings.chunk_tokens):
             logits = block.logits(hidden[part].to(factor), part_weight, settings.temperature)
             found = settings.blocks.block_statistics(logits, columns[part] - vocab.start)
-            stats[:, part] = merge(stats[:, part], found)
+            stats[:, part] = merge_statistics(stats[:, part], found)
     return outcome(merge_over_ranks(stats, settings.group))
 
 
@@ -62,7 +62,7 @@ class RecomputedLogProbs(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=accumulate)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         tokens, rows = min(settings.chunk_tokens, count), min(settings.chunk_vocab, settings.real_rows)
-        block = Block(tokens, rows, hidden)
+        block = LogitsBlock(tokens, rows, hidden)
         grad_logprobs = grad_logprobs / settings.temperature
         # A loss without entropy sends zeros; leaving them out saves a pass over every block.
         grad_entropy = grad_entropy / settings.temperature if bool(grad_entropy.any()) else None

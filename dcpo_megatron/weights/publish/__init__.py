@@ -11,7 +11,7 @@ verify.py           checksums and log-probs
 transaction.py      all of it, with deadlines
 """
 
-from dcpo_megatron.weights.publish.options import Probe, PublishOptions, PublishReport
+from dcpo_megatron.weights.publish.options import Probe, PublishOptions, PublishResult
 from dcpo_megatron.weights.publish.transaction import WeightPublisher
 
-__all__ = ["Probe", "PublishOptions", "PublishReport", "WeightPublisher"]
+__all__ = ["Probe", "PublishOptions", "PublishResult", "WeightPublisher"]

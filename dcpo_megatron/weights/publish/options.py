@@ -73,7 +73,7 @@ class Probe(Protocol):
 
 
 @dataclass
-class PublishReport:
+class PublishResult:
     """Attributes:
     version: of the weights.
     seconds: phase -> seconds.

@@ -31,11 +31,11 @@ from dcpo_megatron.distributed import all_gather_on_host
 from dcpo_megatron.rollout.fleet import Fleet
 from dcpo_megatron.rollout.protocol import RolloutError
 from dcpo_megatron.rollout.server import Server, ServerError
-from dcpo_megatron.weights.publish import session, verify
+from dcpo_megatron.weights.publish import server_session, weight_checks
 from dcpo_megatron.weights.publish.buckets import Bucket, buckets
 from dcpo_megatron.weights.publish.disk import DiskTransport
 from dcpo_megatron.weights.publish.ipc import IpcTransport
-from dcpo_megatron.weights.publish.options import Probe, PublishOptions, PublishReport
+from dcpo_megatron.weights.publish.options import Probe, PublishOptions, PublishResult
 from dcpo_megatron.weights.publish.process_group import ProcessGroupTransport
 from dcpo_megatron.weights.publish.transport import Transport
 from dcpo_megatron.weights.transfer import WeightGatherer
@@ -80,7 +80,7 @@ class WeightPublisher:
             return IpcTransport([server.url for server in self.fleet.servers], self.device)
         return ProcessGroupTransport(options.backend, self.device, options.address, options.bucket_timeout)
 
-    def publish(self, tensors: Tensors | WeightGatherer, version: int) -> PublishReport:
+    def publish(self, tensors: Tensors | WeightGatherer, version: int) -> PublishResult:
         """Gives the weights ``tensors`` to every server that answers, as ``version``. Collective over the training
         ranks.
 
@@ -121,10 +121,10 @@ class WeightPublisher:
         if self.rank == 0:
             try:
                 for server in self.fleet.serving():
-                    session.release_memory(server, self.options.timeout)
+                    server_session.release_memory(server, self.options.timeout)
             except RolloutError as error:
                 failure = error
-        self._share(PublishReport(self.fleet.version or 0), failure)
+        self._share(PublishResult(self.fleet.version or 0), failure)
 
     def close(self) -> None:
         """Leaves the process groups."""
@@ -135,7 +135,7 @@ class WeightPublisher:
         for bucket in buckets(tensors, self.options.bucket_bytes, dtype):
             yield bucket, self.transport.prepare(bucket)
 
-    def _share(self, report: PublishReport | None, failure: Exception | None) -> PublishReport:
+    def _share(self, report: PublishResult | None, failure: Exception | None) -> PublishResult:
         """Rank 0's outcome on every rank."""
         mine = b""
         if self.rank == 0:
@@ -153,7 +153,7 @@ class WeightPublisher:
         self.fleet.adopt(outcome["state"])
         if outcome["failure"] is not None:
             raise RolloutError(outcome["failure"])
-        return PublishReport(**outcome["report"])
+        return PublishResult(**outcome["report"])
 
 
 class _Publication:
@@ -162,14 +162,14 @@ class _Publication:
     def __init__(self, publisher: WeightPublisher, version: int, probe: _Logprobs | None):
         self.fleet, self.options, self.transport = publisher.fleet, publisher.options, publisher.transport
         self.version, self.probe = version, probe
-        self.report = PublishReport(version)
+        self.report = PublishResult(version)
         self.servers: list[Server] = list(self.fleet.servers)
         self.paused: list[Server] = []
         self.touched: list[Server] = []  # their weights are not those of a version we know
-        self.noise: dict[str, verify.Checksums] = {}
+        self.noise: dict[str, weight_checks.Checksums] = {}
         self.phase, self._began = "answer", time.monotonic()
 
-    def run(self, walk: Iterator[tuple[Bucket, object]]) -> PublishReport:
+    def run(self, walk: Iterator[tuple[Bucket, object]]) -> PublishResult:
         self.pool = ThreadPoolExecutor(max(1, len(self.servers)), thread_name_prefix="publish")
         try:
             with self._in("answer", _ANSWER_SECONDS):
@@ -265,7 +265,7 @@ class _Publication:
     def _quiesce(self, server: Server) -> None:
         tag = server.weight_version()
         # Still the process that we gave its weights: a restarted one has another tag.
-        held = tag.removesuffix(session.RELEASED)
+        held = tag.removesuffix(server_session.RELEASED)
         known = (
             self.fleet.version is not None
             and held == self.fleet.tag(self.fleet.version)
@@ -276,23 +276,23 @@ class _Publication:
         if not self.transport.staged:
             self.transport.connect(server, known, self._left())
         self.touched.append(server)
-        session.tag_weights(server, f"{self.fleet.tag(self.version)}{session.UNVERIFIED}", self._left())
-        if tag.endswith(session.RELEASED):
-            session.resume_memory(server, self._left())
+        server_session.tag_weights(server, f"{self.fleet.tag(self.version)}{server_session.UNVERIFIED}", self._left())
+        if tag.endswith(server_session.RELEASED):
+            server_session.resume_memory(server, self._left())
         # Not before the memory is back. While the server is paused nothing enters the cache again.
-        session.flush_cache(server, self.options.pause, self._left())
+        server_session.flush_cache(server, self.options.pause, self._left())
         if self.options.scrub and not known:
-            noise = verify.scrub(server, self._left())
+            noise = weight_checks.scrub(server, self._left())
             if noise is not None:
                 self.noise[server.url] = noise
 
     def _start(self, server: Server) -> None:
         if not self.transport.staged:
-            session.begin_session(server, self._left())
+            server_session.begin_session(server, self._left())
 
     def _finish(self, server: Server) -> None:
         if not self.transport.staged:
-            session.end_session(server, self._left())
+            server_session.end_session(server, self._left())
 
     def _stream(self, walk: Iterator[tuple[Bucket, object]]) -> None:
         for bucket, payload in walk:
@@ -306,10 +306,10 @@ class _Publication:
                 return
 
     def _verify(self) -> None:
-        found: dict[str, verify.Checksums] = {}
+        found: dict[str, weight_checks.Checksums] = {}
 
         def by_checksum(server: Server) -> None:
-            sums = verify.checksums(server, self._left())
+            sums = weight_checks.checksums(server, self._left())
             if sums is None and self.probe is None:
                 raise RolloutError(
                     "it computes no checksums and the training model's log-probs were not given: nothing can be"
@@ -318,10 +318,10 @@ class _Publication:
             if sums is not None:
                 found[server.url] = sums
                 if server.url in self.noise:
-                    verify.check_arrived(self.noise[server.url], sums)
+                    weight_checks.check_arrived(self.noise[server.url], sums)
 
         self._each(by_checksum)
-        for url, what in verify.odd_ones({s.url: found[s.url] for s in self.servers if s.url in found}).items():
+        for url, what in weight_checks.odd_ones({s.url: found[s.url] for s in self.servers if s.url in found}).items():
             self._out(next(server for server in self.servers if server.url == url), RolloutError(what))
         probe = self.probe
         if probe is None:
@@ -330,15 +330,15 @@ class _Publication:
 
         def by_logprobs(server: Server) -> None:
             server.resume(self._left())
-            differences[server.url] = verify.logprob_difference(server, *probe, self._left())
-            verify.check_logprobs(differences[server.url], self.options.tolerance)
+            differences[server.url] = weight_checks.logprob_difference(server, *probe, self._left())
+            weight_checks.check_logprobs(differences[server.url], self.options.tolerance)
 
         self._each(by_logprobs)
         if self.servers:
             self.report.difference = max(differences[server.url] for server in self.servers)
 
     def _commit(self) -> None:
-        self._each(lambda server: session.tag_weights(server, self.fleet.tag(self.version), self._left()))
+        self._each(lambda server: server_session.tag_weights(server, self.fleet.tag(self.version), self._left()))
         if len(self.servers) >= self.options.min_servers:
             for server in self.servers:
                 self.touched.remove(server)

@@ -15,10 +15,10 @@ import pytest
 
 from dcpo_megatron.mcore.layout import ParallelLayout
 from dcpo_megatron.verification.cases import make_model
+from dcpo_megatron.weights.conversion_jobs import run_job
 from dcpo_megatron.weights.hf_folder import CheckpointError
 from dcpo_megatron.weights.to_hf import MegatronToHf
 from dcpo_megatron.weights.to_megatron import HfToMegatron
-from dcpo_megatron.weights.work import run_job
 
 LAYERS = 4
 UNITS = LAYERS + 1

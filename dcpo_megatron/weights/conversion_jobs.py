@@ -39,20 +39,20 @@ PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
-class Unit:
+class WorkUnit:
     """A part of the work that one process does: what it is called and how many bytes it writes."""
 
     name: str
     bytes: int
 
 
-class Job(Protocol):
+class ConversionJob(Protocol):
     """What :func:`run_job` runs. Jobs are sent to worker processes, so they hold plain values only."""
 
     def identity(self) -> dict:
         """What the result depends on, as JSON: source files with size and time, options."""
 
-    def units(self) -> list[Unit]:
+    def units(self) -> list[WorkUnit]:
         """The parts, the same list in every process."""
 
     def run(self, number: int, folder: Path, progress: Callable[[int], None]) -> list[Record]:
@@ -63,7 +63,11 @@ class Job(Protocol):
 
 
 def run_job(
-    job: Job, destination: str | os.PathLike, *, workers: int = 1, report: Callable[[int, int], None] | None = None
+    job: ConversionJob,
+    destination: str | os.PathLike,
+    *,
+    workers: int = 1,
+    report: Callable[[int, int], None] | None = None,
 ):
     """Runs ``job`` into the new folder ``destination``.
 
@@ -98,7 +102,7 @@ def run_job(
     return resumed
 
 
-def _run_units(job: Job, units: list[Unit], identity: dict, work: Path, workers: int, report) -> int:
+def _run_units(job: ConversionJob, units: list[WorkUnit], identity: dict, work: Path, workers: int, report) -> int:
     """Everything of :func:`run_job` that happens inside the folder ``work``."""
     if _read_json(work / PLAN) != identity:
         # The plan goes last: without it nobody would know whose folder this is.
@@ -168,7 +172,7 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _run_unit(job: Job, number: int, folder: Path, progress: Callable[[int], None]) -> None:
+def _run_unit(job: ConversionJob, number: int, folder: Path, progress: Callable[[int], None]) -> None:
     records = job.run(number, folder, progress)
     _write_json(folder / f"{number}.done.json", [asdict(record) for record in records])
 
@@ -198,7 +202,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(job: Job, number: int, folder: Path) -> None:
+def _work(job: ConversionJob, number: int, folder: Path) -> None:
     def progress(count: int) -> None:
         if _stop.is_set():
             raise _Stopped
@@ -210,7 +214,7 @@ def _work(job: Job, number: int, folder: Path) -> None:
 
 
 def _in_processes(
-    job: Job, todo: list[int], folder: Path, workers: int, at: int, total: int, report, done: set[int]
+    job: ConversionJob, todo: list[int], folder: Path, workers: int, at: int, total: int, report, done: set[int]
 ) -> None:
     """Runs the units ``todo``; adds to ``done`` those that finish."""
     context = multiprocessing.get_context("spawn")
