@@ -33,7 +33,11 @@ class ArrayRecord:
 
     def __post_init__(self) -> None:
         for name, dtype in self.DTYPES.items():
-            setattr(self, name, np.asarray(getattr(self, name), dtype=dtype))
+            given = np.asarray(getattr(self, name))
+            array: np.ndarray = given.astype(dtype, copy=False)
+            if array is not given and np.issubdtype(dtype, np.integer) and (array != given).any():
+                raise DataError(f"{name} of {type(self).__name__} holds values that are no {np.dtype(dtype).name}")
+            setattr(self, name, array)
 
     def __eq__(self, other) -> bool:
         if type(other) is not type(self):

@@ -86,8 +86,8 @@ def make_loss(
     """The loss function of one micro-batch; see the module's text for the contract.
 
     Args:
-        batch: with ``old_logprobs`` filled in; ``reference_logprobs`` where ``kl_coef`` is not 0, ``rollout_logprobs``
-            where a correction is on.
+        batch: with ``old_logprobs`` (or None with ``own_old_logprobs``); ``reference_logprobs`` where ``kl_coef`` is
+            not 0, ``rollout_logprobs`` where a correction is on.
         objective: an :class:`Objective` or a preset's name.
         context_group: the context-parallel group; only a sequence-level ratio needs it.
         fused: the function is also given to ``response_head(fused_loss=...)``, which forms the gradients with it in the
@@ -107,7 +107,8 @@ def make_loss(
     objective = get_preset(objective) if isinstance(objective, str) else objective
     if batch.old_logprobs is None and not own_old_logprobs:
         raise ValueError(
-            "the micro-batch has no old_logprobs: compute them before the first update of the rollout batch"
+            "the micro-batch has no old_logprobs: compute them before the first update of the rollout batch; for its"
+            " only update own_old_logprobs=True takes those of the update's own forward pass"
         )
     if objective.kl_coef and batch.reference_logprobs is None:
         raise ValueError(

@@ -33,11 +33,12 @@ class BadSteps:
         self._folder, self._limit, self._is_writer = folder, limit, is_writer
         self.in_a_row = 0
 
-    def note(self, step: int, held: Sequence[Response], updates: Sequence[UpdateResult]) -> None:
+    def note(self, step: int, held: Sequence[Response], total: int, updates: Sequence[UpdateResult]) -> None:
         """Takes in one step. A step without updates changes nothing. Collective over all ranks where it raises.
 
         Args:
             held: this rank's responses.
+            total: of all ranks.
             updates: the same on every rank.
 
         Raises:
@@ -51,10 +52,12 @@ class BadSteps:
             return
         file = self._folder / f"bad-batch-step-{step}.responses"
         parts = gather_on_first(encode_responses(held))
-        where = f"the step's responses are in {file} (dcpo_megatron.data.decode_responses reads it)"
+        where = f"the step's {total} responses are in {file} (dcpo_megatron.data.decode_responses reads it)"
         if self._is_writer:
             try:
-                file.write_bytes(encode_responses([r for part in parts for r in decode_responses(part)]))
+                everyone = [response for part in parts for response in decode_responses(part)]
+                everyone.sort(key=lambda response: (response.prompt_id, response.sample_index))
+                file.write_bytes(encode_responses(everyone))
             except OSError as error:
                 where = f"the step's responses could not be written to {file} ({error.strerror})"
         raise BadStepsError(

@@ -39,7 +39,7 @@ def check_mismatch(
     Args:
         sequences: this rank's, with ``old_logprobs`` where it has them (NaN at places that another context-parallel
             rank holds).
-        stale: of each response, by ``Sequence.number``: its first tokens that older weights sampled than those that old
+        stale: by ``TrainingSample.number``, how many of its first tokens older weights sampled than those that old
             log-probs were computed with.
         limit: largest mean difference (nats).
         counts_here: whether this rank's tokens are to be counted (one rank of each set of tensor-parallel peers).

@@ -95,8 +95,8 @@ class SampleLog:
         self,
         step: int,
         table: ResponseTable,
-        minibatches: Sequence[Sequence[Sequence]],
-        logprobs_of: Callable[[Sequence], dict[int, torch.Tensor]],
+        minibatches: Sequence[Sequence[Sequence[TrainingSample]]],
+        logprobs_of: Callable[[Sequence[Sequence[TrainingSample]]], dict[int, torch.Tensor]],
         objective: Objective,
         text_of: Callable[[int], str],
     ) -> None:

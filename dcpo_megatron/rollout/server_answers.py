@@ -177,7 +177,9 @@ def read(
         raise BadAnswer(f"a response without {error}") from None
     if reason == "abort" and not tokens:
         return index, Generation(_NONE, _NONE, "abort", _NONE)
-    if not tokens or ids != tokens or not all(isinstance(x, float | int) and math.isfinite(x) for x in logprobs):
+    whole = all(type(token) is int for token in tokens)
+    finite = all(isinstance(value, float | int) and math.isfinite(value) for value in logprobs)
+    if not (tokens and ids == tokens and whole and finite):
         raise BadAnswer(f"a response of {len(tokens)} tokens with {len(logprobs)} log-probs that do not belong to them")
     if "weight_versions" not in meta and not constant:
         raise Unsure(

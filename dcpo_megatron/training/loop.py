@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from dcpo_megatron.checkpoint.model_copy import UnsavedModelError, holder
@@ -125,7 +126,8 @@ class Trainer:
             for micro_batches in minibatches:
                 if micro_batches is minibatches[-1] and samples.due(step):
                     samples.responses(
-                        step, table, minibatches, self.policy.logprobs, self.run_.objective,
+                        step, table, minibatches, partial(self.policy.logprobs, objective=self.run_.objective),
+                        self.run_.objective,
                         lambda token: self.data.tokenizer.decode([token]),
                     )  # fmt: skip
                 only = len(minibatches) == 1  # its own forward pass may give old log-probs
@@ -138,7 +140,7 @@ class Trainer:
             metrics = rollout_metrics(table, rollout.totals, rollout.rounds, history)
             metrics |= update_metrics(updates) | monitors.gpu.read()
         seconds = seconds_metrics(monitors.timeline.take())
-        monitors.bad_steps.note(step, rollout.held, updates)
+        monitors.bad_steps.note(step, rollout.held, len(table), updates)
         return metrics | seconds | {"tokens_per_second": rollout.totals["tokens"] / seconds["seconds"]}
 
     def _next_prompts(self) -> list[Prompt]:

@@ -136,8 +136,8 @@ class _Entry:
 
 
 class WeightGatherer:
-    """Walks the whole model as Hugging Face tensors on every rank. The plan is made once (one exchange); each walk is
-    collectives of tensors only."""
+    """Walks the whole model as Hugging Face tensors, on every rank (:meth:`tensors`) or on rank 0 alone
+    (:meth:`on_first`). The plan is made once (one exchange)."""
 
     def __init__(self, model: PolicyModel):
         self.model = model

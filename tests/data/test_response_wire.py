@@ -106,3 +106,9 @@ def test_lengths_that_do_not_cut_the_tokens_are_refused(lengths):
     tensors["lengths"] = torch.tensor(lengths)
     with pytest.raises(DataError, match="are not encoded responses"):
         decode_responses(save(tensors))
+
+
+@pytest.mark.parametrize("token", [2**32 + 5, 3.7])
+def test_a_token_id_that_is_none_is_refused(token):
+    with pytest.raises(DataError, match="token_ids of Response holds values that are no int32"):
+        _response(token_ids=np.array([3, token]))

@@ -62,6 +62,13 @@ def test_log_probs_are_finite_numbers(value):
         read(event, VERSIONS.get, 3, True)
 
 
+@pytest.mark.parametrize("token", [2.5, True, 2**31])
+def test_tokens_are_token_ids(token):
+    event = finished(0, [7, token], "run-3")
+    with pytest.raises(BadAnswer, match="token"):
+        read(event, VERSIONS.get, 3, True)
+
+
 def test_what_is_posted_is_what_is_left_of_each_sample_with_seeds_that_a_server_can_read():
     requests = [GenerateRequest((1, 2), seed) for seed in (5, 2**63 + 9)]
     begun = {1: Generation([7, 8], [-0.1, -0.1], "abort", [3, 3])}

@@ -16,7 +16,7 @@ def everything(seed: int, data_size: int) -> tuple[list[Prompt], list[Response],
     responses = []
     for prompt in prompts:
         for sample in range(7):
-            tokens = int(draw.integers(0, 9))
+            tokens = int(draw.integers(0, 9)) if seed else 0  # once nothing at all
             responses.append(
                 Response(
                     prompt.id, prompt.token_ids, "", sample, draw.integers(0, 2**31 - 1, tokens),
@@ -69,6 +69,6 @@ def stopped_by_bad_steps(folder: str):
     rank = dist.get_rank()
     held = [Response("p", [1], "", rank, [3] * (4 * rank), [-0.5] * (4 * rank), "stop", [0] * (4 * rank))]
     try:
-        BadSteps(Path(folder), 1, rank == 0).note(7, held, [UpdateResult({"loss": 0.0}, {}, 1.0, False, 1e-6)])
+        BadSteps(Path(folder), 1, rank == 0).note(7, held, 3, [UpdateResult({"loss": 0.0}, {}, 1.0, False, 1e-6)])
     except BadStepsError as error:
         return str(error)

@@ -79,10 +79,10 @@ GOOD, LEFT_OUT, NO_LOSS = [update(), update()], [update(), update(False)], [upda
 def test_only_bad_steps_in_a_row_stop_the_run_and_its_batch_is_kept(tmp_path, alone):
     bad_steps = BadSteps(tmp_path, 3, True)
     for number, updates in enumerate([LEFT_OUT, NO_LOSS, GOOD, LEFT_OUT, [], NO_LOSS], start=1):
-        bad_steps.note(number, RESPONSES, updates)
+        bad_steps.note(number, RESPONSES, 1, updates)
     assert bad_steps.in_a_row == 2 and not list(tmp_path.iterdir())
     with pytest.raises(BadStepsError, match=r"step 7: 1 of 2 updates \(first: update 2\).* 3 steps in a row") as raised:
-        bad_steps.note(7, RESPONSES, LEFT_OUT)
+        bad_steps.note(7, RESPONSES, 1, LEFT_OUT)
     file = tmp_path / "bad-batch-step-7.responses"
     assert str(file) in str(raised.value)
     assert decode_responses(file.read_bytes()) == RESPONSES
@@ -90,17 +90,17 @@ def test_only_bad_steps_in_a_row_stop_the_run_and_its_batch_is_kept(tmp_path, al
 
 def test_one_rank_writes_and_all_raise(tmp_path, alone):
     with pytest.raises(BadStepsError):
-        BadSteps(tmp_path, 1, False).note(1, RESPONSES, LEFT_OUT)
+        BadSteps(tmp_path, 1, False).note(1, RESPONSES, 1, LEFT_OUT)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_limit_of_zero_never_stops(tmp_path):
     bad_steps = BadSteps(tmp_path, 0, True)
     for step in range(50):
-        bad_steps.note(step, RESPONSES, LEFT_OUT)
+        bad_steps.note(step, RESPONSES, 1, LEFT_OUT)
     assert bad_steps.in_a_row == 50
 
 
 def test_a_batch_that_cannot_be_written_does_not_hide_the_reason(tmp_path, alone):
     with pytest.raises(BadStepsError, match="could not be written"):
-        BadSteps(tmp_path / "nowhere", 1, True).note(1, RESPONSES, NO_LOSS)
+        BadSteps(tmp_path / "nowhere", 1, True).note(1, RESPONSES, 1, NO_LOSS)

@@ -1,6 +1,7 @@
 """A step with one update takes old log-probs from the update's own forward pass: bit for bit the run with a pass before
 it."""
 
+import json
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -96,11 +97,14 @@ def test_two_minibatches_take_the_pass_and_see_other_ratios_in_the_second(train)
     assert all(row["first_update_ratio_deviation"] == 0 and row["ratio"] != 1 for row in rows)
 
 
-def test_a_step_whose_samples_are_kept_takes_the_pass_and_changes_nothing(train):
+def test_a_step_whose_samples_are_kept_takes_the_pass_and_changes_nothing(train, tmp_path):
     usual, none, wanted = train("usual", 2)
     rows, passes, found = train("samples", 2, "logging.samples=2")
-    assert (none, passes) == (0, 2)  # steps 1 and 2 of three
+    assert (none, passes) == (0, 4)  # in steps 1 and 2 of three: the pass, and what the samples show
     assert rows == usual and same_weights(found, wanted)
+    kept = [json.loads(line) for line in (tmp_path / "samples" / "samples.jsonl").read_text().splitlines()]
+    ratios = {ratio for row in kept if row["kind"] == "response" for _, _, ratio, *_ in row["tokens"]}
+    assert ratios == {1.0}
 
 
 def test_a_run_that_is_stopped_and_started_again_ends_like_one_that_is_not(train, tmp_path):

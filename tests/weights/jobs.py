@@ -89,7 +89,7 @@ def on_first(folder: str, parallel: dict) -> tuple[bool, int, int]:
 
     from dcpo_megatron.weights import transfer
 
-    transfer._MEETING_BYTES = 4000
+    usual, meet, meetings = transfer._MEETING_BYTES, transfer.all_reduce_on_host, 0
     gatherer = transfer.WeightGatherer(_policy(folder, parallel))
     received, originals = 0, (dist.all_gather, dist.broadcast, dist.recv)
 
@@ -103,18 +103,26 @@ def on_first(folder: str, parallel: dict) -> tuple[bool, int, int]:
         received += tensor.nbytes * (source != dist.get_rank())
         return originals[1](tensor, source, group=group)
 
+    def counted(values):
+        nonlocal meetings
+        meetings += 1
+        return meet(values)
+
     def recv(tensor, **kwargs):
         nonlocal received
         received += tensor.nbytes
         return originals[2](tensor, **kwargs)
 
     dist.all_gather, dist.broadcast, dist.recv = all_gather, broadcast, recv
+    transfer._MEETING_BYTES, transfer.all_reduce_on_host = 4000, counted
     try:
         everywhere = {name: tensor.clone() for name, tensor in gatherer.tensors()}
         before, received = received, 0
         first = {name: tensor.clone() for name, tensor in gatherer.on_first()}
     finally:
         dist.all_gather, dist.broadcast, dist.recv = originals
+        transfer._MEETING_BYTES, transfer.all_reduce_on_host = usual, meet
+    assert meetings > 2, meetings
     if dist.get_rank():
         return not first, before, received
     same = list(first) == list(everywhere) and all(torch.equal(first[name], everywhere[name]) for name in first)
