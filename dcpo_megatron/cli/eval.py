@@ -157,7 +157,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         on_duplicate_id="first", limit=args.limit,
     )  # fmt: skip
     sets = eval_run.load_sets(args.files, tokenizer, options)
-    sampling = eval_run.Sampling(
+    sampling = eval_run.EvaluationSampling(
         args.samples, not args.no_greedy, args.max_response_tokens, args.temperature, args.top_p,
         stop_token_ids(args.model, tokenizer, args.stop_token_ids), args.seed, args.correct_at,
     )  # fmt: skip

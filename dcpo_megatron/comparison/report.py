@@ -56,7 +56,7 @@ def write_report(plan: Plan, runs: Sequence[Run]) -> str:
     """Writes all files; returns the verdicts and where the report is, for the console. ``runs`` must not be empty."""
     folder = plan.folder / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    claims = judged.judge(runs)
+    claims = judged.judge_claims(runs)
     (folder / "plan.yaml").write_text(
         yaml.safe_dump(plan.model_dump(mode="json", exclude={"output"}), sort_keys=False), encoding="utf-8"
     )

@@ -208,5 +208,5 @@ def test_merged_moments_equal_those_of_the_union():
     generator = random.Random(2)
     values = [generator.uniform(-1, 1) for _ in range(60)]
     for cut in (1, 7, 59):
-        merged = statistics.merge(statistics.moments_of(values[:cut]), statistics.moments_of(values[cut:]))
+        merged = statistics.merge_moments(statistics.moments_of(values[:cut]), statistics.moments_of(values[cut:]))
         assert merged == pytest.approx(statistics.moments_of(values), rel=1e-14)
