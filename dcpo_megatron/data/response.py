@@ -42,7 +42,8 @@ class ArrayRecord:
     def __eq__(self, other) -> bool:
         if type(other) is not type(self):
             return NotImplemented
-        pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))  # type: ignore[arg-type]  # a dataclass
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]  # a dataclass
+        pairs = ((getattr(self, name), getattr(other, name)) for name in names)
         return all(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in pairs)
 
 

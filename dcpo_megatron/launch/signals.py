@@ -7,9 +7,12 @@ rank ends with exit code 75: "start me again", EX_TEMPFAIL of sysexits.h.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+
+from dcpo_megatron.processes import handling, signal_name
 
 # Exit codes, of sysexits.h where it has one.
 BAD_INPUT = 2
@@ -41,9 +44,9 @@ class StopRequest:
     def __init__(self, announce: bool = True) -> None:
         self._announce = announce
         self._requested: str | None = None
-        self._previous: dict[int, object] = {}
+        self._handling = contextlib.ExitStack()
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+            self._handling.enter_context(handling(STOP_SIGNALS, self._note))
 
     @property
     def requested(self) -> str | None:
@@ -52,9 +55,7 @@ class StopRequest:
 
     def restore(self) -> None:
         """Puts back the handlers that were there before; safe to call twice."""
-        previous, self._previous = self._previous, {}
-        for number, handler in previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._handling.close()
 
     def __enter__(self) -> StopRequest:
         return self
@@ -65,7 +66,7 @@ class StopRequest:
     def _note(self, number: int, frame: object) -> None:
         if self._requested is not None:
             return
-        self._requested = signal.Signals(number).name
+        self._requested = signal_name(number)
         if self._announce:
             # Not print: the handler may have interrupted one.
             os.write(2, f"dcpo: {self._requested}: this run stops where the step under way ends\n".encode())

@@ -73,10 +73,8 @@ class SampleLog:
         """Keeps this step's visits of the watched prompts."""
         if not (self._writes and self._every):
             return
-        found: dict[str, list[int]] = {}
-        for row in range(len(table)):
-            if self._watched.get(table.prompt_id(row), VISITS) < VISITS:
-                found.setdefault(table.prompt_id(row), []).append(row)
+        watched = [n for n, prompt in enumerate(table.prompts) if self._watched.get(prompt.id, VISITS) < VISITS]
+        found = {table.prompts[n].id: rows for n in watched if len(rows := np.flatnonzero(table.prompt == n))}
         for prompt_id, group in found.items():
             # A first visit may have been taken back with the update that was left out.
             known = history.statistics(prompt_id)._asdict() if history is not None and history.visits(prompt_id) else {}

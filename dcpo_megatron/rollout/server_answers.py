@@ -199,7 +199,7 @@ def read(
         raise BadAnswer(f"weight versions of {known} tokens for a response of {len(tokens)}")
     try:
         token_ids = np.array(tokens, dtype=np.int32)
-    except (OverflowError, ValueError, TypeError) as error:
+    except OverflowError as error:  # they are whole numbers
         raise BadAnswer(f"a response with tokens that are no token ids ({error})") from None
     reason = reason if reason in ("stop", "abort") else "length"
     return index, Generation(token_ids, np.array(logprobs, dtype=np.float32), reason, versions)
